@@ -1,0 +1,26 @@
+"""Fixtures that every room shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fpcn_dist.data.synthetic import generate
+
+
+@pytest.fixture(scope="session")
+def rocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 3 x 24 synthetic photographs of 96 to 128 px; shared by all tests, so copy it before changing it."""
+    root = tmp_path_factory.mktemp("rocks")
+    generate(root, images_per_class=24, seed=7, min_side=96, max_side=128)
+    return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what the tests cache, here and in their child processes, out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
