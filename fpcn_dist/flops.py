@@ -1,0 +1,68 @@
+"""Arithmetic that a model needs and a device can do, for the model FLOPs utilisation (MFU) of a run.
+
+    MFU = 3 * model_flops * images per second and device / peak_flops
+
+where 3 stands for one forward pass and a backward pass of twice its cost.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpcn_dist.evaluate import evaluating
+
+# Dense datasheet peaks in TFLOP/s as (bfloat16, float32), float32 accumulation, no sparsity. Where there are TF32 tensor
+# cores, float32 is their peak: cuDNN's convolutions use them by default. None: the GPU cannot. The first match counts.
+_PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
+    (r"\bB200", 2250.0, 1100.0),
+    (r"H200 NVL", 835.5, 417.5),
+    (r"H200", 989.5, 494.7),
+    (r"H100 PCIe", 756.5, 378.0),
+    (r"H100 NVL", 835.5, 417.5),
+    (r"H100", 989.5, 494.7),
+    (r"A100", 312.0, 156.0),
+    (r"L40S", 362.0, 183.0),
+    (r"RTX A6000", 154.8, 77.4),
+    (r"RTX A5000", 111.1, 55.6),
+    (r"RTX 4090", 165.2, 82.6),
+    (r"RTX 3090", 71.0, 35.6),
+    (r"V100-SXM2", None, 15.7),
+    (r"V100", None, 14.0),
+)
+
+
+def datasheet_flops(gpu_name: str, precision: str) -> float | None:
+    """Dense peak in FLOP/s of the GPU that calls itself ``gpu_name``, at ``precision`` "fp32" or "bf16".
+
+    ``None`` for an unknown GPU, a slice of one (MIG), a laptop's or cut-down variant, or a precision it lacks.
+    """
+    if re.search(r"MIG|Laptop|Max-Q|\b4090 D\b|3090 Ti", gpu_name):
+        return None
+    for pattern, bf16, fp32 in _PEAK_TFLOPS:
+        if re.search(rf"{pattern}\b", gpu_name):
+            peak = bf16 if precision == "bf16" else fp32
+            return None if peak is None else peak * 1e12
+    return None
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """:func:`datasheet_flops` of ``device``; ``None`` for a CPU, whose MFU nobody could compare."""
+    if device.type != "cuda":
+        return None
+    return datasheet_flops(torch.cuda.get_device_name(device), precision)
+
+
+def model_flops(model: nn.Module, image_size: int) -> int:
+    """FLOPs (two per multiply-add) of one forward pass of one [3, ``image_size``, ``image_size``] image.
+
+    Counts matrix products and convolutions. Pass the bare model, not its compiled or distributed wrapper.
+    """
+    parameter = next(model.parameters())
+    image_BCHW = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(image_BCHW)
+    return counter.get_total_flops()

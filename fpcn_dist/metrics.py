@@ -1,0 +1,175 @@
+"""What a run tells about itself while it trains: metrics.jsonl, TensorBoard, and the live progress line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from torch.utils.tensorboard import SummaryWriter
+
+from fpcn_dist.errors import UserError
+from fpcn_dist.files import write_text
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Every line of ``run_dir``/metrics.jsonl, in order; empty where there is no such file.
+
+    A last line that a killed run left torn is dropped.
+
+    Raises:
+        UserError: a line before the last is not a JSON object, so something else has written to the file.
+    """
+    path = Path(run_dir) / FILE
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines()
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number}", None, f"is not a line of metrics ({error})", "remove that line, or the file"
+            ) from None
+        entries.append(entry)
+    return entries
+
+
+class MetricsLogger:
+    """Rank 0's record of the run: a line of metrics.jsonl and points in TensorBoard for everything logged.
+
+    Every line carries ``kind``, ``step`` and ``time`` (seconds since 1970). Other ranks may log as well: nothing happens.
+
+    Args:
+        run_dir: the run folder; must exist.
+        rank: global rank of this process.
+        start_step: step to go on from. What an earlier attempt logged after it is dropped from both records, so that
+            they read as if the run had never been interrupted.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, *, start_step: int = 0) -> None:
+        self._file, self._tensorboard = None, None
+        if rank != 0:
+            return
+        run_dir = Path(run_dir)
+        kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= start_step] if start_step else []
+        write_text(run_dir / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = open(run_dir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def log_step(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Record what optimizer step ``step`` (the first is 1) yielded: losses, learning rate, images/s, ..."""
+        self._write("step", step, values, epoch=epoch)
+
+    def log_eval(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Record an evaluation on ``split`` of the weights after ``step`` steps."""
+        self._write("eval", step, values, epoch=epoch, split=split)
+
+    def log_replaced(self, step: int, path: str, reason: str) -> None:
+        """Record that the image at ``path`` turned unreadable, and another was drawn in its place."""
+        self._write("replaced", step, {}, path=path, reason=reason)
+
+    def close(self) -> None:
+        if self._file is not None and self._tensorboard is not None:
+            self._file.close()
+            self._tensorboard.close()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float], **context: Any) -> None:
+        if self._file is None or self._tensorboard is None:
+            return
+        # JSON has no NaN: a loss that ran away is null in the file and NaN in TensorBoard.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        entry = {"kind": kind, "step": step, **context, **finite, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+        prefix = context.get("split", "train")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+
+
+class Progress:
+    """Rank 0's live view of training: a bar on a terminal, one plain line per log point elsewhere.
+
+    Use as a context manager around the loop.
+
+    Args:
+        total_steps: steps of the whole run.
+        start_step: steps that were done before this process began; the estimate of the time left ignores them.
+        rank: global rank; all but 0 stay silent.
+        console: where to draw; standard output by default.
+    """
+
+    def __init__(
+        self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None
+    ) -> None:
+        self._total_steps, self._start_step, self._silent = total_steps, start_step, rank != 0
+        self._console = console or Console(file=sys.stdout, soft_wrap=True)
+        self._bar = RichProgress(
+            TextColumn("[bold]step[/] {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=self._silent or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+        self._stack = contextlib.ExitStack()
+        self._start_time = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._stack.enter_context(self._bar)
+        self._start_time = time.monotonic()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step``; costs next to nothing, so call it each step."""
+        self._bar.update(self._task, completed=step)
+
+    def update(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Show the numbers of a log point; ``loss``, ``accuracy`` and ``images_per_second`` are shown where given."""
+        if self._silent:
+            return
+        status = "  ".join([f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"])
+        self._bar.update(self._task, completed=step, description=status)
+        if self._bar.disable:
+            self._console.print(f"step {step}/{self._total_steps}  {status}", highlight=False)
+
+    def print(self, message: str) -> None:
+        """Print a line above the bar."""
+        if not self._silent:
+            self._console.print(message, highlight=False, markup=False)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._start_step
+        if done <= 0:
+            return "-:--:--"
+        seconds = round((time.monotonic() - self._start_time) / done * (self._total_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    @staticmethod
+    def _numbers(values: Mapping[str, float]) -> list[str]:
+        shown = []
+        if "loss" in values:
+            shown.append(f"loss {values['loss']:.4f}")
+        if "accuracy" in values:
+            shown.append(f"accuracy {100 * values['accuracy']:.1f} %")
+        if "images_per_second" in values:
+            shown.append(f"{values['images_per_second']:.0f} images/s")
+        return shown
