@@ -1,0 +1,34 @@
+# make demo | make test: each sets up what it needs. PYTHON chooses the interpreter (3.10 to 3.13), CUDA the wheels.
+PYTHON ?= python3
+CUDA ?= cuda13
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: setup demo test lint benchmark clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[$(CUDA),deepspeed,dev]"
+	touch $@
+
+demo: setup
+	$(PY) launch/synthesize.py --output runs/demo/photographs
+	$(PY) launch/train.py --recipe launch/recipes/fpcn_small.yaml --data runs/demo/photographs --output runs/demo/run
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyright
+
+test: lint
+	$(PY) -m pytest
+
+benchmark: setup
+	$(PY) kernels/benchmarks/pair_contrast.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,3 @@
+"""Distributed training of FPCN, the feature-positioning contrast network, for fine-grained images."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""The one batch type that the data pipeline yields and every task reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch, on the training device.
+
+    Attributes:
+        images: [B, 3, H, W] float32, ImageNet-normalised.
+        labels: [B] int64 class indices.
+        image_ids: [B] int64 indices into the manifest; they name an image in every split and on every rank.
+        view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.
+        crops: [B, 3] int64: crop row, crop column (pixels of the resized image) and flip (0 or 1).
+    """
+
+    images: Tensor
+    labels: Tensor
+    image_ids: Tensor
+    view_ids: Tensor
+    crops: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into ``parts`` consecutive batches, as even as possible, for gradient accumulation."""
+        columns = [torch.tensor_split(getattr(self, name), parts) for name in self.__dataclass_fields__]
+        return [Batch(*row) for row in zip(*columns, strict=True)]

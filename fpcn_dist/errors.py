@@ -1,0 +1,34 @@
+"""The one exception that a user may see: what is wrong, where, why, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake or a fault outside the program, explained.
+
+    Every entry script prints it as one line and leaves with exit status 2, without a traceback.
+
+    Args:
+        field: what is wrong: a recipe field (``data.crop``), an argument (``--data``), a file, a rank.
+        value: the offending value as the user wrote it, or ``None`` where there is none to show.
+        reason: why it cannot be used, as a sentence without a full stop.
+        mend: what to do about it, as an imperative without a full stop.
+    """
+
+    def __init__(self, field: str, value: object, reason: str, mend: str) -> None:
+        self.field, self.value, self.reason, self.mend = field, value, reason, mend
+        shown = "" if value is None else f" {value!s}"
+        super().__init__(f"{field}{shown}: {reason}; {mend}")
+
+    def __reduce__(self):
+        return type(self), (self.field, self.value, self.reason, self.mend)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``-style help: the known word nearest to ``word``, or all of them where none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "choose one of " + ", ".join(sorted(known))

@@ -1,0 +1,47 @@
+"""Installs two packages: fpcn_dist, the library, and fpcn_kernels, whose source root is kernels/."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fpcn-dist",
+    version="0.1.0",
+    description="Distributed training of FPCN, the feature-positioning contrast network, for fine-grained images",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["fpcn_dist*"]) + find_packages("kernels", include=["fpcn_kernels*"]),
+    package_dir={"fpcn_kernels": "kernels/fpcn_kernels"},
+    package_data={"fpcn_dist": ["report/*.j2", "report/*.css", "py.typed"], "fpcn_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "tyro>=1.0",
+        "rich>=13.7",
+        "timm>=1.0.15",
+        "torchmetrics>=1.4",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.26",
+        "tensorboard>=2.16",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        # DALI's wheels carry the CUDA version in their name: take the one of the torch build (torch.version.cuda).
+        "cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "cuda13": ["nvidia-dali-cuda130>=2.0"],
+        "deepspeed": ["deepspeed>=0.19.8", "ninja>=1.11"],
+        "dev": [
+            "pytest>=8.2",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "pyright[nodejs]>=1.1.380",
+            "import-linter>=2.1",
+        ],
+    },
+)
