@@ -1,0 +1,214 @@
+"""Checkpoints: one portable file for every engine and any number of ranks.
+
+A checkpoint is a safetensors file: tensors by name (``weights/...``, ``optimizer/<parameter>/<key>``, ``ema/...``)
+and a JSON description (step, recipe, data, checksum). Nothing in it is ever unpickled. There is no generator state:
+every random number of a run is drawn from a key of (seed, step, rank), so the step says it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.engine import TrainingState
+from fpcn_dist.errors import UserError
+from fpcn_dist.files import replacing
+
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+BEST = "best.safetensors"
+
+_HARMLESS = {
+    "name", "engine", "train.micro_batches", "train.compile", "train.channels_last", "train.log_every",
+    "train.keep_checkpoints", "data.threads", "data.eval_batch_size", "data.max_bad_images",
+}  # fmt: skip
+"""Recipe fields that may differ when a run resumes: they change how it is computed, not what."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        step: updates made.
+        recipe: the recipe, as nested dictionaries.
+        manifest_hash: of the data set.
+        classes: class names in label order.
+        accuracy: on the validation images, where they were evaluated at this step.
+    """
+
+    step: int
+    recipe: dict[str, Any]
+    manifest_hash: str
+    classes: tuple[str, ...]
+    accuracy: float | None = None
+
+
+def write_checkpoint(path: Path, state: TrainingState, info: CheckpointInfo) -> None:
+    """Write ``path`` whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder not writable; files that were there stay as they were.
+    """
+    tensors = {f"weights/{name}": t for name, t in state.weights.items()}
+    tensors |= {f"ema/{name}": t for name, t in state.ema.items()}
+    tensors |= {f"optimizer/{name}/{key}": t for name, ts in state.optimizer.items() for key, t in ts.items()}
+    metadata = {"fpcn_dist": str(_FORMAT), "info": json.dumps(asdict(info)), "crc32": str(_checksum(tensors))}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_checkpoint(path: Path) -> tuple[TrainingState, CheckpointInfo]:
+    """Read and verify a checkpoint.
+
+    Raises:
+        UserError: no such file, not a checkpoint of this project, of another format, or damaged.
+    """
+    if not path.is_file():
+        raise UserError("checkpoint", path, "there is no such file", "give a file of RUN/checkpoints/")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError("checkpoint", path, f"is damaged or no checkpoint ({error})", "use an earlier one") from None
+    if "fpcn_dist" not in metadata:
+        raise UserError("checkpoint", path, "was not written by fpcn_dist", "give a file of RUN/checkpoints/")
+    if metadata["fpcn_dist"] != str(_FORMAT):
+        reason = f"has format {metadata['fpcn_dist']}, this version of fpcn_dist reads format {_FORMAT}"
+        raise UserError("checkpoint", path, reason, "use the version of fpcn_dist that wrote it")
+    if metadata["crc32"] != str(_checksum(tensors)):
+        raise UserError("checkpoint", path, "is damaged (its checksum does not match)", "use an earlier one")
+    values = json.loads(metadata["info"])
+    info = CheckpointInfo(**values | {"classes": tuple(values["classes"])})
+    state = TrainingState(info.step, weights={}, optimizer={}, ema={})
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "optimizer":
+            parameter, _, moment = name.rpartition("/")
+            state.optimizer.setdefault(parameter, {})[moment] = tensor
+        else:
+            getattr(state, kind)[name] = tensor
+    return state, info
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: the last ``keep`` and the best.
+
+    Args:
+        folder: ``RUN/checkpoints``; made when the first one is written.
+        keep: how many to keep beside the best.
+        warn: called with a sentence when a damaged checkpoint is passed over.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None] = print) -> None:
+        self.folder, self.keep, self.warn = folder, keep, warn
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, ascending."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; damaged ones are reported and passed over.
+
+        Raises:
+            UserError: there are checkpoints, but none of them is whole.
+        """
+        faults = []
+        for step in reversed(self.steps()):
+            try:
+                read_checkpoint(self.path(step))
+            except UserError as error:
+                faults.append(error)
+                self.warn(f"warning: {error.value} {error.reason}; going on from the one before")
+            else:
+                return self.path(step)
+        if faults:
+            raise UserError(
+                "checkpoints", self.folder, f"none of the {len(faults)} checkpoints is whole",
+                "start again with another --output, or with --resume never",
+            )  # fmt: skip
+        return None
+
+    def best_accuracy(self) -> float | None:
+        """Validation accuracy of the best checkpoint, where there is a whole one."""
+        try:
+            return read_checkpoint(self.folder / BEST)[1].accuracy
+        except UserError:
+            return None
+
+    def save(self, state: TrainingState, info: CheckpointInfo, *, best: bool) -> None:
+        """Write the checkpoint of ``info.step``, name it the best if it is, and delete those too old to keep.
+
+        Raises:
+            UserError: it could not be written; the checkpoints before it are all still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(info.step)
+        write_checkpoint(path, state, info)
+        if best:
+            with replacing(self.folder / BEST) as temporary:
+                os.link(path, temporary)
+        for step in self.steps()[: -self.keep]:
+            self.path(step).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete every checkpoint of the run."""
+        for path in [self.folder / BEST, *map(self.path, self.steps())]:
+            path.unlink(missing_ok=True)
+
+
+def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> None:
+    """Refuse to resume with a recipe that would compute something else.
+
+    Raises:
+        UserError: naming each field that changed, with both values.
+    """
+    before, now = _flat(info.recipe), _flat(recipe.model_dump())
+    fields = sorted(before.keys() | now.keys())
+    changed = [f"{f} {before.get(f)!r} -> {now.get(f)!r}" for f in fields if before.get(f) != now.get(f)]
+    changed = [line for line in changed if not _harmless(line.split(" ", 1)[0])]
+    if changed:
+        what = "of another model" if any(line.startswith("model.") for line in changed) else "of another recipe"
+        raise UserError(
+            "checkpoint", path, f"is {what}: {', '.join(changed)}",
+            "use the recipe that the run started with (recipe.yaml in its folder), or another --output",
+        )  # fmt: skip
+
+
+def _harmless(field: str) -> bool:
+    return field in _HARMLESS or field.split(".")[0] in _HARMLESS
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    crc = 0
+    for name in sorted(tensors):
+        data = tensors[name].detach().contiguous().flatten().view(torch.uint8)
+        crc = zlib.crc32(data.numpy(), zlib.crc32(name.encode(), crc))
+    return crc

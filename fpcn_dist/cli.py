@@ -1,0 +1,144 @@
+"""Command lines of all entry scripts: recipes from YAML, overrides, and errors that a user can read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.errors import UserError, nearest
+
+Args = TypeVar("Args")
+Overrides = Annotated[Recipe, tyro.conf.arg(name="")]
+"""Type of a field of an argument dataclass that lets every recipe field be overridden by its dotted name."""
+
+_LOST_RANK = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|recvvalue|socket", re.IGNORECASE)
+
+
+def _section(schema: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    for name in path:
+        annotation = schema.model_fields[str(name)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        schema = annotation
+    return schema
+
+
+def _explain(error: ValidationError, source: object) -> UserError:
+    """The first of pydantic's complaints, as one sentence about one field."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _section(Recipe, first["loc"][:-1]).model_fields
+        return UserError(f"{source}: {field}", None, "there is no such recipe field", nearest(str(first["loc"][-1]), known))
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and ";" in reason:
+        reason, mend = reason.split("; ", 1)
+        return UserError(f"{source}: {field}", None, reason, mend)
+    return UserError(f"{source}: {field}", repr(first["input"]), reason[0].lower() + reason[1:], "correct it in the recipe")
+
+
+def recipe_from_dict(values: Any, source: object) -> Recipe:
+    """Validate nested ``values`` as a recipe; ``source`` names their origin in errors.
+
+    Raises:
+        UserError: an unknown field (with the nearest name), a wrong type, a value out of bounds.
+    """
+    if not isinstance(values, dict):
+        raise UserError(str(source), None, "a recipe is a YAML mapping of fields to values", "see launch/recipes/")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        UserError: no such file, not YAML, or not a valid recipe.
+    """
+    try:
+        return recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    except OSError as error:
+        raise UserError("--recipe", path, (error.strerror or "cannot be read").lower(), "give a file of launch/recipes/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("--recipe", path, f"is not YAML ({' '.join(str(error).split())})", "correct the file") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def _recipe_path(argv: Sequence[str]) -> Path | None:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--recipe="):
+            return Path(word.partition("=")[2])
+        if word == "--recipe" and following:
+            return Path(following)
+    return None
+
+
+def parse(args_type: type[Args], argv: Sequence[str] | None = None) -> Args:
+    """Parse the command line into ``args_type``, a dataclass whose docstring describes the command.
+
+    A field ``overrides: Overrides`` takes its defaults from the ``--recipe`` file. The ``--local_rank`` that some
+    launchers append is dropped: the environment says the same.
+
+    Raises:
+        UserError: the recipe file is missing or invalid. A misspelt flag ends the process with status 2 and tyro's help.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    words = [word for word in words if not re.match(r"--local[-_]rank=", word)]
+    default = None
+    if any(field.name == "overrides" for field in dataclasses.fields(args_type)):
+        path = _recipe_path(words)
+        values = {f.name: tyro.MISSING for f in dataclasses.fields(args_type) if f.default is dataclasses.MISSING}
+        default = args_type(**values | {"overrides": load_recipe(path) if path else Recipe()})
+    return tyro.cli(args_type, default=default, args=words, config=(tyro.conf.FlagConversionOff,))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main`` as a command: a :class:`UserError` becomes one line on stderr and exit status 2, a lost rank 3.
+
+    A rank that lost its peers leaves at once, without the clean shutdown that would wait for them.
+    """
+    with _readable_exit():
+        main()
+
+
+@contextlib.contextmanager
+def _readable_exit() -> Iterator[None]:
+    rank = int(os.environ.get("RANK", 0))
+    prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    try:
+        yield
+    except UserError as error:
+        _leave(f"{prefix}error: {error}", 2)
+    except KeyboardInterrupt:
+        _leave(f"{prefix}interrupted", 130)
+    except RuntimeError as error:
+        if not prefix or not _LOST_RANK.search(f"{type(error).__name__} {error}"):
+            raise
+        _leave(
+            f"{prefix}error: lost contact with another rank, which has probably died ({str(error).splitlines()[0]}); "
+            "see that rank's own message, then start the same command again: it resumes from the last checkpoint",
+            3,
+        )
+
+
+def _leave(message: str, status: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,162 @@
+"""Who am I among the ranks: read the launcher's environment, connect, agree, and leave.
+
+``torchrun``, ``deepspeed``, ``srun`` and plain ``python`` differ only in the environment that they give a process;
+everything after :func:`connect` is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fpcn_dist.errors import UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
+"""How long a rank waits inside a collective for the others before it gives the run up."""
+FIRST_RANK_TIMEOUT = datetime.timedelta(hours=12)
+"""How long ranks wait while the first one does what only one can do (checking a large data set, say)."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run.
+
+    Attributes:
+        rank, world_size: global rank and number of ranks.
+        local_rank, local_world_size: the same within this machine.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Group of all ranks, or ``None`` where there is only one, so that single-process code does no collectives."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    def on_first(self, compute: Callable[[], Any]) -> Any:
+        """Run ``compute`` on the first rank only and give its JSON-serialisable result to every rank.
+
+        The others wait for up to :data:`FIRST_RANK_TIMEOUT`, far longer than in an ordinary collective.
+
+        Raises:
+            UserError: on every rank, if ``compute`` raised one on the first.
+        """
+        if self.world_size == 1:
+            return compute()
+        global _turn
+        key, _turn = f"on_first/{_turn}", _turn + 1
+        store = dist.distributed_c10d._get_default_store()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = compute()
+            except UserError as error:
+                outcome[1] = [error.field, None if error.value is None else str(error.value), error.reason, error.mend]
+            store.set(key, "done")
+        else:
+            store.wait([key], FIRST_RANK_TIMEOUT)
+        payload = [json.dumps(outcome)]
+        dist.broadcast_object_list(payload, src=0)
+        result, failure = json.loads(payload[0])
+        if failure is not None:
+            raise UserError(*failure)
+        return result
+
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All ranks' ``items``, joined in rank order, on every rank. Collective."""
+        if self.world_size == 1:
+            return items
+        everyone: list[list[Any]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(everyone, items)
+        return [item for share in everyone for item in share]
+
+
+_turn = 0
+
+
+def _environment() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) as the launcher set them."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        return rank, world_size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world_size))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        local_world_size = env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)).split(",")[0].split("(")[0]
+        if "MASTER_ADDR" not in env:
+            nodes = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=env["SLURM_LOCALID"])
+        return rank, world_size, int(env["SLURM_LOCALID"]), int(local_world_size)
+    return 0, 1, 0, 1
+
+
+def _device(local_rank: int, local_world_size: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(
+            "local ranks",
+            local_world_size,
+            f"this machine has {gpus} GPU(s), so rank {local_rank} on it has none",
+            f"start at most {gpus} processes on each machine",
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[Ranks]:
+    """Join the run that the environment describes; leave it at the end of the block.
+
+    A process that no launcher started becomes the only rank of a group of one.
+
+    Raises:
+        UserError: more local ranks than GPUs, a rendezvous port in use, or no answer from the other ranks.
+    """
+    rank, world_size, local_rank, local_world_size = _environment()
+    device = _device(local_rank, local_world_size)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(
+                "MASTER_PORT", os.environ.get("MASTER_PORT"), f"the rendezvous port of {address} is already in use",
+                "start with another --master-port, or stop the run that holds it",
+            ) from error
+        raise UserError(
+            "rendezvous", address, f"rank {rank} could not reach the other {world_size - 1} rank(s) there",
+            "start all ranks with the same MASTER_ADDR and MASTER_PORT, reachable from each of them",
+        ) from error
+    try:
+        yield Ranks(rank, world_size, local_rank, local_world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

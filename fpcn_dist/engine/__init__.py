@@ -1,0 +1,26 @@
+"""Engines: who moves tensors between ranks."""
+
+from __future__ import annotations
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.distributed import Ranks
+from fpcn_dist.engine.accumulate import forward_backward
+from fpcn_dist.engine.base import Engine, TrainingState
+from fpcn_dist.engine.ddp import DDPEngine
+from fpcn_dist.tasks import Task
+
+__all__ = ["Engine", "TrainingState", "build_engine", "forward_backward"]
+
+
+def build_engine(
+    recipe: Recipe, task: Task, ranks: Ranks, *, frozen_backbone: bool = False, state: TrainingState | None = None
+) -> Engine:
+    """The recipe's engine around ``task``, starting from ``state`` where one is given.
+
+    A state fits whichever engine and number of ranks wrote it. Collective.
+    """
+    if recipe.engine.name == "deepspeed":
+        from fpcn_dist.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(task, recipe, ranks, frozen_backbone=frozen_backbone, state=state)
+    return DDPEngine(task, recipe, ranks, frozen_backbone=frozen_backbone, state=state)

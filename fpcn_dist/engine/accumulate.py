@@ -1,0 +1,66 @@
+"""One step's gradients, from one pass or from several small ones, with the same loss either way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.engine.base import Engine
+from fpcn_dist.tasks import TaskOutput
+
+
+def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int) -> TaskOutput:
+    """Loss of ``batch`` and its gradients, never holding the activations of more than 1/``micro_batches`` of it.
+
+    A loss that is a mean over images adds up part by part. A loss that couples images does not: their features are
+    computed first, without activations; the criterion runs once, over all of them; then each part is computed again
+    and its features' gradient sent through it (gradient caching, Gao et al. 2021). That costs one more forward pass
+    and is exact, up to the batch statistics of BatchNorm, which are those of a part.
+    """
+    if micro_batches == 1:
+        output = engine.forward(batch, step)
+        engine.backward(output.loss)
+        return output
+    parts = batch.split(micro_batches)
+    if engine.task.couples_images:
+        return _cached(engine, batch, parts, step)
+    outputs = []
+    for part in parts:
+        outputs.append(engine.forward(part, step))
+        engine.backward(outputs[-1].loss * (len(part) / len(batch)))
+    weights = [len(part) / len(batch) for part in parts]
+    means = {k: sum(w * o.parts[k] for w, o in zip(weights, outputs, strict=True)) for k in outputs[0].parts}
+    loss = sum(w * o.loss.detach() for w, o in zip(weights, outputs, strict=True))
+    return TaskOutput(loss, torch.cat([o.logits for o in outputs]), means)
+
+
+def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> TaskOutput:
+    with torch.no_grad(), _running_statistics_kept(engine.task):
+        features = [engine.forward(part, step, encode_only=True) for part in parts]
+    pooled = torch.cat(features).requires_grad_()
+    output = engine.forward(batch, step, pooled=pooled)
+    engine.backward(output.loss)
+    assert pooled.grad is not None
+    for part, gradient in zip(parts, pooled.grad.split([len(part) for part in parts]), strict=True):
+        features_again = engine.forward(part, step, encode_only=True)
+        engine.backward((features_again * gradient).sum())
+    return TaskOutput(output.loss.detach(), output.logits, output.parts)
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch as in training, but does not count this pass in its running statistics."""
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

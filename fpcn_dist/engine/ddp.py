@@ -1,0 +1,90 @@
+"""PyTorch's DistributedDataParallel behind the engine protocol; a single rank needs no wrapper."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.distributed import Ranks
+from fpcn_dist.engine.base import (
+    TrainingState,
+    build_ema,
+    ema_state,
+    named_moments,
+    prepare_task,
+    restore_moments,
+    sync_batch_statistics,
+    to_cpu,
+)
+from fpcn_dist.optim import build_optimizer
+from fpcn_dist.tasks import Task
+
+
+class DDPEngine:
+    """See :class:`fpcn_dist.engine.base.Engine`.
+
+    With one backward pass a step, DDP averages gradients while that pass still runs. With several
+    (``train.micro_batches``), they are added up locally and averaged once, in :meth:`update`.
+    """
+
+    def __init__(
+        self, task: Task, recipe: Recipe, ranks: Ranks, *, frozen_backbone: bool, state: TrainingState | None
+    ) -> None:
+        self.task = prepare_task(task, recipe, ranks, frozen_backbone, state)
+        self.group = ranks.group
+        self.clip_norm = recipe.optim.clip_norm
+        self.optimizer = build_optimizer(recipe.optim, self.task)
+        self.ema = build_ema(recipe, self.task, state)
+        if state is not None:
+            restore_moments(self.task, self.optimizer, state.optimizer)
+        self.one_pass = recipe.train.micro_batches == 1
+        self.module: nn.Module = self.task
+        if self.group is not None:
+            self.module = DistributedDataParallel(self.task, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def forward(self, batch, step, **halves):
+        local = contextlib.nullcontext() if self.group is None or self.one_pass else self.module.no_sync()
+        with local:
+            return self.module(batch, step, **halves)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self, lr: float) -> Tensor:
+        if self.group is not None and not self.one_pass:
+            self._average_gradients()
+        trained = [p for p in self.task.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.group is None)
+        if self.ema is not None:
+            self.ema.update_parameters(self.task.model)
+        return norm
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        torch.distributed.all_reduce(flat, group=self.group)
+        flat /= self.group.size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def evaluation_model(self) -> nn.Module:
+        sync_batch_statistics(self.task, self.group)
+        return self.task.model if self.ema is None else self.ema.module
+
+    def state(self, step: int) -> TrainingState:
+        sync_batch_statistics(self.task, self.group)
+        weights, moments = to_cpu(self.task.state_dict()), named_moments(self.task, self.optimizer)
+        return TrainingState(step, weights, moments, ema_state(self.ema))
+
+    def close(self) -> None:
+        self.module = self.task

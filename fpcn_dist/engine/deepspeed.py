@@ -1,0 +1,169 @@
+"""DeepSpeed (ZeRO 0 to 3) behind the engine protocol.
+
+DeepSpeed's own checkpoints load only at the same number of ranks and by unpickling; so whole tensors are gathered
+through its ``safe_get_full_*`` functions and put back through ``safe_set_full_*``, in the format of every engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.distributed import Ranks
+from fpcn_dist.engine.base import (
+    TrainingState,
+    build_ema,
+    ema_state,
+    named_moments,
+    prepare_task,
+    restore_moments,
+    sync_batch_statistics,
+    to_cpu,
+)
+from fpcn_dist.errors import UserError
+from fpcn_dist.optim import build_optimizer
+from fpcn_dist.tasks import Task
+
+_MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+
+
+class DeepSpeedEngine:
+    """See :class:`fpcn_dist.engine.base.Engine`.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self, task: Task, recipe: Recipe, ranks: Ranks, *, frozen_backbone: bool, state: TrainingState | None
+    ) -> None:
+        self.deepspeed = _import_deepspeed()
+        self.recipe, self.ranks, self.stage = recipe, ranks, recipe.engine.zero_stage
+        self.task = prepare_task(task, recipe, ranks, frozen_backbone, state)
+        self.ema = build_ema(recipe, self.task, state)
+        # ZeRO 3 shards the parameters in place: keep an unsharded twin to evaluate with.
+        self.whole_model = copy.deepcopy(self.task.model) if self.stage == 3 else None
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # only its own throughput log reads it
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": recipe.optim.clip_norm or 0.0,
+            "zero_optimization": {"stage": self.stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+        self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
+            model=self.task,
+            optimizer=build_optimizer(recipe.optim, self.task),
+            config=config,
+            dist_init_required=False,
+        )
+        if state is not None and state.optimizer:
+            self._restore_moments(state)
+
+    def forward(self, batch, step, **halves):
+        return self.engine(batch, step, **halves)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self, lr: float) -> Tensor | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.task.model)
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm, device=self.ranks.device)
+
+    def evaluation_model(self) -> nn.Module:
+        sync_batch_statistics(self.task, self.ranks.group)
+        if self.ema is not None:
+            return self.ema.module
+        if self.whole_model is None:
+            return self.task.model
+        weights = {k.removeprefix("model."): v for k, v in self._weights().items() if k.startswith("model.")}
+        self.whole_model.load_state_dict(weights)
+        return self.whole_model
+
+    def state(self, step: int) -> TrainingState:
+        sync_batch_statistics(self.task, self.ranks.group)
+        return TrainingState(step, to_cpu(self._weights()), self._moments(), ema_state(self.ema))
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The whole state dict; ZeRO 3 keeps parameters in shards, which are put together one by one."""
+        weights = dict(self.task.state_dict())
+        if self.stage == 3:
+            for name, parameter in self.task.named_parameters():
+                with self.deepspeed.zero.GatheredParameters([parameter]):
+                    weights[name] = parameter.detach().clone()
+        return weights
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        if self.stage == 0:
+            return named_moments(self.task, self.optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        counters = [s["step"] for s in self.optimizer.optimizer.state.values() if "step" in s]
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.task.named_parameters():
+            if parameter.requires_grad:
+                keys = _MOMENTS[self.recipe.optim.name]
+                moments[name] = to_cpu({key: safe_get_full_optimizer_state(parameter, key) for key in keys})
+                if counters:
+                    moments[name]["step"] = counters[0].detach().cpu().clone()
+        return moments
+
+    def _restore_moments(self, state: TrainingState) -> None:
+        if self.stage == 0:
+            restore_moments(self.task, self.optimizer, state.optimizer)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._create_moments(state)
+        for name, parameter in self.task.named_parameters():
+            if parameter.requires_grad and name in state.optimizer:
+                for key in _MOMENTS[self.recipe.optim.name]:
+                    value = state.optimizer[name][key].to(parameter.device)
+                    safe_set_full_optimizer_state(parameter, value, key)
+        counters = [moments["step"] for moments in state.optimizer.values() if "step" in moments]
+        for shard in self.optimizer.optimizer.state.values():
+            if counters:
+                shard["step"].copy_(counters[0])
+
+    def _create_moments(self, state: TrainingState) -> None:
+        """ZeRO creates its optimizer shards in the first update: make one, at rate 0, and undo what it did to buffers."""
+        data = self.recipe.data
+        classes = self.task.model.classifier.out_features
+        size = (data.classes_per_batch or classes) * data.images_per_class // self.ranks.world_size
+        places = torch.zeros(size, dtype=torch.int64, device=self.ranks.device)
+        images = torch.zeros(size, 3, data.crop, data.crop, device=self.ranks.device)
+        labels = torch.arange(size, device=self.ranks.device) % classes
+        batch = Batch(images, labels, places, places, places.unsqueeze(1).expand(size, 3))
+        self.backward(self.forward(batch, state.step).loss)
+        ema, self.ema = self.ema, None
+        self.update(lr=0.0)
+        self.ema = ema
+        for name, buffer in self.task.named_buffers():
+            buffer.copy_(state.weights[name])
+
+
+def _import_deepspeed():
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError(
+            "engine.name", "deepspeed", "the package deepspeed is not installed", "pip install 'fpcn-dist[deepspeed]'"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory op would be compiled at the first start on a CPU (a minute, and ninja); gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,75 @@
+"""Numbers of many steps, kept on the device and fetched together, so that the host waits only at log points."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.distributed import Ranks
+from fpcn_dist.errors import UserError
+from fpcn_dist.tasks import TaskOutput
+
+
+class StepMeter:
+    """Collects losses, accuracy, gradient norms and times of the steps since the last log point."""
+
+    def __init__(self, ranks: Ranks, batch_size: int, flops_share: float | None) -> None:
+        """``flops_share``: share of the ranks' peak that one image per second would use, where the peak is known."""
+        self.ranks, self.batch_size, self.flops_share = ranks, batch_size, flops_share
+        self._restart()
+
+    def _restart(self) -> None:
+        self._steps: list[int] = []
+        self._values: list[dict[str, Tensor]] = []
+        self._rates: list[float] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what happened since the last log point (an evaluation, a checkpoint)."""
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def add(self, step: int, batch: Batch, output: TaskOutput, norm: Tensor | None, lr: float, waited: float) -> None:
+        """Note one step (its number from 1 on); waits for nothing."""
+        accuracy = (output.logits.argmax(dim=1) == batch.labels).float().mean()
+        values = {"loss": output.loss.detach(), **output.parts, "accuracy": accuracy}
+        if norm is not None:
+            values["grad_norm"] = norm
+        self._steps.append(step)
+        self._values.append({name: value.detach().double() for name, value in values.items()})
+        self._rates.append(lr)
+        self._waited += waited
+
+    def fetch(self) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Means over ranks of every step since the last call, and the speed over these steps. Collective.
+
+        Raises:
+            UserError: a loss or a gradient norm was not finite; names the step and all parts.
+        """
+        table = torch.stack([torch.stack(list(values.values())) for values in self._values])
+        if self.ranks.group is not None:
+            torch.distributed.all_reduce(table, group=self.ranks.group)
+            table /= self.ranks.world_size
+        names = list(self._values[0])
+        rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+        elapsed = time.perf_counter() - self._since
+        steps = [
+            {"step": step, "lr": lr, **row} for step, lr, row in zip(self._steps, self._rates, rows, strict=True)
+        ]
+        speed = {
+            "images_per_second": len(steps) * self.batch_size / elapsed,
+            "data_wait": self._waited / elapsed,
+        }
+        if self.ranks.device.type == "cuda":
+            speed["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.flops_share is not None:
+            speed["mfu"] = speed["images_per_second"] * self.flops_share
+        self._restart()
+        for row in steps:
+            if not all(math.isfinite(row[name]) for name in names):
+                shown = ", ".join(f"{name} {row[name]:g}" for name in names if name != "accuracy")
+                raise UserError("loss", f"at step {row['step']}", f"is not finite ({shown})", "lower optim.lr")
+        return steps, speed

@@ -1,0 +1,112 @@
+"""From checkpoints to what a user keeps: the exported model, its evaluation and the report."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fpcn_dist.checkpoint import BEST, CheckpointFolder, read_checkpoint
+from fpcn_dist.config import Recipe
+from fpcn_dist.data.loader import EvalLoader
+from fpcn_dist.distributed import Ranks
+from fpcn_dist.engine import TrainingState
+from fpcn_dist.errors import UserError
+from fpcn_dist.evaluate import Evaluation, evaluate
+from fpcn_dist.export import load_model, save_model, write_card
+from fpcn_dist.models import build_model
+from fpcn_dist.report.build import build_report
+from fpcn_dist.report.samples import SampleCollector
+from fpcn_dist.rundir import RunFolder
+
+
+def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks) -> None:
+    """Export the best checkpoint (the newest where nothing was validated), evaluate it, write the report. Collective."""
+    name, step = ranks.on_first(lambda: _export(run, checkpoints))
+    evaluate_run(run, ranks, checkpoint=name, step=step)
+
+
+def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
+    best = checkpoints.folder / BEST
+    path = best if best.exists() else checkpoints.newest()
+    assert path is not None, "the last step writes a checkpoint"
+    state, info = read_checkpoint(path)
+    recipe, _ = run.open()
+    model = build_model(recipe.model.model_copy(update={"pretrained": False}), len(info.classes), task=recipe.task)
+    model.load_state_dict(model_weights(state))
+    save_model(run.path, model, recipe, info.classes)
+    return path.name, info.step
+
+
+def model_weights(state: TrainingState) -> dict:
+    """State dict of the bare model in ``state``: the moving average where there is one."""
+    prefix, tensors = ("module.", state.ema) if state.ema else ("model.", state.weights)
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def evaluate_run(
+    run: RunFolder,
+    ranks: Ranks,
+    *,
+    split: str | None = None,
+    data: Path | None = None,
+    checkpoint: str | None = None,
+    step: int | None = None,
+) -> Evaluation:
+    """Evaluate the exported model of a run; rewrite evaluation.json, samples, model card and report. Collective.
+
+    Args:
+        run: the run folder.
+        ranks: this process among all.
+        split: "train", "val" or "test"; ``None`` takes test images where the data have some, else val.
+        data: the image folder, where it is no longer where it was during training.
+        checkpoint, step: what the exported weights are; known from the last evaluation if omitted.
+
+    Raises:
+        UserError: no run or no model in the folder, no images in the split, an image that cannot be read.
+    """
+    recipe, manifest = run.open()
+    if data is not None:
+        manifest = manifest.moved(data)
+    split = split or ("test" if len(manifest.ids("test")) else "val")
+    if not len(manifest.ids(split)):
+        have = ", ".join(name for name in ("train", "val", "test") if len(manifest.ids(name)))
+        raise UserError("--split", split, "the data have no such images", f"choose one of {have}")
+    model, info = load_model(run.path, ranks.device)
+    before = Evaluation.load(run.path)
+    if checkpoint is None and before is not None:
+        checkpoint, step = before.checkpoint, before.step
+    samples = SampleCollector()
+    loader = EvalLoader.from_manifest(
+        manifest, split, recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
+    )
+    with contextlib.closing(loader):
+        evaluation = evaluate(
+            model, loader, info.classes, num_images=len(manifest.ids(split)), split=split,
+            checkpoint=checkpoint or "", step=step or 0, precision=recipe.train.precision, group=ranks.group,
+            samples=samples,
+        )  # fmt: skip
+    samples.write(run.path, info.classes, [image.path for image in manifest.images], group=ranks.group)
+    ranks.on_first(lambda: _write(run, recipe, evaluation))
+    return evaluation
+
+
+def _write(run: RunFolder, recipe: Recipe, evaluation: Evaluation) -> None:
+    evaluation.save(run.path)
+    write_card(run.path, recipe, evaluation.classes, evaluation)
+    report = build_report(run.path)
+    table = Table(title=f"{run.path}: {evaluation.images} {evaluation.split} images", title_justify="left")
+    for column in ("class", "images", "precision", "recall", "F1"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for row in evaluation.per_class:
+        table.add_row(row.name, str(row.images), *(_percent(x) for x in (row.precision, row.recall, row.f1)))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"{evaluation.split} accuracy {_percent(evaluation.accuracy)}", highlight=False)
+    console.print(f"report {report}", highlight=False)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,30 @@
+"""Tasks: what the one training loop trains."""
+
+from __future__ import annotations
+
+import torch
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.models import build_model
+from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.classify import Classify
+from fpcn_dist.tasks.contrast import Contrast
+
+__all__ = ["Classify", "Contrast", "Task", "TaskOutput", "build_task"]
+
+
+def build_task(recipe: Recipe, num_classes: int, group: torch.distributed.ProcessGroup | None = None) -> Task:
+    """The recipe's task around a freshly initialised model; the same weights for the same seed on every rank."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, num_classes, task=recipe.task)
+    if recipe.task == "classify":
+        return Classify(model, recipe.train.precision)
+    return Contrast(
+        model,
+        recipe.model,
+        recipe.contrast,
+        num_classes=num_classes,
+        seed=recipe.seed,
+        group=group,
+        precision=recipe.train.precision,
+    )

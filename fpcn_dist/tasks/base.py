@@ -1,0 +1,62 @@
+"""What every task is: a module that turns a batch into a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fpcn_dist.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class TaskOutput:
+    """Result of one step on this rank.
+
+    Attributes:
+        loss: scalar; its mean over ranks is the loss of the global batch.
+        logits: [B, K] float32, detached, for the training accuracy.
+        parts: detached scalars that the loss is made of; their means over ranks are those of the global batch.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Task(nn.Module, ABC):
+    """A model with its losses. The engine wraps the whole task, so that a loss may hold parameters and buffers.
+
+    A step has two halves: :meth:`encode` works image by image, :meth:`criterion` may couple images. Gradient
+    accumulation cuts the first half into parts and leaves the second whole, so it never changes the loss.
+
+    Args:
+        model: the network that is trained.
+        precision: ``"bf16"`` runs ``encode`` under bfloat16 autocast; the criterion always computes in float32.
+    """
+
+    couples_images = False
+    """Whether the criterion of a batch is more than the mean over its images."""
+
+    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Tensor:
+        """Features [B, C] float32 of the images of ``batch``."""
+
+    @abstractmethod
+    def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
+        """Loss of features [B, C]; ``step`` seeds what is drawn at random."""
+
+    def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
+        """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""
+        if pooled is None:
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                pooled = self.encode(batch)
+            pooled = pooled.float() if pooled.dtype in (torch.bfloat16, torch.float16) else pooled
+        return pooled if encode_only else self.criterion(pooled, batch, step)

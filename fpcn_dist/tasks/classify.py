@@ -1,0 +1,21 @@
+"""The plain classifier: cross-entropy on the pooled vector."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.tasks.base import Task, TaskOutput
+
+
+class Classify(Task):
+    """Baseline of the paper's Figure 5 and Table 4: the same backbone without region and pairs."""
+
+    def encode(self, batch: Batch) -> Tensor:
+        return self.model.pool(batch.images).pooled
+
+    def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
+        logits = self.model.logits(pooled)
+        loss = F.cross_entropy(logits, batch.labels)
+        return TaskOutput(loss, logits.detach(), {"class_loss": loss.detach()})

@@ -1,0 +1,37 @@
+"""Evaluate the model of a finished run, on one or several ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from fpcn_dist import cli
+
+
+@dataclass(frozen=True)
+class Args:
+    """Evaluate the model in RUN: accuracy, per class, confusion matrix, accuracy by object area; rewrites the report."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of train.py."""
+    split: Literal["train", "val", "test"] | None = None
+    """Images to evaluate; default: test where there are some, else val."""
+    data: Path | None = None
+    """The image folder, if it has moved since the training."""
+
+
+def main() -> None:
+    args = cli.parse(Args)
+    from fpcn_dist.distributed import connect
+    from fpcn_dist.results import evaluate_run
+    from fpcn_dist.rundir import RunFolder
+
+    with connect() as ranks:
+        evaluate_run(RunFolder(args.run), ranks, split=args.split, data=args.data)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,40 @@
+"""Train a recipe on a folder of photographs: with python, torchrun, deepspeed or srun."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fpcn_dist import cli
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a recipe on a folder of photographs, DIR/<class>/*.jpg, and write model, metrics and report."""
+
+    recipe: Path
+    """Recipe file; launch/recipes/ has some. Every field can be overridden below."""
+    data: Path
+    """Image folder, with or without train/, val/ and test/ above the class folders."""
+    overrides: cli.Overrides
+    output: Path | None = None
+    """Run folder; default: runs/<recipe name>-<data folder name>. The same command resumes what is in it."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint; never: begin again; or the path of a checkpoint."""
+    profile: bool = False
+    """Write a trace of a few early steps to RUN/profile/."""
+
+
+def main() -> None:
+    args = cli.parse(Args)
+    from fpcn_dist.distributed import connect
+    from fpcn_dist.train import train
+
+    recipe = args.overrides
+    output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
+    with connect() as ranks:
+        train(recipe, args.data, output, ranks, resume=args.resume, profile=args.profile)
+
+
+if __name__ == "__main__":
+    cli.run(main)
