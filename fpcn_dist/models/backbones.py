@@ -1,0 +1,176 @@
+"""Backbones: convolutional feature extractors, from torchvision and timm by name.
+
+Legend: B images, C channels and H x W cells of the feature map.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+
+from fpcn_dist.errors import UserError, nearest
+from fpcn_dist.models import weights
+from fpcn_dist.models.norms import batch_norms, replace_norms
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+"""The names that stand for torchvision's networks; all others are timm's."""
+
+
+def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "batch") -> Backbone:
+    """The backbone called ``name``.
+
+    Args:
+        name: one of :data:`RESNETS`, or a model of timm, with or without a tag.
+        pretrained: ``True``: ImageNet weights from the hub or its cache; a path: a weights file of this network, its
+            classifier included or not; ``False``: freshly initialised.
+        norm: ``"batch"``: normalisation as published; ``"sync_batch"``: BatchNorm over all ranks; ``"frozen_batch"``:
+            BatchNorm with its statistics and affine parameters as they were loaded; ``"group"``: GroupNorm instead.
+
+    Raises:
+        UserError: unknown name, no weights to be had, weights of another network, a network without a 2-D feature map,
+            a network without BatchNorm where ``norm`` would replace it, GroupNorm with weights trained with BatchNorm.
+    """
+    if norm == "group" and pretrained:
+        raise UserError(
+            "model.norm", norm, "pretrained weights were trained with BatchNorm and mean nothing with GroupNorm",
+            "set model.pretrained to false, or use batch, sync_batch or frozen_batch",
+        )  # fmt: skip
+    if name in RESNETS:
+        return ResNet(name, pretrained, norm)
+    known = {*timm.list_models(), *timm.list_pretrained()}
+    if name not in known:
+        close = difflib.get_close_matches(name, [*RESNETS, *known], n=1)
+        raise UserError("model.backbone", name, "there is no such network in timm", nearest(name, close or RESNETS))
+    return TimmNet(name, pretrained, norm)
+
+
+class Backbone(nn.Module):
+    """Images [B, 3, H', W'] to the final feature map [B, C, H, W].
+
+    Attributes:
+        net: the network itself, under the names of its library, less what follows the feature map.
+        channels: C.
+    """
+
+    net: nn.Module
+
+    def __init__(self, net: nn.Module, channels: int, norm: str) -> None:
+        super().__init__()
+        self.net = replace_norms(net, norm)
+        self.channels = channels
+        self.norm = norm
+        self.train()
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        if self.norm == "frozen_batch":
+            for layer in batch_norms(self.net):
+                layer.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, C, H, W]."""
+        self._check_device(images.device)
+        return self.net(images)
+
+    def _check_device(self, device: torch.device) -> None:
+        if self.norm == "sync_batch" and self.training and device.type == "cpu" and dist.is_initialized():
+            raise UserError(
+                "model.norm", self.norm, "BatchNorm cannot be synchronised between ranks that train on the CPU",
+                "use group or frozen_batch, train on GPUs, or start a single process",
+            )  # fmt: skip
+
+
+class ResNet(Backbone):
+    """torchvision's ResNet."""
+
+    def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
+        resnet: torchvision.models.ResNet = getattr(torchvision.models, name)(weights=None)
+        layers = OrderedDict((name, layer) for name, layer in resnet.named_children() if name not in ("avgpool", "fc"))
+        net = nn.Sequential(layers)
+        if isinstance(pretrained, str):
+            weights.load_file(net, pretrained, ignored=["fc"])
+        elif pretrained:
+            net.load_state_dict(weights.torchvision_weights(name), strict=False)
+        super().__init__(net, resnet.fc.in_features, norm)
+
+    def forward_with_companion(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, C, H, W], and those of the block before the last, of the same shape."""
+        self._check_device(images.device)
+        *stem, last_stage = self.net.children()
+        *blocks, last_block = last_stage.children()
+        companion = images
+        for module in (*stem, *blocks):
+            companion = module(companion)
+        return last_block(companion), companion
+
+
+class TimmNet(Backbone):
+    """Any network of timm that ends in a two-dimensional feature map."""
+
+    net: Any
+
+    def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
+        net = weights.timm_model(name, published_weights=pretrained is True)
+        features = _probe(net)
+        if features.ndim != 4:
+            raise UserError(
+                "model.backbone", name, f"its features have shape {list(features.shape)}, not [B, C, H, W]",
+                "use a convolutional network or a transformer that keeps the image's layout, for example swin",
+            )  # fmt: skip
+        channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        removed = _remove_unused(net, features)
+        if isinstance(pretrained, str):
+            weights.load_file(net, pretrained, ignored=[*_classifiers(net), *removed])
+        super().__init__(net, features.shape[-1 if channels_last else 1], norm)
+        self.channels_last = channels_last
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._check_device(images.device)
+        features = self.net.forward_features(images)
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+
+def _classifiers(net: Any) -> list[str]:
+    names = net.pretrained_cfg.get("classifier") or ()
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _probe(net: Any) -> Tensor:
+    """Features of one blank image of the size that ``net`` was published for, with their autograd graph."""
+    net.eval()
+    features = net.forward_features(torch.zeros(1, *net.pretrained_cfg["input_size"]))
+    net.train()
+    return features
+
+
+def _remove_unused(net: nn.Module, features: Tensor) -> list[str]:
+    """Take out of ``net`` the modules whose parameters ``features`` do not depend on; returns their names.
+
+    Some networks normalise or project after the pooling, which is ours. Parameters that never get a gradient would
+    make data-parallel training fail.
+    """
+    used, visited = set(), set()
+    nodes: list[Any] = [features.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        used.add(id(getattr(node, "variable", None)))
+        nodes.extend(before for before, _ in node.next_functions)
+    removed: list[str] = []
+    for name, module in list(net.named_modules()):
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        inside_removed = name.startswith(tuple(f"{parent}." for parent in removed))
+        if parameters and not inside_removed and not any(id(parameter) in used for parameter in parameters):
+            net.set_submodule(name, nn.Identity())
+            removed.append(name)
+    return removed

@@ -1,0 +1,124 @@
+"""FPCN, and the plain classifier that is its baseline.
+
+Legend: B images, C channels of the feature map, D hidden units (``hidden``), K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fpcn_kernels import MaskedPool, masked_pool
+from torch import Tensor, nn
+
+from fpcn_dist.config import ModelConfig
+from fpcn_dist.errors import UserError
+from fpcn_dist.models.backbones import ResNet, build_backbone
+
+
+class Classifier(nn.Module):
+    """Backbone, global average pooling, one linear layer.
+
+    Args:
+        backbone: see :func:`build_backbone`, as for ``pretrained`` and ``norm``.
+        num_classes: K.
+    """
+
+    def __init__(self, backbone: str, num_classes: int, *, pretrained: bool | str = False, norm: str = "batch") -> None:
+        super().__init__()
+        self.backbone = build_backbone(backbone, pretrained=pretrained, norm=norm)
+        self.classifier = nn.Linear(self.backbone.channels, num_classes)
+
+    def pool(self, images: Tensor) -> MaskedPool:
+        """Images [B, 3, H', W'] to the mean of their features over the whole map; the mask is all ones."""
+        features_BCHW = self.backbone(images)
+        pooled_BC = features_BCHW.mean((2, 3), dtype=torch.promote_types(features_BCHW.dtype, torch.float32))
+        mask_BHW = pooled_BC.new_ones(len(images), *features_BCHW.shape[2:])
+        return MaskedPool(pooled_BC, mask_BHW, mask_BHW[:, 0, 0])
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Pooled vectors [B, C] to logits [B, K], image by image."""
+        return self.classifier(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H', W'] to logits [B, K]."""
+        return self.logits(self.pool(images).pooled)
+
+
+class FPCN(Classifier):
+    """Feature-positioning contrast network (eq. 1 to 9).
+
+    The layers of the MLP of eq. 6 are ``fuse_in`` [2C -> D] and ``fuse_out`` [D -> C]. Training classifies *pairs* of
+    pooled vectors, see ``fpcn_kernels.pair_contrast``; a single image is classified as the pair of it with itself.
+
+    Args:
+        backbone: see :func:`build_backbone`.
+        num_classes: K.
+        **options: the other fields of :class:`~fpcn_dist.config.ModelConfig`, where they are described, with its
+            defaults, except that ``pretrained`` is ``False`` here.
+
+    Raises:
+        UserError: see :func:`build_backbone`; or ``companion`` with a network that is not one of torchvision's ResNets.
+        pydantic.ValidationError: an option that does not exist, or has no such value.
+    """
+
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 200, **options: Any) -> None:
+        config = ModelConfig(backbone=backbone, **{"pretrained": False, **options})
+        super().__init__(backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+        if config.companion and not isinstance(self.backbone, ResNet):
+            raise UserError(
+                "model.companion", True, f"it is not known which block of {backbone} comes before the last",
+                "set model.companion to false, or use resnet18, resnet34, resnet50 or resnet101",
+            )  # fmt: skip
+        self.config = config
+        channels = self.backbone.channels
+        self.fuse_in = nn.Linear(2 * channels, config.hidden)
+        self.fuse_out = nn.Linear(config.hidden, channels)
+        if config.fuse_init == "ones":
+            # X_f = 1 up to noise: eq. 8 and 9 then change nothing, and training starts as a plain classifier.
+            nn.init.normal_(self.fuse_out.weight, std=1e-3)
+            nn.init.ones_(self.fuse_out.bias)
+
+    def pool(self, images: Tensor) -> MaskedPool:
+        """Images [B, 3, H', W'] to their features, pooled inside the region (eq. 1 to 5 and 7).
+
+        Returns:
+            pooled [B, C], mask [B, H, W] and area [B], at least float32 whatever autocast does to the backbone.
+        """
+        if self.config.region == "none":
+            return super().pool(images)
+        if self.config.companion and isinstance(self.backbone, ResNet):
+            features, companion = self.backbone.forward_with_companion(images)
+        else:
+            features, companion = self.backbone(images), None
+        with torch.autocast(images.device.type, enabled=False):
+            result = masked_pool(features, theta=self.config.theta, region=self.config.region, companion=companion)
+        if self.config.area_scale:
+            return result
+        return result._replace(pooled=result.pooled / result.area[:, None])
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Pooled vectors [B, C] to logits [B, K], image by image and without dropout, as ``inference`` says.
+
+        ``"self_pair"``: of X * X_f, or of X + sigmoid(X_f * X) * X with the gated head, where X_f = MLP(concat(X, X));
+        ``"plain"``: of X.
+        """
+        if self.config.inference == "plain":
+            return self.classifier(pooled)
+        hidden = self.fuse_in(torch.cat([pooled, pooled], dim=1))
+        if self.config.activation == "relu":
+            hidden = hidden.relu()
+        fused = self.fuse_out(hidden)
+        gate = fused if self.config.head == "product" else 1 + torch.sigmoid(fused * pooled)
+        return self.classifier(gate * pooled)
+
+
+def build_model(config: ModelConfig, num_classes: int, *, task: str) -> Classifier:
+    """The network of a recipe: :class:`FPCN` for the task "contrast", :class:`Classifier` for "classify".
+
+    Raises:
+        UserError: see :class:`FPCN`.
+    """
+    if task == "classify":
+        return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+    return FPCN(num_classes=num_classes, **config.model_dump())

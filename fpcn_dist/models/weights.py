@@ -1,0 +1,134 @@
+"""Pretrained weights: from a file, or from the hubs of torchvision and timm where there is a network."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import huggingface_hub
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fpcn_dist.errors import UserError
+
+NETWORK_TIMEOUT = 5.0
+"""Seconds that a hub may take to answer before it counts as out of reach."""
+
+_WAYS_OUT = "give the path of a .pth or .safetensors file, or false to train from scratch"
+
+
+def load_file(net: nn.Module, path: str | Path, ignored: Sequence[str] = ()) -> None:
+    """Load a weights file into ``net``: torchvision's, timm's, or the model.safetensors of a run of this project.
+
+    Args:
+        net: whose state dict the file must match, but for counters of BatchNorm batches.
+        path: .safetensors, or anything that ``torch.load`` reads without running code from it.
+        ignored: names of modules (a classifier) that the file may hold and ``net`` lacks.
+
+    Raises:
+        UserError: no such file, not a weights file, or the weights of another network.
+    """
+    path = Path(path).expanduser()
+    weights = _own_backbone(_read(path))
+    foreign = tuple(f"{name}." for name in ignored)
+    weights = {key: value for key, value in weights.items() if not key.startswith(foreign)}
+    expected = net.state_dict()
+    problems = {
+        "missing": [key for key in expected.keys() - weights.keys() if not key.endswith("num_batches_tracked")],
+        "unexpected": list(weights.keys() - expected.keys()),
+        "reshaped": [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape],
+    }
+    if any(problems.values()):
+        found = [f"{len(keys)} {kind} (such as {min(keys)})" for kind, keys in problems.items() if keys]
+        raise UserError(
+            "model.pretrained",
+            path,
+            f"these are the weights of another network: {', '.join(found)}",
+            "give a file of this backbone, or set model.backbone to the one that the file was made for",
+        )
+    net.load_state_dict(weights, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError("model.pretrained", path, "there is no such file", _WAYS_OUT)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything
+        raise UserError("model.pretrained", path, "this is not a readable weights file", _WAYS_OUT) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError("model.pretrained", path, "this file holds no state dict of tensors", _WAYS_OUT)
+    return content
+
+
+def _own_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's part where ``weights`` are a whole model of this project, else all of them."""
+    prefix = "backbone.net."
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return own or weights
+
+
+def torchvision_weights(name: str) -> dict[str, Tensor]:
+    """ImageNet weights of a torchvision model, from its cache or the hub: the first set that was published, as the
+    released code takes.
+
+    Raises:
+        UserError: not in the cache, and the hub is out of reach.
+    """
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    with _hub(url):
+        if not cached.exists():
+            _reach(url)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
+
+
+def timm_model(name: str, *, published_weights: bool) -> nn.Module:
+    """A timm model without its classifier; with its published weights, from timm's cache or the hub, if asked for.
+
+    Raises:
+        UserError: nobody published weights, or they are not in the cache and the hub is out of reach.
+    """
+    create = functools.partial(timm.create_model, name, num_classes=0, global_pool="")
+    if not published_weights:
+        return create()
+    published = timm.get_pretrained_cfg(name)
+    repository = published.hf_hub_id if published else None
+    if not repository:
+        raise UserError("model.pretrained", True, f"there are no published weights for {name}", _WAYS_OUT)
+    url = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+    cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
+    with _hub(url):
+        # The hub's client retries for most of a minute without a network, even where the cache holds the weights.
+        if isinstance(cached, str):
+            return create(pretrained=True, pretrained_cfg_overlay={"file": cached, "custom_load": False})
+        _reach(url)
+        return create(pretrained=True)
+
+
+def _reach(url: str) -> None:
+    """Raise an OSError soon, before anything is written, unless a server answers at ``url``."""
+    with contextlib.suppress(urllib.error.HTTPError):  # an answer too
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=NETWORK_TIMEOUT).close()
+
+
+@contextlib.contextmanager
+def _hub(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each hub's client has its own exceptions
+        raise UserError(
+            "model.pretrained", True, f"the weights could not be fetched from {url} ({error})", _WAYS_OUT
+        ) from error
