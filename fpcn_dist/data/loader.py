@@ -1,0 +1,257 @@
+"""Batches on the device, decoded ahead of time: endless and balanced for training, each image once for evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fpcn_dist.config import DataConfig
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.dali import Decoder, Decoding, Request
+from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
+from fpcn_dist.data.validate import check_image
+from fpcn_dist.errors import UserError
+
+Ids = NDArray[np.int64]
+
+
+class Replacement(NamedTuple):
+    """An image that turned unreadable during the run, and in whose place others of its class are shown."""
+
+    image_id: int
+    path: str
+    reason: str
+
+
+class _Plan(NamedTuple):
+    """A rank's share of a batch before it is decoded; columns as in :class:`Batch`."""
+
+    paths: list[str]
+    labels: Ids
+    image_ids: Ids
+    view_ids: Ids
+    crops: Ids
+
+    @property
+    def request(self) -> Request:
+        return Request(self.paths, self.crops)
+
+    def batch(self, images: Tensor, device: torch.device) -> Batch:
+        columns = (self.labels, self.image_ids, self.view_ids, self.crops)
+        return Batch(images, *(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
+
+    def faults(self, config: DataConfig) -> dict[int, Replacement]:
+        """Which of the images cannot be decoded now, by image id."""
+        decoder = Decoder()
+        checks = {
+            image_id: (path, check_image(Path(path), config.max_pixels, decoder).reason)
+            for image_id, path in zip(self.image_ids.tolist(), self.paths, strict=True)
+        }
+        return {i: Replacement(i, path, reason) for i, (path, reason) in checks.items() if reason}
+
+
+def _threads(config: DataConfig) -> int:
+    """CPU threads of this rank's pipeline: as configured, or its share of the cores that it may run on."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+class TrainLoader:
+    """This rank's share of an endless sequence of class-balanced global batches, starting at any step.
+
+    Batch k is a function of (manifest, config, seed, k, rank, world size) alone: the same bits after a restart and with
+    any number of threads, and joined over the ranks the same global batch for any number of ranks.
+
+    A file that turns unreadable during the run is replaced, wherever it is due, by another training image of its class
+    that the global batch does not hold yet, which (seed, image id, step) choose; the batch names the image that it
+    really shows. Two such replacements in one batch may coincide. A process started anew replaces the file alike.
+
+    Args:
+        manifest: the images.
+        config: sizes, composition of a batch, threads.
+        seed: key of batches and views.
+        rank, world_size: which share of each global batch is decoded.
+        device: where the images are decoded and end up.
+        start_step: step of the first batch.
+
+    Attributes:
+        batch_size: images of the *global* batch.
+        steps_per_epoch: training images // batch_size, at least 1.
+        replaced: the files of this rank's batches that turned unreadable so far.
+
+    Raises:
+        UserError: the data or the number of ranks do not fit the batch; while iterating, more than ``max_bad_images``
+            files of this rank turned unreadable, or all images of a class did.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: DataConfig,
+        seed: int,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        start_step: int = 0,
+    ) -> None:
+        self._manifest, self._config, self._seed = manifest, config, seed
+        self._rank, self._world_size, self._device = rank, world_size, device
+        train_ids, self._labels = manifest.ids("train"), manifest.labels
+        self._ids_of_class = [train_ids[self._labels[train_ids] == label] for label in range(len(manifest.classes))]
+        self._sampler = BalancedSampler(manifest.classes, self._ids_of_class, config, seed)
+        check_division(self._sampler.classes_per_batch, self._sampler.images_per_class, world_size)
+        self.batch_size = self._sampler.batch_size
+        self.steps_per_epoch = max(1, len(train_ids) // self.batch_size)
+        self._unreadable: dict[int, Replacement] = {}
+        self._planned: deque[_Plan] = deque()
+        self._step = start_step
+        self._start()
+
+    @property
+    def replaced(self) -> list[Replacement]:
+        return list(self._unreadable.values())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while True:
+            try:
+                images = self._decoding.next()
+            except RuntimeError as error:
+                self._leave_out_unreadable(error)
+                self._start()
+                continue
+            self._step += 1
+            return self._planned.popleft().batch(images, self._device)
+
+    def close(self) -> None:
+        """Stop the pipeline and free its buffers."""
+        del self._decoding
+
+    def _start(self) -> None:
+        """Decode from the next step on, in a new pipeline."""
+        self._planned.clear()
+        size = self.batch_size // self._world_size
+        self._decoding = Decoding(self._requests(self._step), self._config, self._device, size, _threads(self._config))
+
+    def _requests(self, step: int) -> Iterator[Request]:
+        while True:
+            plan = self._plan(step)
+            self._planned.append(plan)
+            yield plan.request
+            step += 1
+
+    def _plan(self, step: int) -> _Plan:
+        batch_ids, batch_views = self._sampler.batch(step)
+        image_ids, view_ids = (share(column, self._rank, self._world_size) for column in (batch_ids, batch_views))
+        image_ids = np.array([self._readable(i, step, batch_ids) for i in image_ids.tolist()], dtype=np.int64)
+        paths = [str(self._manifest.path(image_id)) for image_id in image_ids.tolist()]
+        crops = views(self._seed, image_ids, view_ids, self._config)
+        return _Plan(paths, self._labels[image_ids], image_ids, view_ids, crops)
+
+    def _readable(self, image_id: int, step: int, batch_ids: Ids) -> int:
+        """The image itself, or what stands in for it where it is known to be unreadable."""
+        if image_id not in self._unreadable:
+            return image_id
+        label = self._labels[image_id]
+        candidates = np.setdiff1d(self._ids_of_class[label], list(self._unreadable))
+        if not candidates.size:
+            reason = f"all training images of class {self._manifest.classes[label]!r} turned unreadable during the run"
+            raise UserError("--data", self._manifest.root, reason, "restore them and start the same command again")
+        unused = np.setdiff1d(candidates, batch_ids)
+        return int(substitutes(self._seed, image_id, step, unused if unused.size else candidates)[0])
+
+    def _leave_out_unreadable(self, error: RuntimeError) -> None:
+        """Find out which files stopped the pipeline."""
+        found = {i: fault for plan in self._planned for i, fault in plan.faults(self._config).items()}
+        if not found:
+            raise error
+        self._unreadable |= found
+        if len(self._unreadable) > self._config.max_bad_images:
+            shown = "; ".join(f"{path}: {reason}" for _, path, reason in self._unreadable.values())
+            reason = f"{len(self._unreadable)} files turned unreadable during the run ({shown})"
+            mend = "restore them and start the same command again, or raise data.max_bad_images"
+            raise UserError("data.max_bad_images", self._config.max_bad_images, reason, mend) from error
+
+
+class EvalLoader:
+    """Every image exactly once across the ranks, in its central crop; for evaluation and for prediction on any files.
+
+    Rank r takes images r, r + world_size, ... in order; shares may be uneven or empty and last batches short. View
+    numbers are -1: the central crop is none of the training views. It can be iterated any number of times.
+
+    Args:
+        paths: N image files.
+        labels: [N] class indices, -1 where unknown.
+        image_ids: [N] ids that the batches carry.
+        config: sizes, images per batch, threads.
+        rank, world_size: which share is decoded.
+        device: where the images are decoded and end up.
+
+    Raises:
+        UserError: while iterating, a file is unreadable. It is not replaced or left out: an accuracy over other images
+            than the ones asked for would be wrong without showing it.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Ids,
+        image_ids: Ids,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        mine = slice(rank, None, world_size)
+        self._paths = [str(path) for path in paths[mine]]
+        self._labels, self._image_ids = np.asarray(labels)[mine], np.asarray(image_ids)[mine]
+        self._config, self._device = config, device
+
+    @classmethod
+    def from_manifest(
+        cls, manifest: Manifest, split: str, config: DataConfig, *, rank: int, world_size: int, device: torch.device
+    ) -> EvalLoader:
+        """The images of a split."""
+        ids = manifest.ids(split)
+        paths = [manifest.path(image_id) for image_id in ids.tolist()]
+        return cls(paths, manifest.labels[ids], ids, config, rank=rank, world_size=world_size, device=device)
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self._paths) // self._config.eval_batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = min(self._config.eval_batch_size, len(self._paths))
+        plans = [self._plan(slice(i * size, (i + 1) * size)) for i in range(len(self))]
+        if not plans:
+            return
+        requests = iter([plan.request for plan in plans])
+        decoding = Decoding(requests, self._config, self._device, size, _threads(self._config))
+        for plan in plans:
+            try:
+                images = decoding.next()
+            except RuntimeError as error:
+                self._explain(plan, error)
+            yield plan.batch(images, self._device)
+
+    def _plan(self, part: slice) -> _Plan:
+        paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]
+        return _Plan(paths, labels, image_ids, np.full(len(paths), -1), centre_views(len(paths), self._config))
+
+    def _explain(self, plan: _Plan, error: RuntimeError) -> NoReturn:
+        for _, path, reason in plan.faults(self._config).values():
+            raise UserError("image", path, reason, "restore it, or leave it out and evaluate anew") from error
+        raise error
