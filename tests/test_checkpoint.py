@@ -1,0 +1,128 @@
+"""Checkpoints: whole or not there, verified, portable, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fpcn_dist.checkpoint import (
+    BEST,
+    CheckpointFolder,
+    CheckpointInfo,
+    read_checkpoint,
+    require_same_recipe,
+    write_checkpoint,
+)
+from fpcn_dist.config import Recipe
+from fpcn_dist.engine import TrainingState
+from fpcn_dist.errors import UserError
+
+
+def state(step: int = 3, size: int = 5) -> TrainingState:
+    torch.manual_seed(step)
+    weights = {"model.a.weight": torch.randn(size, 2), "model.steps": torch.tensor(7), "model.half": torch.ones(3).bfloat16()}
+    moments = {"model.a.weight": {"exp_avg": torch.randn(size, 2), "step": torch.tensor(3.0)}}
+    return TrainingState(step, weights, moments, {"module.a.weight": torch.randn(size, 2)})
+
+
+def info(step: int = 3, **values) -> CheckpointInfo:
+    return CheckpointInfo(step, Recipe().model_dump(), "hash", ("a", "b"), **values)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        same(a[k], b[k]) if isinstance(a[k], dict) else torch.equal(a[k], b[k]) for k in a
+    )
+
+
+def test_round_trip(tmp_path):
+    write_checkpoint(tmp_path / "x", state(), info(accuracy=0.5))
+    loaded, said = read_checkpoint(tmp_path / "x")
+    assert said == info(accuracy=0.5)
+    assert loaded.step == 3
+    assert same(loaded.weights, state().weights)
+    assert same(loaded.optimizer, state().optimizer)
+    assert same(loaded.ema, state().ema)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3, 4):
+        folder.save(state(step), info(step, accuracy=step == 2), best=step == 2)
+    assert folder.steps() == [3, 4]
+    assert read_checkpoint(folder.folder / BEST)[1].step == 2
+    assert folder.newest() == folder.path(4)
+    folder.clear()
+    assert folder.newest() is None
+    assert not (folder.folder / BEST).exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text"])
+def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
+    warnings = []
+    folder = CheckpointFolder(tmp_path, keep=3, warn=warnings.append)
+    for step in (1, 2):
+        folder.save(state(step), info(step), best=False)
+    path = folder.path(2)
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-1] ^= 1
+    path.write_bytes({"truncated": data[:-9], "flipped": data, "emptied": b"", "text": b"hello" * 9}[damage])
+    assert folder.newest() == folder.path(1)
+    assert len(warnings) == 1 and str(path) in warnings[0]
+
+
+def test_nothing_whole_is_an_error(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3, warn=lambda _: None)
+    folder.save(state(1), info(1), best=False)
+    folder.path(1).write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 checkpoints is whole"):
+        folder.newest()
+
+
+def test_missing_and_foreign(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_checkpoint(tmp_path / "absent")
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(UserError, match="not written by fpcn_dist"):
+        read_checkpoint(tmp_path / "foreign")
+    torch.save({"a": 1}, tmp_path / "pickle")
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        read_checkpoint(tmp_path / "pickle")
+
+
+def test_changed_recipes_are_refused_field_by_field(tmp_path):
+    said = info()
+    harmless = {"name": "other", "engine": {"name": "deepspeed"}, "train": {"micro_batches": 2, "log_every": 1}}
+    require_same_recipe(Recipe.model_validate(harmless), said, tmp_path)
+    with pytest.raises(UserError, match=r"of another recipe: optim.lr 0.01 -> 0.5"):
+        require_same_recipe(Recipe.model_validate({"optim": {"lr": 0.5}}), said, tmp_path)
+    with pytest.raises(UserError, match=r"of another model: model.backbone 'resnet101' -> 'resnet18'"):
+        require_same_recipe(Recipe.model_validate({"model": {"backbone": "resnet18"}}), said, tmp_path)
+
+
+def test_full_disk_leaves_what_was_there(tmp_path):
+    """A process whose files may not grow past 64 KiB meets the error of a full disk in the middle of a write."""
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from pathlib import Path
+from test_checkpoint import CheckpointFolder, info, state
+from fpcn_dist import cli
+folder = CheckpointFolder(Path({str(tmp_path)!r}), keep=1)
+folder.save(state(1), info(1), best=True)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+cli.run(lambda: folder.save(state(2, size=100_000), info(2), best=False))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr and "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(tmp_path)) == [BEST, "step-00000001.safetensors"]
+    assert read_checkpoint(tmp_path / BEST)[1].step == 1
