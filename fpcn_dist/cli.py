@@ -82,7 +82,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _recipe_path(argv: Sequence[str]) -> Path | None:
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word.startswith("--recipe="):
             return Path(word.partition("=")[2])
         if word == "--recipe" and following:

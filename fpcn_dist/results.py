@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -69,7 +69,7 @@ def evaluate_run(
     """
     recipe, manifest = run.open()
     if data is not None:
-        manifest = manifest.moved(data)
+        manifest = dataclasses.replace(manifest, root=str(data.resolve()))
     split = split or ("test" if len(manifest.ids("test")) else "val")
     if not len(manifest.ids(split)):
         have = ", ".join(name for name in ("train", "val", "test") if len(manifest.ids(name)))
@@ -82,12 +82,11 @@ def evaluate_run(
     loader = EvalLoader.from_manifest(
         manifest, split, recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
     )
-    with contextlib.closing(loader):
-        evaluation = evaluate(
-            model, loader, info.classes, num_images=len(manifest.ids(split)), split=split,
-            checkpoint=checkpoint or "", step=step or 0, precision=recipe.train.precision, group=ranks.group,
-            samples=samples,
-        )  # fmt: skip
+    evaluation = evaluate(
+        model, loader, info.classes, num_images=len(manifest.ids(split)), split=split,
+        checkpoint=checkpoint or "", step=step or 0, precision=recipe.train.precision, group=ranks.group,
+        samples=samples,
+    )  # fmt: skip
     samples.write(run.path, info.classes, [image.path for image in manifest.images], group=ranks.group)
     ranks.on_first(lambda: _write(run, recipe, evaluation))
     return evaluation

@@ -78,7 +78,7 @@ def start_run(
         UserError: the folder, the data or the checkpoint cannot be used, or data or recipe changed since it was written.
     """
     run.create()
-    manifest = build_manifest(data, recipe.data, recipe.seed)
+    manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
     if resume == "never":
         checkpoints.clear()
     checkpoint = Path(resume) if resume not in ("auto", "never") else checkpoints.newest()

@@ -74,7 +74,7 @@ def train(
     progress = Progress(total_steps, start_step=start, rank=ranks.rank)
 
     with contextlib.closing(loader), contextlib.closing(logger), progress, profiled(output, ranks, profile) as tick:
-        batches = iter(loader)
+        batches, reported = iter(loader), 0
         for step in range(start, total_steps):
             if step == frozen_steps and step > start:  # the backbone thaws: a new engine goes on from the old one's state
                 state = engine.state(step)
@@ -105,9 +105,10 @@ def train(
                 extra = speed if row is rows[-1] else {}
                 logger.log_step(row["step"], row["step"] / steps_per_epoch, {**row, **extra})
             progress.update(done, epoch, {**rows[-1], **speed})
-            for replaced in ranks.gather(loader.take_replaced()):
-                logger.log_replaced(done, replaced.path, replaced.reason)
-                progress.print(f"warning: {replaced.path} {replaced.reason}; another image was drawn in its place")
+            for _, path, reason in ranks.gather(loader.replaced[reported:]):
+                logger.log_replaced(done, path, reason)
+                progress.print(f"warning: {path} {reason}; another image is shown in its place")
+            reported = len(loader.replaced)
 
             accuracy = None
             if evaluate_now and len(manifest.ids("val")):
@@ -132,11 +133,10 @@ def _validate(model: nn.Module, recipe: Recipe, manifest: Manifest, ranks: Ranks
     loader = EvalLoader.from_manifest(
         manifest, "val", recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
     )
-    with contextlib.closing(loader):
-        return evaluate(
-            model, loader, manifest.classes, num_images=len(manifest.ids("val")), split="val", step=step,
-            precision=recipe.train.precision, group=ranks.group,
-        )  # fmt: skip
+    return evaluate(
+        model, loader, manifest.classes, num_images=len(manifest.ids("val")), split="val", step=step,
+        precision=recipe.train.precision, group=ranks.group,
+    )  # fmt: skip
 
 
 def _require_even_parts(share: int, micro_batches: int) -> None:
