@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -52,6 +52,6 @@ def _group_norm(layer: Any) -> nn.Module:
     norm = nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine)
     if layer.affine:
         norm.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    # timm's BatchNormAct2d holds what follows it.
-    inside = [child for child in layer.children()]
-    return nn.Sequential(norm, *inside) if inside else norm
+    # timm's BatchNormAct2d holds the dropout and the activation that follow it.
+    following = list(layer.children())
+    return nn.Sequential(norm, *following) if following else norm
