@@ -1,11 +1,15 @@
-"""Writing files so that a reader, or a run that is killed at any point, sees the old file or the new one, never half of it."""
+"""Writing files whole or not at all: whoever reads, or kills, a run sees the old file or the new one, never half."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fpcn_dist.errors import UserError
 
@@ -41,3 +45,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in UTF-8; see :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace ``path`` by a safetensors file of contiguous CPU tensors; see :func:`replacing`."""
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:  # its name for a full disk
+            raise OSError(str(error)) from error

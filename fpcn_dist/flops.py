@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpcn_dist.evaluate import evaluating
 
-# Dense datasheet peaks in TFLOP/s as (bfloat16, float32), float32 accumulation, no sparsity. Where there are TF32 tensor
-# cores, float32 is their peak: cuDNN's convolutions use them by default. None: the GPU cannot. The first match counts.
+# Dense datasheet peaks in TFLOP/s as (bfloat16, float32), with float32 accumulation. Where there are TF32 tensor cores,
+# float32 is their peak: cuDNN's convolutions use them by default. None: the GPU cannot. The first match counts.
 _PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
     (r"\bB200", 2250.0, 1100.0),
     (r"H200 NVL", 835.5, 417.5),

@@ -53,7 +53,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 class MetricsLogger:
     """Rank 0's record of the run: a line of metrics.jsonl and points in TensorBoard for everything logged.
 
-    Every line carries ``kind``, ``step`` and ``time`` (seconds since 1970). Other ranks may log as well: nothing happens.
+    Every line carries ``kind``, ``step`` and ``time`` (seconds since 1970). On other ranks nothing is written.
 
     Args:
         run_dir: the run folder; must exist.
