@@ -1,0 +1,248 @@
+"""How well a model classifies: accuracy, confusion matrix, and accuracy by the size of the region (Figure 4).
+
+Everything is counted on the device and summed over ranks once, at the end.
+
+Shape legend: B images of a batch, K classes, H x W cells of the feature map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.errors import UserError
+from fpcn_dist.files import write_text
+
+if TYPE_CHECKING:
+    from fpcn_dist.report.samples import SampleCollector
+
+FILE = "evaluation.json"
+AREAS = ("0-25%", "25-50%", "50-75%", "75-100%")
+"""Share of the feature map's cells inside the region, in the four parts of the paper's Figure 4."""
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Scores of one class; ``None`` where a ratio is 0/0 (never predicted, or no images)."""
+
+    name: str
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    images: int
+
+
+@dataclass(frozen=True)
+class AreaScore:
+    """Accuracy over the images whose region covers ``area`` of the feature map; ``None`` where there are none."""
+
+    area: str
+    images: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of :func:`evaluate`; evaluation.json in a run folder.
+
+    Attributes:
+        split: the images: "val" or "test".
+        checkpoint: name of the weights that were evaluated.
+        step: optimizer steps that these weights have seen.
+        images: number of images.
+        loss: mean cross-entropy of the single-image logits.
+        accuracy: share of images whose most probable class is the true one.
+        per_class: scores in class order.
+        confusion: [K][K] counts; rows are true classes, columns predicted ones.
+        area_quartiles: one entry for each of :data:`AREAS`.
+    """
+
+    split: str
+    checkpoint: str
+    step: int
+    images: int
+    loss: float
+    accuracy: float
+    per_class: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    area_quartiles: tuple[AreaScore, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(score.name for score in self.per_class)
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(self)
+        values["per_class"] = [{"class": score.pop("name"), **score} for score in values["per_class"]]
+        return json.dumps(values, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: not JSON, or not an evaluation.
+        """
+        try:
+            values = json.loads(text)
+            values["per_class"] = tuple(ClassScore(name=score.pop("class"), **score) for score in values["per_class"])
+            values["area_quartiles"] = tuple(AreaScore(**score) for score in values["area_quartiles"])
+            values["confusion"] = tuple(tuple(row) for row in values["confusion"])
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not an evaluation ({type(error).__name__}: {error})") from error
+
+    def save(self, run_dir: Path) -> None:
+        """Write ``run_dir``/evaluation.json."""
+        write_text(Path(run_dir) / FILE, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Evaluation | None:
+        """Read ``run_dir``/evaluation.json; ``None`` where the run was not evaluated yet.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = Path(run_dir) / FILE
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError("file", path, str(error), "evaluate the run again") from error
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module of ``model`` into evaluation mode, and each back into its own mode afterwards.
+
+    Modes are kept per module: in a model under training, a frozen part may already be in evaluation mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The arithmetic that ``train.precision`` names: "fp32" leaves everything alone, "bf16" is bfloat16 autocast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def object_share(mask_BHW: Tensor) -> Tensor:
+    """[B] share of cells inside the region. Outside, the mask holds theta < 1, so alpha (eq. 4) is not this share."""
+    return (mask_BHW == 1).float().mean(dim=(1, 2))
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    classes: Sequence[str],
+    *,
+    num_images: int,
+    split: str = "val",
+    checkpoint: str = "",
+    step: int = 0,
+    precision: str = "fp32",
+    group: dist.ProcessGroup | None = None,
+    samples: SampleCollector | None = None,
+) -> Evaluation:
+    """Classify every image that the ranks' loaders yield; the same result on every rank.
+
+    Args:
+        model: bare FPCN or classifier with ``pool`` and ``logits``; its modes (train, eval) come back unchanged.
+        loader: this rank's batches; the ranks' shares are disjoint and may be uneven or empty.
+        classes: K class names in label order.
+        num_images: images that all ranks should see together.
+        split, checkpoint, step: what is evaluated, noted in the result.
+        precision: "fp32" or "bf16" (autocast).
+        group: ranks that evaluate together; ``None`` is this process alone.
+        samples: takes the images worth showing in the report.
+
+    Raises:
+        UserError: there are no images.
+        RuntimeError: the ranks saw more or fewer images than ``num_images``; the counts are named rank by rank.
+    """
+    if num_images == 0:
+        raise UserError("split", split, "has no images", "choose another split, or raise data.val_fraction")
+    device = next(model.parameters()).device
+    num_classes = len(classes)
+    rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    seen_by_area = torch.zeros(len(AREAS), dtype=torch.int64, device=device)
+    correct_by_area = torch.zeros(len(AREAS), dtype=torch.int64, device=device)
+    loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+
+    with evaluating(model), torch.inference_mode():
+        for batch in loader:
+            with autocast(device, precision):
+                pool = model.pool(batch.images)
+            logits_BK = model.logits(pool.pooled)
+            predicted = logits_BK.argmax(dim=1)
+            quartile = (object_share(pool.mask) * len(AREAS)).long().clamp(max=len(AREAS) - 1)
+            confusion.index_add_(0, batch.labels * num_classes + predicted, torch.ones_like(predicted))
+            seen_by_area.index_add_(0, quartile, torch.ones_like(quartile))
+            correct_by_area.index_add_(0, quartile, (predicted == batch.labels).long())
+            loss_sum += F.cross_entropy(logits_BK, batch.labels, reduction="sum")
+            if samples is not None:
+                samples.update(batch, logits_BK.softmax(dim=1), pool.mask)
+
+    # One float64 vector for one collective; counts stay exact up to 2^53.
+    seen_by_rank = torch.zeros(world_size, dtype=torch.float64, device=device)
+    seen_by_rank[rank] = confusion.sum()
+    parts = [confusion, seen_by_area, correct_by_area, loss_sum, seen_by_rank]
+    totals = torch.cat([part.double() for part in parts])
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    counts, seen, correct, loss, by_rank = totals.cpu().split([part.numel() for part in parts])
+    images = int(by_rank.sum())
+    if images != num_images:
+        shares = ", ".join(f"rank {index}: {int(count)}" for index, count in enumerate(by_rank))
+        raise RuntimeError(f"evaluation on {split!r} saw {images} of {num_images} images ({shares})")
+    matrix = counts.long().view(num_classes, num_classes)
+    return Evaluation(
+        split=split,
+        checkpoint=checkpoint,
+        step=step,
+        images=images,
+        loss=loss.item() / images,
+        accuracy=matrix.diagonal().sum().item() / images,
+        per_class=_class_scores(classes, matrix),
+        confusion=tuple(tuple(row) for row in matrix.tolist()),
+        area_quartiles=tuple(
+            AreaScore(area, int(total), _ratio(hits, total))
+            for area, total, hits in zip(AREAS, seen.tolist(), correct.tolist(), strict=True)
+        ),
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _class_scores(classes: Sequence[str], confusion_KK: Tensor) -> tuple[ClassScore, ...]:
+    """Precision, recall and F1 = 2 TP / (2 TP + FP + FN) of each class."""
+    hits, truths, predictions = (
+        counts.tolist() for counts in (confusion_KK.diagonal(), confusion_KK.sum(dim=1), confusion_KK.sum(dim=0))
+    )
+    return tuple(
+        ClassScore(
+            name, _ratio(hits[k], predictions[k]), _ratio(hits[k], truths[k]),
+            _ratio(2 * hits[k], truths[k] + predictions[k]), truths[k],
+        )
+        for k, name in enumerate(classes)
+    )
