@@ -1,0 +1,179 @@
+"""A trained model as a folder that others can load: model.safetensors, config.json and a model card.
+
+The layout is that of Hugging Face, so the folder can be uploaded as it is. Nothing in it is executable: weights are
+read with safetensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fpcn_dist import __version__
+from fpcn_dist.config import DataConfig, ModelConfig, Recipe
+from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.errors import UserError
+from fpcn_dist.evaluate import Evaluation
+from fpcn_dist.files import write_tensors, write_text
+from fpcn_dist.models import build_model
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What config.json says about a model beside its weights.
+
+    Attributes:
+        classes: class names in label order.
+        preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
+        model: the network.
+        task: "contrast" (FPCN) or "classify" (the plain classifier).
+    """
+
+    classes: tuple[str, ...]
+    preprocessing: DataConfig
+    model: ModelConfig
+    task: str
+
+
+def save_model(
+    run_dir: Path, model: nn.Module, recipe: Recipe, classes: Sequence[str], *, evaluation: Evaluation | None = None
+) -> None:
+    """Write model.safetensors, config.json and the model card to ``run_dir``; each appears whole or not at all.
+
+    Args:
+        run_dir: the run folder; must exist.
+        model: the bare network with the weights to save, on any device and in any memory format.
+        recipe: the recipe that it was trained with.
+        classes: class names in label order.
+        evaluation: results for the model card, where there are any yet.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    run_dir = Path(run_dir)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(run_dir / WEIGHTS, state, {"format": "pt"})
+    config = {
+        "format": _FORMAT,
+        "fpcn_dist_version": __version__,
+        "architectures": [type(model).__name__],
+        "task": recipe.task,
+        "model": recipe.model.model_dump(),
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
+        "preprocessing": {
+            "resize": recipe.data.resize, "crop": recipe.data.crop, "mean": list(MEAN), "std": list(STD)
+        },
+    }  # fmt: skip
+    write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_card(run_dir, recipe, classes, evaluation)
+
+
+def write_card(run_dir: Path, recipe: Recipe, classes: Sequence[str], evaluation: Evaluation | None) -> None:
+    """Write README.md, the model card; call it again once there is an evaluation."""
+    templates = Environment(
+        loader=PackageLoader("fpcn_dist.report", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["yaml"] = json.dumps  # a JSON string is a YAML string, whatever characters a name holds
+    templates.filters["cell"] = _table_cell
+    text = templates.get_template("card.md.j2").render(
+        recipe=recipe, classes=list(classes), evaluation=evaluation, version=__version__
+    )
+    write_text(Path(run_dir) / CARD, text)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelInfo]:
+    """Rebuild the model that :func:`save_model` wrote, in evaluation mode; touches no network.
+
+    Raises:
+        UserError: no such folder, no model in it, a config.json of something else, or weights that do not fit it.
+    """
+    folder = Path(folder)
+    info = _load_info(folder)
+    # The weights file replaces pretrained ones, which may not even be reachable here.
+    offline = info.model.model_copy(update={"pretrained": False})
+    model = build_model(offline, len(info.classes), task=info.task)
+    _load_weights(model, folder / WEIGHTS)
+    return model.to(device).eval(), info
+
+
+def _load_info(folder: Path) -> ModelInfo:
+    if not folder.is_dir():
+        raise UserError("model", folder, "there is no such folder", "give the run folder of a finished training")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(
+                "model", folder, f"holds no {name}", "give a run folder whose training ended, or export a checkpoint"
+            )
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("model", path, f"is not JSON ({error})", "export the model again") from None
+    if not isinstance(config, dict) or "fpcn_dist_version" not in config:
+        raise UserError("model", path, "was not written by fpcn_dist", "give a folder that fpcn_dist has exported")
+    if config.get("format") != _FORMAT:
+        version = config["fpcn_dist_version"]
+        reason = f"has format {config.get('format')} (fpcn_dist {version}), not {_FORMAT} (fpcn_dist {__version__})"
+        raise UserError("model", path, reason, f"install fpcn_dist {version}, or export the model again")
+    try:
+        return _parse_info(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__} {error}"
+        raise UserError("model", path, f"is damaged ({detail})", "export the model again") from error
+
+
+def _parse_info(config: dict[str, Any]) -> ModelInfo:
+    labels = config["id2label"]
+    preprocessing = config["preprocessing"]
+    if (preprocessing["mean"], preprocessing["std"]) != (list(MEAN), list(STD)):
+        raise ValueError("its mean and std are not those of ImageNet")
+    if config["task"] not in ("contrast", "classify"):
+        raise ValueError(f"unknown task {config['task']!r}")
+    return ModelInfo(
+        classes=tuple(labels[str(index)] for index in range(len(labels))),
+        preprocessing=DataConfig(resize=preprocessing["resize"], crop=preprocessing["crop"]),
+        model=ModelConfig.model_validate(config["model"]),
+        task=config["task"],
+    )
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Copy the tensors of ``path`` into ``model`` after checking every name and shape."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError("model", path, f"is not a safetensors file ({error})", "export the model again") from None
+    expected = model.state_dict()
+    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    faults += [f"{name} is unknown" for name in state.keys() - expected.keys()]
+    faults += [
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    ]
+    if faults:
+        shown = "; ".join(sorted(faults)[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        reason = f"does not fit the network that {CONFIG} describes: {shown}"
+        raise UserError("model", path, reason, "put both files of one export together")
+    model.load_state_dict(state)
+
+
+def _table_cell(text: str) -> str:
+    """Text for a cell of a Markdown table: nothing in it can start HTML, end the cell or the line."""
+    for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
+        text = text.replace(character, written)
+    return text
