@@ -1,0 +1,199 @@
+"""Classify photographs with a trained model, and show where it looked.
+
+Shape legend: B images of a batch, K classes, h x w cells of the feature map.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from fpcn_dist.data.loader import EvalLoader
+from fpcn_dist.data.manifest import SUFFIXES, find_images
+from fpcn_dist.data.validate import Refused, check_images, refusal_table
+from fpcn_dist.errors import UserError
+from fpcn_dist.evaluate import autocast, object_share
+from fpcn_dist.export import ModelInfo, load_model
+from fpcn_dist.files import replacing, write_text
+from fpcn_dist.report.overlay import draw_overlay, to_pixels
+
+_TABLE_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one file.
+
+    Attributes:
+        file: the file, as it was given or found in a given folder.
+        predicted: the most probable class.
+        probabilities: of every class, in label order; they sum to 1.
+        object_share: share of the image inside the region that the model looked at.
+        overlay: name of the drawing of that region in overlays/.
+    """
+
+    file: str
+    predicted: str
+    probabilities: dict[str, float]
+    object_share: float
+    overlay: str
+
+
+def predict(
+    model_dir: Path,
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    console: Console | None = None,
+) -> list[Prediction]:
+    """Classify files, write predictions.json, predictions.csv and overlays/*.png to ``output``, print a table.
+
+    Files that are no readable images are listed and left out.
+
+    Args:
+        model_dir: a run folder, or any folder that :func:`fpcn_dist.export.save_model` wrote.
+        paths: image files, and folders that are searched for images at any depth.
+        output: folder for the results; made if missing.
+        device: where to compute.
+        precision: "fp32" or "bf16" (autocast).
+        console: where to print; standard output by default.
+
+    Raises:
+        UserError: no model there, no such path, no image in a folder, or not one readable image at all.
+    """
+    console = console or Console()
+    model, info = load_model(Path(model_dir), device)
+    files, refused = _readable(_find(paths), info)
+    if refused:
+        console.print(refusal_table(refused))
+    if not files:
+        raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
+    overlays = Path(output) / "overlays"
+    try:
+        overlays.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("--output", output, str(error.strerror).lower(), "choose another folder") from error
+    found = _classify(model, info, files, overlays, torch.device(device), precision)
+    total = -(-len(files) // info.preprocessing.eval_batch_size)
+    predictions = [
+        prediction for batch in track(found, "classify", total, console=console, transient=True) for prediction in batch
+    ]
+    _write(Path(output), predictions)
+    console.print(_table(predictions))
+    console.print(f"Wrote {output}/predictions.json, predictions.csv and {len(predictions)} overlays.", highlight=False)
+    return predictions
+
+
+def _find(paths: Sequence[Path]) -> list[Path]:
+    """All files that ``paths`` name, each once, in the given order; within a folder by name."""
+    named: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError("images", path, "there is no such file or folder", "check the path")
+        files = list(find_images(path)) if path.is_dir() else [path]
+        if not files:
+            raise UserError("images", path, "holds no images", f"images end in {', '.join(sorted(SUFFIXES))}")
+        named += files
+    if not named:
+        raise UserError("images", None, "none were given", "name at least one file or folder")
+    unique: dict[Path, Path] = {}
+    for file in named:
+        unique.setdefault(file.absolute(), file)
+    return list(unique.values())
+
+
+def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused]]:
+    """Files that decode, and those that do not with the reason."""
+    checks = check_images(files, info.preprocessing.max_pixels)
+    checked = list(zip(files, checks, strict=True))
+    refused = [Refused(str(file), check.reason) for file, check in checked if check.reason is not None]
+    return [file for file, check in checked if check.ok], refused
+
+
+def overlay_names(files: Sequence[Path]) -> list[str]:
+    """A PNG name for each file: its stem, made unique with a digest of its path where several share that."""
+    count = Counter(file.stem.lower() for file in files)  # lower: some file systems ignore case
+    return [
+        f"{file.stem}.png"
+        if count[file.stem.lower()] == 1
+        else f"{file.stem}-{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:12]}.png"
+        for file in files
+    ]
+
+
+def _classify(
+    model: nn.Module, info: ModelInfo, files: list[Path], overlays: Path, device: torch.device, precision: str
+) -> Iterator[list[Prediction]]:
+    """Predictions batch by batch, in the order of ``files``; the overlays of a batch are on disk when it comes."""
+    count = len(files)
+    loader = EvalLoader(
+        files, np.full(count, -1), np.arange(count), info.preprocessing, rank=0, world_size=1, device=device
+    )
+    names = overlay_names(files)
+
+    def save_overlay(pixels: np.ndarray, mask: np.ndarray, name: str) -> None:
+        with replacing(overlays / name) as temporary:
+            draw_overlay(pixels, mask, side=pixels.shape[0]).save(temporary, format="PNG")
+
+    with torch.inference_mode(), ThreadPoolExecutor() as pool:
+        for batch in loader:
+            with autocast(device, precision):
+                region = model.pool(batch.images)
+            probabilities_BK = model.logits(region.pooled).softmax(dim=1).cpu()
+            shares, masks = object_share(region.mask).tolist(), region.mask.float().cpu().numpy()
+            ids = batch.image_ids.tolist()
+            pixels = map(to_pixels, batch.images)
+            list(pool.map(save_overlay, pixels, masks, [names[index] for index in ids]))
+            yield [
+                Prediction(
+                    file=str(files[index]),
+                    predicted=info.classes[int(row.argmax())],
+                    probabilities=dict(zip(info.classes, row.tolist(), strict=True)),
+                    object_share=share,
+                    overlay=names[index],
+                )
+                for index, row, share in zip(ids, probabilities_BK, shares, strict=True)
+            ]
+
+
+def _write(output: Path, predictions: Sequence[Prediction]) -> None:
+    write_text(output / "predictions.json", json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+    text = io.StringIO()
+    classes = list(predictions[0].probabilities)
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "predicted", *(f"probability {name}" for name in classes), "object_share", "overlay"])
+    for one in predictions:
+        shown = (f"{one.probabilities[name]:.6f}" for name in classes)
+        rows.writerow([one.file, one.predicted, *shown, f"{one.object_share:.4f}", one.overlay])
+    write_text(output / "predictions.csv", text.getvalue())
+
+
+def _table(predictions: Sequence[Prediction]) -> Table:
+    """The first predictions, and above them how often each class was found."""
+    table = Table("file", "class", "probability", "runner-up")
+    for one in predictions[:_TABLE_ROWS]:
+        ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
+        runner_up = f"{escape(ranked[1][0])} {100 * ranked[1][1]:.1f} %" if len(ranked) > 1 else ""
+        table.add_row(escape(one.file), escape(one.predicted), f"{100 * ranked[0][1]:.1f} %", runner_up)
+    if len(predictions) > _TABLE_ROWS:
+        counts = Counter(one.predicted for one in predictions).most_common()
+        found = ", ".join(f"{escape(name)} {number}" for name, number in counts)
+        table.caption = f"{_TABLE_ROWS} of {len(predictions)} files shown; in all: {found}"
+    return table
