@@ -1,0 +1,192 @@
+"""Gather what a run folder holds into one HTML file that needs nothing else: no network, no scripts, no other file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fpcn_dist import __version__
+from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.errors import UserError
+from fpcn_dist.evaluate import Evaluation
+from fpcn_dist.files import write_text
+from fpcn_dist.metrics import read_metrics
+from fpcn_dist.report.figures import draw_curves, read_curves
+from fpcn_dist.report.samples import FOLDER, read_samples
+
+FILE = "report.html"
+_LARGEST_MATRIX = 25
+"""Classes up to which the whole confusion matrix is shown; beyond, the pairs most often confused."""
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write ``run_dir``/report.html from the files of the run that are there already, and return its path.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, or a damaged file.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError("run folder", run_dir, "there is no such folder", "give the --output folder of a training")
+    recipe_text = _read(run_dir / "recipe.yaml")
+    metrics = read_metrics(run_dir)
+    if not recipe_text and not metrics:
+        raise UserError("run folder", run_dir, "holds no run", "give the --output folder of a training")
+    manifest = Manifest.load(run_dir / "manifest.json") if (run_dir / "manifest.json").is_file() else None
+    environment = _read_environment(run_dir / "environment.json")
+    evaluation = Evaluation.load(run_dir)
+    samples = [(sample, _data_uri(run_dir / FOLDER / sample.file)) for sample in read_samples(run_dir)]
+    replaced = [line for line in metrics if line["kind"] == "replaced"]
+
+    templates = Environment(
+        loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    css, _, _ = templates.loader.get_source(templates, "report.css")
+    html = templates.get_template("template.html.j2").render(
+        title=run_dir.resolve().name,
+        subtitle=str(manifest.root) if manifest else "",
+        css=Markup(css),
+        tiles=_tiles(evaluation, manifest, metrics),
+        charts=_charts(metrics),
+        evaluation=evaluation,
+        confusion=_confusion_rows(evaluation) if evaluation else [],
+        confused=_most_confused(evaluation) if evaluation else [],
+        mistakes=[entry for entry in samples if not entry[0].correct],
+        correct=[entry for entry in samples if entry[0].correct],
+        splits=_splits(manifest) if manifest else None,
+        left_out=[
+            ("Files refused before training", manifest.refused if manifest else []),
+            ("Files replaced during training", [(line["path"], line["reason"]) for line in replaced]),
+        ],
+        recipe_text=recipe_text,
+        command=_command(environment),
+        environment=_flatten({name: value for name, value in environment.items() if name != "command"}),
+        version=__version__,
+    )
+    write_text(run_dir / FILE, html)
+    return run_dir / FILE
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(_read(path) or "{}")
+    except ValueError as error:
+        raise UserError("file", path, f"is not JSON ({error})", "remove it") from error
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _tiles(
+    evaluation: Evaluation | None, manifest: Manifest | None, metrics: Sequence[dict[str, Any]]
+) -> list[dict[str, str]]:
+    """The headline: name, value and a note of each number that there is."""
+    tiles = []
+    if evaluation:
+        note = f"{evaluation.images:,} {evaluation.split} images, step {evaluation.step:,} {evaluation.checkpoint}"
+        tiles.append({"name": "accuracy", "value": _percent(evaluation.accuracy), "note": note})
+    if manifest:
+        splits = Counter(image.split for image in manifest.images)
+        note = ", ".join(f"{count:,} {split}" for split, count in splits.items())
+        tiles.append({"name": "images", "value": f"{len(manifest.images):,}", "note": note})
+        tiles.append({"name": "classes", "value": str(len(manifest.classes)), "note": ""})
+    evals = [line for line in metrics if line["kind"] == "eval" and line.get("accuracy") is not None]
+    if evals:
+        best = max(evals, key=lambda line: line["accuracy"])
+        note = f"step {best['step']:,}, epoch {best['epoch']:.4g}"
+        tiles.append({"name": f"best {best['split']} accuracy", "value": _percent(best["accuracy"]), "note": note})
+    steps = [line for line in metrics if line["kind"] == "step"]
+    if steps:
+        last = steps[-1]
+        tiles.append({"name": "last step", "value": f"{last['step']:,}", "note": f"epoch {last['epoch']:.4g}"})
+        seconds = metrics[-1]["time"] - metrics[0]["time"]
+        tiles.append({"name": "time", "value": _duration(seconds), "note": "first to last log entry"})
+    return tiles
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _charts(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """Heading and SVG of each curve that has points. The SVG comes from matplotlib, which escapes its labels."""
+    parts = sorted({name for line in metrics if line["kind"] == "step" for name in line if name.endswith("_loss")})
+    losses = {"total": read_curves(metrics, "step", "loss")}
+    losses |= {name.removesuffix("_loss"): read_curves(metrics, "step", name) for name in parts}
+    losses["validation"] = read_curves(metrics, "eval", "loss")
+    accuracies = {
+        "training": read_curves(metrics, "step", "accuracy"),
+        "validation": read_curves(metrics, "eval", "accuracy"),
+    }
+    charts = [
+        ("Loss", draw_curves("loss", losses)),
+        ("Accuracy", draw_curves("accuracy", accuracies, percent=True)),
+        ("Learning rate", draw_curves("lr", {"learning rate": read_curves(metrics, "step", "lr")})),
+        ("Images per second", draw_curves("speed", {"images/s": read_curves(metrics, "step", "images_per_second")})),
+    ]
+    return [(heading, Markup(svg)) for heading, svg in charts if svg]
+
+
+def _confusion_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Rows of the table: each cell is (count, share of the row). Empty where there are too many classes for one."""
+    if len(evaluation.classes) > _LARGEST_MATRIX:
+        return []
+    return [
+        {"name": name, "index": index, "total": sum(row), "cells": [(count, count / max(1, sum(row))) for count in row]}
+        for index, (name, row) in enumerate(zip(evaluation.classes, evaluation.confusion, strict=True))
+    ]
+
+
+def _most_confused(evaluation: Evaluation) -> list[dict[str, Any]]:
+    names = evaluation.classes
+    pairs = [
+        {"truth": names[i], "predicted": names[j], "count": count, "share": count / sum(row)}
+        for i, row in enumerate(evaluation.confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair["count"])[:_LARGEST_MATRIX]
+
+
+def _splits(manifest: Manifest) -> dict[str, Any]:
+    """Images of each class in each split."""
+    counts = Counter((image.label, image.split) for image in manifest.images)
+    names = [split for split in ("train", "val", "test") if any(image.split == split for image in manifest.images)]
+    rows = [(name, [counts[label, split] for split in names]) for label, name in enumerate(manifest.classes)]
+    return {"names": names, "rows": rows}
+
+
+def _command(environment: dict[str, Any]) -> str:
+    command = environment.get("command", "")
+    return command if isinstance(command, str) else shlex.join(command)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as (dotted name, text) rows."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return rows
