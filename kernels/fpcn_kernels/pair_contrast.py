@@ -1,0 +1,292 @@
+"""Classification loss over pairs of images (equations 6, 8, 9 and the class term of 12).
+
+    X_f = W_out f(W_in [x_a; x_b] + b_in) + b_out                          (6)
+    logits_a = W_cls (x_a * X_f) + b_cls,  logits_b likewise from x_b      (8, 9)
+    loss = mean over the chosen ordered pairs (a, b) of (CE(logits_a, y_a) + CE(logits_b, y_b)) / 2
+
+Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair costs 4 K D and no tensor has N^2 rows:
+
+    W_in [x_a; x_b] = W_a x_a + W_b x_b = u_a + v_b
+    logits_a = G_a f(u_a + v_b) + g_a  with  G_a = (W_cls * x_a) W_out,  g_a = W_cls (x_a * b_out) + b_cls
+
+The pass that computes the loss computes the gradients too; the backward only scales them. Legend: see _pair_torch.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fpcn_kernels import reference
+from fpcn_kernels._collectives import RowShards
+from fpcn_kernels._pair_torch import Gradients, Hidden, PairProblem, pair_loss
+from fpcn_kernels._random import PairDropout, RandomPairs
+from fpcn_kernels._validate import (
+    accumulation_dtype,
+    check_choice,
+    check_floating,
+    check_fraction,
+    check_shape,
+    resolve_backend,
+)
+
+
+def pair_contrast(
+    pooled: Tensor,
+    labels: Tensor,
+    fuse_in_weight: Tensor,
+    fuse_in_bias: Tensor,
+    fuse_out_weight: Tensor,
+    fuse_out_bias: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+    *,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    pairs: int | Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean cross-entropy over ordered pairs of images, both sides of each (equations 6, 8, 9, class term of 12).
+
+    With ``group`` the batch is the global one: ``pooled`` and ``labels`` are this rank's contiguous slice of it, in
+    rank order, of any size. The mean over ranks of the losses and of the parameters' gradients, which is what DDP
+    computes, equals the single-process values; the gradient of ``pooled`` is world_size times the single-process rows,
+    so that what DDP averages further down is exact too. Only u and v (2 D numbers an image) and their gradients travel,
+    all within the forward pass.
+
+    Every random choice is a function of the seed and of global indices: the same for any backend, tiling and number of
+    ranks. NaN or Inf in any argument makes the loss and all gradients NaN. The loss can be differentiated once.
+
+    Args:
+        pooled: image vectors x [B, C]; float64, or any of float32, bfloat16 and float16, which accumulate in float32.
+        labels: int64 classes [B] in [0, K).
+        fuse_in_weight, fuse_in_bias: W_in [D, 2C] on the concatenation of both vectors, b_in [D].
+        fuse_out_weight, fuse_out_bias: W_out [C, D], b_out [C].
+        classifier_weight, classifier_bias: W_cls [K, C], b_cls [K].
+        activation: f, ``"relu"`` or ``"identity"``.
+        dropout: chance that a hidden unit of a pair is zeroed, in [0, 1); the others are divided by 1 - dropout.
+        seed: of dropout and random pairs: an int or a 0-dim int64 tensor, equal on all ranks.
+        pairs: ``None`` for all N^2 ordered pairs of the global batch, self pairs included; an int n for n distinct
+            random ones; or an int64 list [P, 2] of global indices, the whole list on every rank.
+        group: process group over whose ranks the global batch is split; ``None``: the batch is all there is.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"reference"`` (no ``group``).
+
+    Returns:
+        The loss, 0-dim, float32 (float64 where an argument is float64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+        RuntimeError: the backend is not available.
+    """
+    operands = (
+        pooled,
+        fuse_in_weight,
+        fuse_in_bias,
+        fuse_out_weight,
+        fuse_out_bias,
+        classifier_weight,
+        classifier_bias,
+    )
+    _check_operands(labels, *operands)
+    check_choice("activation", activation, ("relu", "identity"))
+    check_fraction("dropout", dropout)
+    _check_pairs(pairs, pooled.device)
+    seed = _seed_tensor(seed, pooled.device)
+    if resolve_backend(backend) == "reference":
+        if group is not None:
+            raise ValueError("backend 'reference' runs in a single process, got a group; use backend='torch'")
+        return reference.pair_contrast(
+            pooled, labels, *operands[1:], activation=activation, dropout=dropout, seed=int(seed), pairs=pairs
+        )
+    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    listed, count = (pairs, None) if isinstance(pairs, Tensor) else (None, pairs)
+    group_name = None if group is None else group.group_name
+    return _pair_contrast(
+        *operands, labels, seed, listed, count, activation == "relu", float(dropout), group_name, with_gradients
+    )[0]
+
+
+@torch.library.custom_op("fpcn::pair_contrast", mutates_args=())
+def _pair_contrast(
+    pooled: Tensor,
+    fuse_in_weight: Tensor,
+    fuse_in_bias: Tensor,
+    fuse_out_weight: Tensor,
+    fuse_out_bias: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+    labels: Tensor,
+    seed: Tensor,
+    listed: Tensor | None,
+    count: int | None,
+    relu: bool,
+    dropout: float,
+    group_name: str | None,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss and, if asked for, the gradients of the seven floating-point operands, in the accumulation dtype.
+
+    A group goes by its name, as an operator's schema has no groups.
+    """
+    operands = (
+        pooled,
+        fuse_in_weight,
+        fuse_in_bias,
+        fuse_out_weight,
+        fuse_out_bias,
+        classifier_weight,
+        classifier_bias,
+    )
+    dtype = accumulation_dtype(*operands)
+    group = None if group_name is None else dist.distributed_c10d._resolve_process_group(group_name)  # pyright: ignore
+    with torch.autocast(pooled.device.type, enabled=False):
+        wide = [t.to(dtype) for t in operands]
+        x_BC, in_weight, in_bias, out_weight, out_bias, cls_weight, cls_bias = wide
+        weight_a, weight_b = in_weight.chunk(2, 1)
+        shards = RowShards(len(x_BC), group, x_BC.device)
+        _check_values(labels, len(classifier_bias), listed, count, shards.total)
+        uv_B2D = torch.cat([torch.addmm(in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
+        u_ND, v_ND = shards.gather(uv_B2D).chunk(2, 1)
+        pairs = listed if count is None else RandomPairs(count, seed, shards.total)
+        chosen = count or (shards.total**2 if listed is None else len(listed))
+        # A relu or an unchosen pair could hide what is not finite; multiplication by zero passes it on.
+        poison = torch.stack([0 * torch.stack(t.aminmax()).sum() for t in wide if t.numel()]).sum()
+        problem = PairProblem(
+            x_BC,
+            u_ND,
+            v_ND,
+            out_weight,
+            out_bias,
+            cls_weight,
+            cls_bias,
+            labels,
+            shards.first,
+            Hidden(relu, PairDropout(dropout, seed, shards.total, len(in_bias), dtype) if dropout else None),
+            scale=len(shards.sizes) / (2 * chosen) + poison,
+        )
+        gradients = Gradients.zeros(problem) if with_gradients else None
+        loss = pair_loss(problem, pairs, gradients)
+        if gradients is None:
+            return loss, *(loss.new_empty(0) for _ in operands)  # pyright: ignore
+        grad_uv_B2D = shards.reduce_scatter(torch.cat([gradients.u_ND, gradients.v_ND], 1))
+        grad_u_BD, grad_v_BD = grad_uv_B2D.chunk(2, 1)
+        return (
+            loss,
+            gradients.x_BC.addmm_(grad_u_BD, weight_a).addmm_(grad_v_BD, weight_b),
+            torch.cat([grad_u_BD.T @ x_BC, grad_v_BD.T @ x_BC], 1),
+            grad_u_BD.sum(0),
+            gradients.out_weight_CD,
+            gradients.out_bias_C,
+            gradients.cls_weight_KC,
+            gradients.cls_bias_K,
+        )
+
+
+@_pair_contrast.register_fake
+def _(*arguments):
+    *tensors, with_gradients = arguments
+    operands = tensors[:7]
+    dtype = accumulation_dtype(*operands)
+    shapes = [t.shape if with_gradients else (0,) for t in operands]
+    return tuple(operands[0].new_empty(shape, dtype=dtype) for shape in [(), *shapes])
+
+
+def _setup_context(ctx, inputs, output):
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [t.dtype for t in inputs[:7]]
+    ctx.other_inputs = len(inputs) - 7
+
+
+def _backward(ctx, grad_loss, *_):
+    # Scaled before they are rounded: a loss scale keeps float16 gradients above underflow.
+    scaled = [(grad_loss * t).to(dtype) for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+    return (*scaled, *[None] * ctx.other_inputs)
+
+
+_pair_contrast.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_operands(
+    labels: Tensor,
+    pooled: Tensor,
+    fuse_in_weight: Tensor,
+    fuse_in_bias: Tensor,
+    fuse_out_weight: Tensor,
+    fuse_out_bias: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+) -> None:
+    check_floating("pooled", pooled, "[B, C]")
+    check_floating("fuse_in_weight", fuse_in_weight, "[D, 2C]")
+    check_floating("classifier_weight", classifier_weight, "[K, C]")
+    (batch, channels), width, classes = pooled.shape, len(fuse_in_weight), len(classifier_weight)
+    for name, tensor, legend, shape in [
+        ("fuse_in_weight", fuse_in_weight, "[D, 2C]", (width, 2 * channels)),
+        ("fuse_in_bias", fuse_in_bias, "[D]", (width,)),
+        ("fuse_out_weight", fuse_out_weight, "[C, D]", (channels, width)),
+        ("fuse_out_bias", fuse_out_bias, "[C]", (channels,)),
+        ("classifier_weight", classifier_weight, "[K, C]", (classes, channels)),
+        ("classifier_bias", classifier_bias, "[K]", (classes,)),
+    ]:
+        check_floating(name, tensor, legend)
+        check_shape(name, tensor, legend, shape, pooled.device)
+    for name, size in (("C", channels), ("D", width), ("K", classes)):
+        if size == 0:
+            raise ValueError(
+                f"{name} must be at least 1, got pooled {list(pooled.shape)}, fuse_in_weight "
+                f"{list(fuse_in_weight.shape)}, classifier_weight {list(classifier_weight.shape)}"
+            )
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor [B], got {_kind(labels)}")
+    check_shape("labels", labels, "[B]", (batch,), pooled.device)
+
+
+def _check_pairs(pairs: int | Tensor | None, device: torch.device) -> None:
+    if pairs is None:
+        return
+    if isinstance(pairs, Tensor) and pairs.dtype == torch.int64:
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
+            raise ValueError(f"pairs must be a list [P, 2] of at least one pair, got {list(pairs.shape)}")
+        check_shape("pairs", pairs, "[P, 2]", pairs.shape, device)
+    elif isinstance(pairs, bool) or not isinstance(pairs, int):
+        raise TypeError(f"pairs must be None, an int or an int64 tensor [P, 2], got {_kind(pairs)}")
+    elif pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}")
+
+
+def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64:
+        if seed.ndim:
+            raise ValueError(f"seed must have no dimension, got {list(seed.shape)}")
+        return seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a 0-dim int64 tensor, got {_kind(seed)}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return torch.tensor(seed, device=device)
+
+
+def _check_values(labels: Tensor, classes: int, listed: Tensor | None, count: int | None, images: int) -> None:
+    """What only the values, and the size of the global batch, tell. On an accelerator out-of-range indices trip the
+    device's own assertions instead: reading them here would wait for the device in every step."""
+    if images == 0:
+        raise ValueError("pooled [B, C] must hold at least one image over all ranks, got none")
+    if count is not None and count > images**2:
+        raise ValueError(f"pairs {count} exceeds the {images}^2 = {images**2} ordered pairs of the batch")
+    for name, index, end in (("labels", labels, classes), ("pairs", listed, images)):
+        if index is None or index.numel() == 0 or index.device.type != "cpu":
+            continue
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{name} {list(index.shape)} must lie in [0, {end}), got values from {low} to {high}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
