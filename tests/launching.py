@@ -14,10 +14,10 @@ TINY = """
 name: tiny
 data: {resize: 40, crop: 32, classes_per_batch: null, images_per_class: 4, val_fraction: 0.2, test_fraction: 0.2, threads: 1}
 model: {backbone: resnet18, pretrained: false, norm: group, hidden: 32}
-optim: {lr: 0.01, warmup_epochs: 1}
-train: {epochs: 3, log_every: 1, checkpoint_every: 2, eval_every: 1, keep_checkpoints: 4}
+optim: {lr: 0.001, warmup_epochs: 1}
+train: {epochs: 4, log_every: 1, checkpoint_every: 2, eval_every: 1, keep_checkpoints: 4}
 """
-"""4 steps of 12 images an epoch on the 24 images per class of the fixture, 16 of which train."""
+"""3 steps of 12 images an epoch on the 24 images per class of the fixture, 14 of which train."""
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from fpcn_dist.data.batch import Batch
 
 
-@dataclass(frozen=True)
-class TaskOutput:
-    """Result of one step on this rank.
+class TaskOutput(NamedTuple):
+    """Result of one step on this rank; a tuple, because DeepSpeed hooks onto the tensors of tuples alone.
 
     Attributes:
         loss: scalar; its mean over ranks is the loss of the global batch.
@@ -23,7 +22,7 @@ class TaskOutput:
 
     loss: Tensor
     logits: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor]
 
 
 class Task(nn.Module, ABC):

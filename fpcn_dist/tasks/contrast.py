@@ -77,7 +77,7 @@ class Contrast(Task):
         if self.head.head == "gated":
             return gated_contrast_loss(
                 pooled, labels, *weights, pairs=pairs, margin=self.config.margin,
-                dropout=self.head.dropout, seed=seed, group=self.group,
+                activation=self.head.activation, dropout=self.head.dropout, seed=seed, group=self.group,
             )  # fmt: skip
         return pair_contrast(
             pooled, labels, *weights, activation=self.head.activation, dropout=self.head.dropout,

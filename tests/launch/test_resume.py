@@ -83,7 +83,7 @@ def test_a_damaged_newest_checkpoint_falls_back(runs, single):
 
 def test_a_changed_recipe_is_refused(runs, single):
     done = runs.run([*command("python"), *runs.train_argv(single, "--optim.lr", "0.5")], expect=2)
-    assert "optim.lr 0.01 -> 0.5" in done.stderr and "Traceback" not in done.stderr
+    assert "optim.lr 0.001 -> 0.5" in done.stderr and "Traceback" not in done.stderr
     done = runs.run([*command("python"), *runs.train_argv(single, "--model.hidden", "8")], expect=2)
     assert "is of another model: model.hidden 32 -> 8" in done.stderr
 
