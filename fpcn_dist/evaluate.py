@@ -25,6 +25,7 @@ from fpcn_dist.errors import UserError
 from fpcn_dist.files import write_text
 
 if TYPE_CHECKING:
+    from fpcn_dist.models import Classifier
     from fpcn_dist.report.samples import SampleCollector
 
 FILE = "evaluation.json"
@@ -149,7 +150,7 @@ def object_share(mask_BHW: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Classifier,
     loader: Iterable[Batch],
     classes: Sequence[str],
     *,
@@ -164,7 +165,7 @@ def evaluate(
     """Classify every image that the ranks' loaders yield; the same result on every rank.
 
     Args:
-        model: bare FPCN or classifier with ``pool`` and ``logits``; its modes (train, eval) come back unchanged.
+        model: the bare network, on its device; its modes (train, eval) come back unchanged.
         loader: this rank's batches; the ranks' shares are disjoint and may be uneven or empty.
         classes: K class names in label order.
         num_images: images that all ranks should see together.

@@ -16,7 +16,6 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from fpcn_dist import __version__
 from fpcn_dist.config import DataConfig, ModelConfig, Recipe
@@ -24,7 +23,7 @@ from fpcn_dist.data.preprocessing import MEAN, STD
 from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.files import write_tensors, write_text
-from fpcn_dist.models import build_model
+from fpcn_dist.models import Classifier, build_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _FORMAT = 1
@@ -48,7 +47,7 @@ class ModelInfo:
 
 
 def save_model(
-    run_dir: Path, model: nn.Module, recipe: Recipe, classes: Sequence[str], *, evaluation: Evaluation | None = None
+    run_dir: Path, model: Classifier, recipe: Recipe, classes: Sequence[str], *, evaluation: Evaluation | None = None
 ) -> None:
     """Write model.safetensors, config.json and the model card to ``run_dir``; each appears whole or not at all.
 
@@ -94,7 +93,7 @@ def write_card(run_dir: Path, recipe: Recipe, classes: Sequence[str], evaluation
     write_text(Path(run_dir) / CARD, text)
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelInfo]:
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Classifier, ModelInfo]:
     """Rebuild the model that :func:`save_model` wrote, in evaluation mode; touches no network.
 
     Raises:
@@ -150,7 +149,7 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
     )
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: Classifier, path: Path) -> None:
     """Copy the tensors of ``path`` into ``model`` after checking every name and shape."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from torch import nn
 
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import SUFFIXES, find_images
@@ -30,6 +29,7 @@ from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import autocast, object_share
 from fpcn_dist.export import ModelInfo, load_model
 from fpcn_dist.files import replacing, write_text
+from fpcn_dist.models import Classifier
 from fpcn_dist.report.overlay import draw_overlay, to_pixels
 
 _TABLE_ROWS = 40
@@ -139,7 +139,7 @@ def overlay_names(files: Sequence[Path]) -> list[str]:
 
 
 def _classify(
-    model: nn.Module, info: ModelInfo, files: list[Path], overlays: Path, device: torch.device, precision: str
+    model: Classifier, info: ModelInfo, files: list[Path], overlays: Path, device: torch.device, precision: str
 ) -> Iterator[list[Prediction]]:
     """Predictions batch by batch, in the order of ``files``; the overlays of a batch are on disk when it comes."""
     count = len(files)
