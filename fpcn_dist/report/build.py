@@ -23,6 +23,7 @@ from fpcn_dist.report.figures import draw_curves, read_curves
 from fpcn_dist.report.samples import FOLDER, read_samples
 
 FILE = "report.html"
+_SPLITS = ("train", "val", "test")
 _LARGEST_MATRIX = 25
 """Classes up to which the whole confusion matrix is shown; beyond, the pairs most often confused."""
 
@@ -50,11 +51,9 @@ def build_report(run_dir: Path) -> Path:
         loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    css, _, _ = templates.loader.get_source(templates, "report.css")
     html = templates.get_template("template.html.j2").render(
         title=run_dir.resolve().name,
         subtitle=str(manifest.root) if manifest else "",
-        css=Markup(css),
         tiles=_tiles(evaluation, manifest, metrics),
         charts=_charts(metrics),
         evaluation=evaluation,
@@ -101,11 +100,12 @@ def _tiles(
     """The headline: name, value and a note of each number that there is."""
     tiles = []
     if evaluation:
-        note = f"{evaluation.images:,} {evaluation.split} images, step {evaluation.step:,} {evaluation.checkpoint}"
+        note = f"{evaluation.images:,} {evaluation.split} images, step {evaluation.step:,}"
+        note += f" ({evaluation.checkpoint})" if evaluation.checkpoint else ""
         tiles.append({"name": "accuracy", "value": _percent(evaluation.accuracy), "note": note})
     if manifest:
-        splits = Counter(image.split for image in manifest.images)
-        note = ", ".join(f"{count:,} {split}" for split, count in splits.items())
+        counts = Counter(image.split for image in manifest.images)
+        note = ", ".join(f"{counts[split]:,} {split}" for split in _SPLITS if counts[split])
         tiles.append({"name": "images", "value": f"{len(manifest.images):,}", "note": note})
         tiles.append({"name": "classes", "value": str(len(manifest.classes)), "note": ""})
     evals = [line for line in metrics if line["kind"] == "eval" and line.get("accuracy") is not None]
@@ -171,7 +171,8 @@ def _most_confused(evaluation: Evaluation) -> list[dict[str, Any]]:
 def _splits(manifest: Manifest) -> dict[str, Any]:
     """Images of each class in each split."""
     counts = Counter((image.label, image.split) for image in manifest.images)
-    names = [split for split in ("train", "val", "test") if any(image.split == split for image in manifest.images)]
+    present = {image.split for image in manifest.images}
+    names = [split for split in _SPLITS if split in present]
     rows = [(name, [counts[label, split] for split in names]) for label, name in enumerate(manifest.classes)]
     return {"names": names, "rows": rows}
 

@@ -19,10 +19,12 @@ _MOST_POINTS = 300
 # matplotlib wants colours; these are exchanged for the page's own, so that one drawing serves light, dark and paper.
 _TEXT, _GRID = "#010203", "#010204"
 _SERIES = ("#0102a1", "#0102a2", "#0102a3", "#0102a4", "#0102a5")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fpcn",
-    "font.size": 9,
+    "font.size": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "xtick.color": _TEXT,
@@ -52,7 +54,7 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
     if not curves:
         return ""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.9, 2.6), layout="constrained")
+        figure = Figure(figsize=(4.4, 2.7), layout="constrained")
         axes = figure.add_subplot()
         for (label, curve), colour in zip(curves.items(), _SERIES, strict=False):
             epochs, values = _thin(curve)
@@ -68,7 +70,9 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
         axes.margins(x=0.02)
         axes.set_ylim(bottom=0)
         if len(curves) > 1:
-            figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=1.4, columnspacing=1.2)
+            figure.legend(
+                loc="outside upper left", ncols=4, frameon=False, handlelength=1.2, columnspacing=1.0, handletextpad=0.5
+            )
         return _to_svg(figure, name, ", ".join(curves))
 
 
@@ -87,7 +91,7 @@ def _to_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Ids must be unique in the page, which holds several charts.
     text = re.sub(r'((?<![\w-])id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    view_box = re.search(r'viewBox="([^"]*)"', text)[1]
+    view_box = text.partition('viewBox="')[2].partition('"')[0]
     text = f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(label)}">' + text[text.index(">") + 1 :]
     text = text.replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
     for number, colour in enumerate(_SERIES, start=1):
