@@ -2,34 +2,37 @@
 
     path --read--> bytes --decode--> RGB uint8 HWC --resize, crop--> [crop, crop] uint8 --flip, normalise--> float32 CHW
 
-The image is resized to ``resize`` x ``resize`` with an antialiased triangle filter and cut to ``crop`` x ``crop`` in
-one go: only the part of the source that the crop shows is resampled. EXIF orientation is applied.
+The image is resized to ``resize`` x ``resize``, without keeping its aspect ratio, by an antialiased triangle filter,
+and cut to ``crop`` x ``crop``. EXIF orientation is applied. On a GPU all steps are DALI's. On the CPU the resizing is
+PyTorch's inside DALI's pipeline: the same filter, vectorised for uint8, in a fraction of the time that DALI's takes.
+The two differ by at most one grey level, save in the outermost pixels of the whole resized image, beyond which DALI
+repeats the last pixel of the source where PyTorch and Pillow see none.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 # What nvImageCodec would print for a bad file, we report with its path.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
 from nvidia import nvimgcodec  # noqa: E402
 from nvidia.dali import Pipeline, fn, types  # noqa: E402
+from nvidia.dali.data_node import DataNode  # noqa: E402
 
 from fpcn_dist.config import DataConfig  # noqa: E402
+from fpcn_dist.data.preprocessing import MEAN, STD  # noqa: E402
 
 DECODER_VERSION: str = nvimgcodec.__version__
-MEAN = (0.485, 0.456, 0.406)
-"""ImageNet mean of red, green and blue, for pixels in [0, 1]."""
-STD = (0.229, 0.224, 0.225)
-"""ImageNet standard deviation of red, green and blue, for pixels in [0, 1]."""
 
 
 class Request(NamedTuple):
@@ -59,7 +62,7 @@ class Decoding:
         self, requests: Iterator[Request], config: DataConfig, device: torch.device, batch_size: int, threads: int
     ) -> None:
         self._device = device
-        self._pipeline = _build(lambda: _encode(next(requests), config), config, device, batch_size, threads)
+        self._pipeline = _build(lambda: _encode(next(requests)), config, device, batch_size, threads)
 
     def next(self) -> Tensor:
         """The images of the next request, [B, 3, crop, crop] float32, owned by the caller.
@@ -74,13 +77,10 @@ class Decoding:
         return torch.from_dlpack(images.as_tensor())
 
 
-def _encode(request: Request, config: DataConfig) -> tuple[list[NDArray[np.uint8]], Any, Any, Any]:
-    """A request in the form that the pipeline reads: path bytes, relative region of interest, flip."""
+def _encode(request: Request) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
+    """A request in the form that the pipeline reads: path bytes, crop corner, flip."""
     paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in request.paths]
-    corner = request.crops[:, :2]
-    start = (corner / config.resize).astype(np.float32)
-    end = ((corner + config.crop) / config.resize).astype(np.float32)
-    return paths, start, end, request.crops[:, 2].astype(np.int32)
+    return paths, request.crops[:, :2].astype(np.int32), request.crops[:, 2].astype(np.int32)
 
 
 def _build(
@@ -90,18 +90,16 @@ def _build(
     device_id = (device.index or 0) if cuda else None
     pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
     with pipeline:
-        path, start, end, flip = fn.external_source(source=source, num_outputs=4, batch=True)
+        path, corner, flip = fn.external_source(source=source, num_outputs=3, batch=True)
         # A file that is cut short while it is mapped into memory would kill the process, so read it.
         encoded = fn.io.file.read(path, dont_use_mmap=True)
         # Fancy upsampling is what the CPU decoder does to chroma; asked for, the GPU gives the same image.
         decoded = fn.decoders.image(
             encoded, device="mixed" if cuda else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
         )
-        resized = fn.resize(
-            decoded, size=(config.crop, config.crop), roi_start=start, roi_end=end, roi_relative=True, antialias=True
-        )
+        cropped = resize_by_dali(decoded, corner, config) if cuda else resize_by_torch(decoded, corner, config, threads)
         images = fn.crop_mirror_normalize(
-            resized,
+            cropped,
             mirror=flip,
             mean=[255 * value for value in MEAN],
             std=[255 * value for value in STD],
@@ -111,6 +109,36 @@ def _build(
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
+
+
+def resize_by_dali(decoded: DataNode, corner: DataNode, config: DataConfig) -> DataNode:
+    """Resize uint8 HWC images and cut them at [row, column]; only what the crop shows is resampled."""
+    start = fn.cast(corner, dtype=types.FLOAT)
+    return fn.resize(
+        decoded,
+        size=(config.crop, config.crop),
+        roi_start=start / config.resize,
+        roi_end=(start + config.crop) / config.resize,
+        roi_relative=True,
+        antialias=True,
+    )
+
+
+def resize_by_torch(decoded: DataNode, corner: DataNode, config: DataConfig, threads: int) -> DataNode:
+    """Resize uint8 HWC images on the CPU and cut them at [row, column]."""
+    pool = ThreadPoolExecutor(threads)
+
+    def resize(image: NDArray[np.uint8], corner: NDArray[np.int32]) -> NDArray[np.uint8]:
+        row, column = corner.tolist()
+        image_BCHW = torch.from_numpy(image).permute(2, 0, 1)[None]
+        resized_BCHW = interpolate(image_BCHW, size=(config.resize,) * 2, mode="bilinear", antialias=True)
+        resized = resized_BCHW[0].permute(1, 2, 0).numpy()
+        return np.ascontiguousarray(resized[row : row + config.crop, column : column + config.crop])
+
+    def resize_batch(images: list[NDArray[np.uint8]], corners: list[NDArray[np.int32]]) -> list[NDArray[np.uint8]]:
+        return list(pool.map(resize, images, corners))
+
+    return fn.python_function(decoded, corner, function=resize_batch, batch_processing=True, output_layouts="HWC")
 
 
 class Decoder:

@@ -1,0 +1,157 @@
+"""CPU cost of an image: this package's pipeline beside torchvision's two usual ways, on the same files and threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import io, transforms
+from torchvision.transforms import v2
+
+from fpcn_dist.config import DataConfig
+from fpcn_dist.data.dali import Decoding, Request
+from fpcn_dist.data.manifest import find_images
+from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.sampler import views
+from fpcn_dist.data.validate import cache_file, check_images
+from fpcn_dist.errors import UserError
+
+_BATCH_SIZE = 32
+
+
+@dataclass
+class Cost:
+    """What a loader took, one entry per repeat: CPU and wall-clock milliseconds per image."""
+
+    cpu_ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+
+
+class _Files(Dataset[Tensor]):
+    """Training views of files, made by one function from path to [3, crop, crop] tensor."""
+
+    def __init__(self, paths: Sequence[str], load: Callable[[str], Tensor]) -> None:
+        self._paths, self._load = paths, load
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._load(self._paths[index])
+
+
+def _pil(config: DataConfig) -> Callable[[str], Tensor]:
+    size = (config.resize, config.resize)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(size),
+            transforms.RandomCrop(config.crop),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return lambda path: transform(PIL.Image.open(path).convert("RGB"))
+
+
+def _tensor(config: DataConfig) -> Callable[[str], Tensor]:
+    size = (config.resize, config.resize)
+    transform = v2.Compose(
+        [
+            v2.Resize(size, antialias=True),
+            v2.RandomCrop(config.crop),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    return lambda path: transform(io.decode_image(io.read_file(path), mode=io.ImageReadMode.RGB))
+
+
+def _ours(paths: Sequence[str], config: DataConfig, threads: int) -> Iterator[Tensor]:
+    ids = np.arange(len(paths))
+    parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(paths), _BATCH_SIZE)]
+    requests = (Request(list(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
+    decoding = Decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
+    return (decoding.next() for _ in parts)
+
+
+def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repeats: int = 5) -> dict[str, Cost]:
+    """Measure the loaders in turn on the training views of the same files; prints one table.
+
+    Each has the same number of threads or worker processes, and starts a repeat with nothing decoded ahead; workers
+    exist before. CPU time is that of this process with all its threads, and of its workers.
+
+    Args:
+        data: a folder of images; those that cannot be decoded are left out.
+        config: sizes and threads (None: one for each core).
+        images: images per repeat; the files are taken again and again if there are fewer.
+        repeats: the table shows medians over so many repeats, interleaved between the loaders, after a warm-up.
+
+    Raises:
+        UserError: no images in the folder.
+    """
+    files = list(find_images(data))
+    checks = check_images(files, config.max_pixels, cache_file(data))
+    usable = [str(file) for file, check in zip(files, checks, strict=True) if check.ok]
+    if not usable:
+        raise UserError("--data", data, "there are no usable images in it", "give a folder of photographs")
+    paths = list(islice(cycle(usable), images))
+    threads = config.threads or len(os.sched_getaffinity(0))
+
+    def torchvision(load: Callable[[str], Tensor]) -> Iterable[Tensor]:
+        files = _Files(paths, load)
+        return DataLoader(
+            files, _BATCH_SIZE, num_workers=threads, persistent_workers=True, multiprocessing_context="fork"
+        )
+
+    pil, tensor = torchvision(_pil(config)), torchvision(_tensor(config))
+    loaders: dict[str, Callable[[], Iterable[Tensor]]] = {
+        "torchvision DataLoader, PIL": lambda: pil,
+        "torchvision DataLoader, decode_jpeg + v2 on uint8": lambda: tensor,
+        "fpcn_dist (DALI)": lambda: _ours(paths, config, threads),
+    }
+    costs = {name: Cost() for name in loaders}
+    for repeat in track(range(repeats + 1), "Measuring loaders", transient=True):
+        for name, loader in loaders.items():
+            cpu, wall = _cpu_seconds(), time.perf_counter()
+            seen = sum(len(batch) for batch in loader())
+            if repeat:
+                costs[name].cpu_ms.append((_cpu_seconds() - cpu) / seen * 1e3)
+                costs[name].wall_ms.append((time.perf_counter() - wall) / seen * 1e3)
+    Console().print(_table(costs, f"{images} images, resize {config.resize}, crop {config.crop}, {threads} thread(s)"))
+    return costs
+
+
+def _cpu_seconds() -> float:
+    """CPU time so far of this process, all its threads, and its living children."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        user, system = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        ticks += int(user) + int(system)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _table(costs: dict[str, Cost], title: str) -> Table:
+    table = Table("loader", "CPU ms/image", "range", "images/s", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, cost in costs.items():
+        spread = f"{min(cost.cpu_ms):.2f} - {max(cost.cpu_ms):.2f}"
+        rate = 1e3 / statistics.median(cost.wall_ms)
+        table.add_row(name, f"{statistics.median(cost.cpu_ms):.2f}", spread, f"{rate:.0f}")
+    return table
