@@ -65,7 +65,7 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
             )  # fmt: skip
         axes.set_xlabel("epoch")
         axes.set_ylabel("%" if percent else "")
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.grid(True, linewidth=0.6)
         axes.margins(x=0.02)
         axes.set_ylim(bottom=0)
