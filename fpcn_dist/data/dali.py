@@ -158,9 +158,9 @@ class Decoder:
             return "the file is empty"
         try:
             stream = nvimgcodec.CodeStream(data)
+            pixels = stream.height * stream.width
         except RuntimeError:
             return "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
-        pixels = stream.height * stream.width
         if pixels > max_pixels:
             size = f"{stream.width} x {stream.height} = {pixels:,} pixels"
             return f"its header announces {size}, more than data.max_pixels {max_pixels:,}"

@@ -1,0 +1,168 @@
+"""Checking images: what is refused and why, and what the cache spares and must not spare."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fpcn_dist.data.validate import Refused, cache_file, check_images, refusal_table
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def _encoded(form: str, mode: str = "RGB", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def _huge_png() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"0" * 100)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
+
+
+BAD = {
+    "cut.jpg": (_encoded("JPEG")[:-300], "the image data are truncated or damaged"),
+    "no_end.jpg": (_encoded("JPEG")[:-2], "the image data are truncated or damaged"),
+    "empty.jpg": (b"", "the file is empty"),
+    "text.jpg": (b"not a photograph\n" * 30, "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "moving.jpg": (_encoded("GIF"), "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "cut.png": (_encoded("PNG")[:-500], "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "huge.png": (
+        _huge_png(),
+        "its header announces 20000 x 20000 = 400,000,000 pixels, more than data.max_pixels 100,000,000",
+    ),
+}
+GOOD = {
+    "rgb.jpg": _encoded("JPEG"),
+    "gray.jpg": _encoded("JPEG", "L"),
+    "cmyk.jpg": _encoded("JPEG", "CMYK"),
+    "progressive.jpg": _encoded("JPEG", progressive=True),
+    "rgba.png": _encoded("PNG", "RGBA"),
+    "palette.png": _encoded("PNG", "P"),
+    "lossy.webp": _encoded("WEBP"),
+    "plain.bmp": _encoded("BMP"),
+    "packed.tif": _encoded("TIFF", compression="tiff_lzw"),
+}
+
+
+def _write(folder: Path, contents: dict[str, bytes]) -> list[Path]:
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in contents]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    content, reason = BAD[name]
+    begin = time.perf_counter()
+    (check,) = check_images(_write(tmp_path, {name: content}), 100_000_000)
+    assert not check.ok and check.reason == reason
+    assert time.perf_counter() - begin < 5  # the huge one is never decoded
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_files_pass(name: str, tmp_path: Path) -> None:
+    (check,) = check_images(_write(tmp_path, {name: GOOD[name]}), 2400)
+    assert check.ok and check.size == len(GOOD[name]) and len(check.digest) == 64
+
+
+def test_the_bound_is_inclusive(tmp_path: Path) -> None:
+    paths = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]})
+    assert [check_images(paths, bound)[0].ok for bound in (2399, 2400)] == [False, True]
+
+
+def test_missing_file_and_folder_are_named_not_raised(tmp_path: Path) -> None:
+    reasons = [check.reason for check in check_images([tmp_path / "gone.jpg", tmp_path], 2400)]
+    assert reasons == ["cannot be read (No such file or directory)", "cannot be read (Is a directory)"]
+
+
+def test_order_is_that_of_the_paths(tmp_path: Path) -> None:
+    contents = GOOD | {name: content for name, (content, _) in BAD.items()}
+    paths = sorted(_write(tmp_path, contents), key=lambda path: path.name[::-1])
+    assert [check.ok for check in check_images(paths, 10**8)] == [path.name in GOOD for path in paths]
+
+
+def _damage(path: Path, keep_time: bool) -> None:
+    """Overwrite with as many zeros."""
+    stat = path.stat()
+    path.write_bytes(bytes(stat.st_size))
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_remembered_file_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "deep" / "cache.json"
+    first = check_images(paths, 10**8, cache)
+    for path in paths:
+        _damage(path, keep_time=True)
+    assert check_images(paths, 10**8, cache) == first and all(check.ok for check in first)
+    assert not any(check.ok for check in check_images(paths, 10**7, cache))  # another bound is another question
+    shutil.rmtree(cache.parent)
+    assert not any(check.ok for check in check_images(paths, 10**8, cache))
+
+
+def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
+    check_images(paths, 10**8, cache)
+    os.utime(paths[0], ns=(0, paths[0].stat().st_mtime_ns - 10))
+    _damage(paths[0], keep_time=True)
+    assert [check.ok for check in check_images(paths, 10**8, cache)] == [False] + [True] * (len(paths) - 1)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
+def test_a_damaged_cache_is_replaced(content: str, tmp_path: Path) -> None:
+    paths, cache = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), tmp_path / "cache.json"
+    cache.write_text(content)
+    assert check_images(paths, 10**8, cache)[0].ok
+    assert len(json.loads(cache.read_text())["files"]) == 1
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert check_images(_write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), 10**8, tmp_path / "file" / "cache.json")[0].ok
+
+
+def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
+    script = (
+        "import sys; from pathlib import Path; from fpcn_dist.data.validate import check_images\n"
+        "paths = sorted(Path(sys.argv[1]).iterdir())\n"
+        "for bound in [10**8, 10**7] * 20 + [10**8]: assert all(c.ok for c in check_images(paths, bound, Path(sys.argv[2])))"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", script, paths[0].parent, cache]) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert set(json.loads(cache.read_text())["files"]) == {str(path) for path in paths}
+
+
+def test_cache_lies_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file(Path("a")).parent == tmp_path / "fpcn-dist"
+    assert cache_file(Path("a")) == cache_file(Path("b/../a")) != cache_file(Path("b"))
+
+
+def test_table_names_file_and_reason() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(refusal_table([Refused("marble/[old] 3.jpg", "the file is empty")]))
+    text = console.export_text()
+    assert "1 image(s) refused" in text and "marble/[old] 3.jpg" in text and "the file is empty" in text
