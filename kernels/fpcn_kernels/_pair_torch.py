@@ -17,7 +17,7 @@ from torch import Tensor
 from fpcn_kernels._random import PairDropout, RandomPairs
 
 # What a step's working set aims at: a tile of hidden vectors fits the cache, a block of images fills the matrix units.
-_TILE_BYTES = {"cpu": 2**21, "accelerator": 2**26}
+_TILE_BYTES = {"cpu": 2**22, "accelerator": 2**26}
 _BLOCK_BYTES = {"cpu": 2**25, "accelerator": 2**28}
 
 

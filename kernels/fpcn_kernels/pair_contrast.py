@@ -173,10 +173,13 @@ def _pair_contrast(
             return loss, *(loss.new_empty(0) for _ in operands)  # pyright: ignore
         grad_uv_B2D = shards.reduce_scatter(torch.cat([gradients.u_ND, gradients.v_ND], 1))
         grad_u_BD, grad_v_BD = grad_uv_B2D.chunk(2, 1)
+        grad_in_weight = in_weight.new_empty(in_weight.shape)
+        for grad_half_BD, columns in zip((grad_u_BD, grad_v_BD), grad_in_weight.chunk(2, 1), strict=True):
+            torch.mm(grad_half_BD.T, x_BC, out=columns)
         return (
             loss,
             gradients.x_BC.addmm_(grad_u_BD, weight_a).addmm_(grad_v_BD, weight_b),
-            torch.cat([grad_u_BD.T @ x_BC, grad_v_BD.T @ x_BC], 1),
+            grad_in_weight,
             grad_u_BD.sum(0),
             gradients.out_weight_CD,
             gradients.out_bias_C,
