@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.engine import TrainingState
 from fpcn_dist.errors import UserError
-from fpcn_dist.files import replacing
+from fpcn_dist.files import replacing, write_tensors
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -66,11 +65,7 @@ def write_checkpoint(path: Path, state: TrainingState, info: CheckpointInfo) -> 
     tensors |= {f"ema/{name}": t for name, t in state.ema.items()}
     tensors |= {f"optimizer/{name}/{key}": t for name, ts in state.optimizer.items() for key, t in ts.items()}
     metadata = {"fpcn_dist": str(_FORMAT), "info": json.dumps(asdict(info)), "crc32": str(_checksum(tensors))}
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    write_tensors(path, tensors, metadata)
 
 
 def read_checkpoint(path: Path) -> tuple[TrainingState, CheckpointInfo]:
