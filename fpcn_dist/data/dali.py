@@ -8,6 +8,9 @@ PyTorch's inside DALI's pipeline: the same filter, vectorised for uint8, in a fr
 The two differ by at most one grey level, save in the outermost pixels of the whole resized image, beyond which DALI
 repeats the last pixel of the source where PyTorch and Pillow see none.
 """
+# DALI and nvImageCodec make their operators and types at import, where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# pyright: reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ from torch.nn.functional import interpolate
 # What nvImageCodec would print for a bad file, we report with its path.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
-from nvidia import nvimgcodec  # noqa: E402
-from nvidia.dali import Pipeline, fn, types  # noqa: E402
-from nvidia.dali.data_node import DataNode  # noqa: E402
+from nvidia import nvimgcodec
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.data_node import DataNode
 
-from fpcn_dist.config import DataConfig  # noqa: E402
-from fpcn_dist.data.preprocessing import MEAN, STD  # noqa: E402
+from fpcn_dist.config import DataConfig
+from fpcn_dist.data.preprocessing import MEAN, STD
 
 DECODER_VERSION: str = nvimgcodec.__version__
 

@@ -114,7 +114,7 @@ class TrainLoader:
         self.steps_per_epoch = max(1, len(train_ids) // self.batch_size)
         self._unreadable: dict[int, Replacement] = {}
         self._planned: deque[_Plan] = deque()
-        self._step = start_step
+        self._step, self._retried_step = start_step, -1
         self._start()
 
     @property
@@ -173,10 +173,11 @@ class TrainLoader:
         return int(substitutes(self._seed, image_id, step, unused if unused.size else candidates)[0])
 
     def _leave_out_unreadable(self, error: RuntimeError) -> None:
-        """Find out which files stopped the pipeline."""
+        """Find out which files stopped the pipeline; where all are readable now, let the step be tried once more."""
         found = {i: fault for plan in self._planned for i, fault in plan.faults(self._config).items()}
-        if not found:
+        if not found and self._retried_step == self._step:
             raise error
+        self._retried_step = self._step
         self._unreadable |= found
         if len(self._unreadable) > self._config.max_bad_images:
             shown = "; ".join(f"{path}: {reason}" for _, path, reason in self._unreadable.values())

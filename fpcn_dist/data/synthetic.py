@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Rng = np.random.Generator
 
 

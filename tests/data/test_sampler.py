@@ -117,7 +117,9 @@ def test_the_stream_is_the_published_one() -> None:
 
 @FAST
 @given(st.integers(0, 2**31 - 1), st.integers(1, 40), st.integers(0, 9), st.booleans())
-def test_views_are_in_bounds_and_a_function_of_seed_image_and_view(seed: int, crop: int, slack: int, flip: bool) -> None:
+def test_views_are_in_bounds_and_a_function_of_seed_image_and_view(
+    seed: int, crop: int, slack: int, flip: bool
+) -> None:
     config = DataConfig(resize=crop + slack, crop=crop, flip=flip)
     ids, view_ids = np.arange(50), np.arange(50) % 4
     crops = views(seed, ids, view_ids, config)

@@ -148,7 +148,8 @@ def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from fpcn_dist.data.validate import check_images\n"
         "paths = sorted(Path(sys.argv[1]).iterdir())\n"
-        "for bound in [10**8, 10**7] * 20 + [10**8]: assert all(c.ok for c in check_images(paths, bound, Path(sys.argv[2])))"
+        "for bound in [10**8, 10**7] * 20 + [10**8]:\n"
+        "    assert all(check.ok for check in check_images(paths, bound, Path(sys.argv[2])))"
     )
     runs = [subprocess.Popen([sys.executable, "-c", script, paths[0].parent, cache]) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
