@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -54,7 +55,7 @@ class _Files(Dataset[Tensor]):
         return self._load(self._paths[index])
 
 
-def _pil(config: DataConfig) -> Callable[[str], Tensor]:
+def _pil(config: DataConfig) -> Callable[[str], Any]:
     size = (config.resize, config.resize)
     transform = transforms.Compose(
         [
