@@ -1,12 +1,14 @@
 """Installs two packages: fpcn_dist, the library, and fpcn_kernels, whose source root is kernels/."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="fpcn-dist",
     version="0.1.0",
     description="Distributed training of FPCN, the feature-positioning contrast network, for fine-grained images",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["fpcn_dist*"]) + find_packages("kernels", include=["fpcn_kernels*"]),

@@ -204,6 +204,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _checksum(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
-        data = tensors[name].detach().contiguous().flatten().view(torch.uint8)
-        crc = zlib.crc32(data.numpy(), zlib.crc32(name.encode(), crc))
+        data: Any = tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return crc

@@ -40,12 +40,14 @@ def _explain(error: ValidationError, source: object) -> UserError:
     field = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _section(Recipe, first["loc"][:-1]).model_fields
-        return UserError(f"{source}: {field}", None, "there is no such recipe field", nearest(str(first["loc"][-1]), known))
+        mend = nearest(str(first["loc"][-1]), known)
+        return UserError(f"{source}: {field}", None, "there is no such recipe field", mend)
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and ";" in reason:
         reason, mend = reason.split("; ", 1)
         return UserError(f"{source}: {field}", None, reason, mend)
-    return UserError(f"{source}: {field}", repr(first["input"]), reason[0].lower() + reason[1:], "correct it in the recipe")
+    reason = reason[0].lower() + reason[1:]
+    return UserError(f"{source}: {field}", repr(first["input"]), reason, "correct it in the recipe")
 
 
 def recipe_from_dict(values: Any, source: object) -> Recipe:
@@ -71,7 +73,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), path)
     except OSError as error:
-        raise UserError("--recipe", path, (error.strerror or "cannot be read").lower(), "give a file of launch/recipes/") from None
+        reason = (error.strerror or "cannot be read").lower()
+        raise UserError("--recipe", path, reason, "give a file of launch/recipes/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("--recipe", path, f"is not YAML ({' '.join(str(error).split())})", "correct the file") from None
 
@@ -90,23 +93,26 @@ def _recipe_path(argv: Sequence[str]) -> Path | None:
     return None
 
 
-def parse(args_type: type[Args], argv: Sequence[str] | None = None) -> Args:
+def parse(args_type: Callable[..., Args], argv: Sequence[str] | None = None) -> Args:
     """Parse the command line into ``args_type``, a dataclass whose docstring describes the command.
 
     A field ``overrides: Overrides`` takes its defaults from the ``--recipe`` file. The ``--local_rank`` that some
     launchers append is dropped: the environment says the same.
 
     Raises:
-        UserError: the recipe file is missing or invalid. A misspelt flag ends the process with status 2 and tyro's help.
+        UserError: the recipe file is missing or invalid.
+        SystemExit: status 2, after a message that names the nearest flag, where the command line is wrong.
     """
     words = sys.argv[1:] if argv is None else argv
     words = [word for word in words if not re.match(r"--local[-_]rank=", word)]
-    default = None
-    if any(field.name == "overrides" for field in dataclasses.fields(args_type)):
+    fields = dataclasses.fields(args_type)  # type: ignore[arg-type]
+    default: dict[str, Any] = {}
+    if any(field.name == "overrides" for field in fields):
         path = _recipe_path(words)
-        values = {f.name: tyro.MISSING for f in dataclasses.fields(args_type) if f.default is dataclasses.MISSING}
-        default = args_type(**values | {"overrides": load_recipe(path) if path else Recipe()})
-    return tyro.cli(args_type, default=default, args=words, config=(tyro.conf.FlagConversionOff,))
+        required = {field.name: tyro.MISSING for field in fields if field.default is dataclasses.MISSING}
+        recipe = load_recipe(path) if path else Recipe()
+        default = {"default": args_type(**required | {"overrides": recipe})}
+    return tyro.cli(args_type, args=words, config=(tyro.conf.FlagConversionOff,), **default)
 
 
 def run(main: Callable[[], None]) -> None:

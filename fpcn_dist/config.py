@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # its errors are shown to users, who need no link
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

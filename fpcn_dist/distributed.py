@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from fpcn_dist.errors import UserError
 
@@ -80,7 +81,6 @@ class Ranks:
             raise UserError(*failure)
         return result
 
-
     def gather(self, items: list[Any]) -> list[Any]:
         """All ranks' ``items``, joined in rank order, on every rank. Collective."""
         if self.world_size == 1:
@@ -107,6 +107,7 @@ def _environment() -> tuple[int, int, int, int]:
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=env["SLURM_LOCALID"])
+        env.update(LOCAL_WORLD_SIZE=local_world_size)
         return rank, world_size, int(env["SLURM_LOCALID"]), int(local_world_size)
     return 0, 1, 0, 1
 
@@ -141,18 +142,22 @@ def connect() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     try:
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise UserError(
-                "MASTER_PORT", os.environ.get("MASTER_PORT"), f"the rendezvous port of {address} is already in use",
+                "MASTER_PORT",
+                os.environ.get("MASTER_PORT"),
+                f"the rendezvous port of {address} is already in use",
                 "start with another --master-port, or stop the run that holds it",
             ) from error
         raise UserError(
-            "rendezvous", address, f"rank {rank} could not reach the other {world_size - 1} rank(s) there",
+            "rendezvous",
+            address,
+            f"rank {rank} could not reach the other {world_size - 1} rank(s) there",
             "start all ranks with the same MASTER_ADDR and MASTER_PORT, reachable from each of them",
         ) from error
     try:

@@ -242,8 +242,11 @@ def _class_scores(classes: Sequence[str], confusion_KK: Tensor) -> tuple[ClassSc
     )
     return tuple(
         ClassScore(
-            name, _ratio(hits[k], predictions[k]), _ratio(hits[k], truths[k]),
-            _ratio(2 * hits[k], truths[k] + predictions[k]), truths[k],
+            name,
+            _ratio(hits[k], predictions[k]),
+            _ratio(hits[k], truths[k]),
+            _ratio(2 * hits[k], truths[k] + predictions[k]),
+            truths[k],
         )
         for k, name in enumerate(classes)
     )

@@ -1,4 +1,4 @@
-"""Random numbers without state: every draw of a run is a function of a key, so a step can be repeated from its number."""
+"""Random numbers without state: every draw is a function of a key, so that a step can be repeated from its number."""
 
 from __future__ import annotations
 

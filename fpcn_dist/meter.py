@@ -23,7 +23,7 @@ class StepMeter:
         self._restart()
 
     def _restart(self) -> None:
-        self._steps: list[int] = []
+        self._first = 0
         self._values: list[dict[str, Tensor]] = []
         self._rates: list[float] = []
         self.restart_clock()
@@ -38,7 +38,7 @@ class StepMeter:
         values = {"loss": output.loss.detach(), **output.parts, "accuracy": accuracy}
         if norm is not None:
             values["grad_norm"] = norm
-        self._steps.append(step)
+        self._first = self._first or step
         self._values.append({name: value.detach().double() for name, value in values.items()})
         self._rates.append(lr)
         self._waited += waited
@@ -56,20 +56,18 @@ class StepMeter:
         names = list(self._values[0])
         rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
         elapsed = time.perf_counter() - self._since
-        steps = [
-            {"step": step, "lr": lr, **row} for step, lr, row in zip(self._steps, self._rates, rows, strict=True)
-        ]
         speed = {
-            "images_per_second": len(steps) * self.batch_size / elapsed,
+            "images_per_second": len(rows) * self.batch_size / elapsed,
             "data_wait": self._waited / elapsed,
         }
         if self.ranks.device.type == "cuda":
             speed["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.flops_share is not None:
             speed["mfu"] = speed["images_per_second"] * self.flops_share
+        first, rates = self._first, self._rates
         self._restart()
-        for row in steps:
-            if not all(math.isfinite(row[name]) for name in names):
-                shown = ", ".join(f"{name} {row[name]:g}" for name in names if name != "accuracy")
-                raise UserError("loss", f"at step {row['step']}", f"is not finite ({shown})", "lower optim.lr")
-        return steps, speed
+        for step, row in enumerate(rows, start=first):
+            if not all(map(math.isfinite, row.values())):
+                shown = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "accuracy")
+                raise UserError("loss", f"at step {step}", f"is not finite ({shown})", "lower optim.lr")
+        return [{**row, "lr": lr} for row, lr in zip(rows, rates, strict=True)], speed

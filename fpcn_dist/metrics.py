@@ -114,9 +114,7 @@ class Progress:
         console: where to draw; standard output by default.
     """
 
-    def __init__(
-        self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None) -> None:
         self._total_steps, self._start_step, self._silent = total_steps, start_step, rank != 0
         self._console = console or Console(file=sys.stdout, soft_wrap=True)
         self._bar = RichProgress(

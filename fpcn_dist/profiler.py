@@ -20,5 +20,5 @@ def profiled(run_dir: Path, ranks: Ranks, enabled: bool) -> Iterator[Callable[[]
     trace = run_dir / "profile" / f"rank{ranks.rank}.json"
     trace.parent.mkdir(exist_ok=True)
     plan = schedule(skip_first=2, wait=0, warmup=1, active=4, repeat=1)
-    with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(trace)), acc_events=True) as profiler:
+    with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))) as profiler:
         yield profiler.step

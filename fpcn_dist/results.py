@@ -23,7 +23,7 @@ from fpcn_dist.rundir import RunFolder
 
 
 def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks) -> None:
-    """Export the best checkpoint (the newest where nothing was validated), evaluate it, write the report. Collective."""
+    """Export the best checkpoint (the newest if nothing was validated), evaluate it, write the report. Collective."""
     name, step = ranks.on_first(lambda: _export(run, checkpoints))
     evaluate_run(run, ranks, checkpoint=name, step=step)
 

@@ -11,16 +11,18 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint, require_same_recipe
 from fpcn_dist.cli import dump_recipe, load_recipe
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distributed import Ranks
 from fpcn_dist.errors import UserError
 from fpcn_dist.files import write_text
 
-_PACKAGES = "fpcn-dist torch torchvision triton nvidia-dali-cuda120 nvidia-dali-cuda130 deepspeed timm numpy".split()
+_PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "deepspeed", "timm")
 
 
 class RunFolder:
@@ -75,10 +77,12 @@ def start_run(
         Path of the checkpoint to resume from, or ``None`` to begin at step 0.
 
     Raises:
-        UserError: the folder, the data or the checkpoint cannot be used, or data or recipe changed since it was written.
+        UserError: folder, data or checkpoint cannot be used, or data or recipe have changed since it was written.
     """
     run.create()
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
+    if manifest.refused:
+        Console(soft_wrap=True).print(refusal_table(manifest.refused))
     if resume == "never":
         checkpoints.clear()
     checkpoint = Path(resume) if resume not in ("auto", "never") else checkpoints.newest()

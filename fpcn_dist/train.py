@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint
 from fpcn_dist.config import Recipe
@@ -22,6 +21,7 @@ from fpcn_dist.flops import model_flops, peak_flops
 from fpcn_dist.keys import key
 from fpcn_dist.meter import StepMeter
 from fpcn_dist.metrics import MetricsLogger, Progress
+from fpcn_dist.models import Classifier
 from fpcn_dist.optim import learning_rate
 from fpcn_dist.profiler import profiled
 from fpcn_dist.results import finish_run
@@ -76,7 +76,7 @@ def train(
     with contextlib.closing(loader), contextlib.closing(logger), progress, profiled(output, ranks, profile) as tick:
         batches, reported = iter(loader), 0
         for step in range(start, total_steps):
-            if step == frozen_steps and step > start:  # the backbone thaws: a new engine goes on from the old one's state
+            if step == frozen_steps and step > start:  # the backbone thaws: a new engine takes the state over
                 state = engine.state(step)
                 engine.close()
                 task = build_task(recipe, len(manifest.classes), ranks.group)
@@ -101,10 +101,10 @@ def train(
 
             with _naming_last_checkpoint(checkpoints):
                 rows, speed = meter.fetch()
-            for row in rows:
-                extra = speed if row is rows[-1] else {}
-                logger.log_step(row["step"], row["step"] / steps_per_epoch, {**row, **extra})
-            progress.update(done, epoch, {**rows[-1], **speed})
+            rows[-1] |= speed
+            for number, row in enumerate(rows, start=done - len(rows) + 1):
+                logger.log_step(number, number / steps_per_epoch, row)
+            progress.update(done, epoch, rows[-1])
             for _, path, reason in ranks.gather(loader.replaced[reported:]):
                 logger.log_replaced(done, path, reason)
                 progress.print(f"warning: {path} {reason}; another image is shown in its place")
@@ -129,7 +129,7 @@ def train(
     finish_run(run, checkpoints, ranks)
 
 
-def _validate(model: nn.Module, recipe: Recipe, manifest: Manifest, ranks: Ranks, step: int) -> Evaluation:
+def _validate(model: Classifier, recipe: Recipe, manifest: Manifest, ranks: Ranks, step: int) -> Evaluation:
     loader = EvalLoader.from_manifest(
         manifest, "val", recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
     )

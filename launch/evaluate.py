@@ -13,7 +13,7 @@ from fpcn_dist import cli
 
 @dataclass(frozen=True)
 class Args:
-    """Evaluate the model in RUN: accuracy, per class, confusion matrix, accuracy by object area; rewrites the report."""
+    """Evaluate the model in RUN: accuracy, per class, confusion matrix, by object area; rewrites the report."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of train.py."""

@@ -12,7 +12,7 @@ from fpcn_dist import cli
 
 @dataclass(frozen=True)
 class Args:
-    """Classify images: prints classes and probabilities, writes predictions.json, predictions.csv and overlays/*.png."""
+    """Classify images: prints a table, writes predictions.json, predictions.csv and overlays/*.png."""
 
     model: tyro.conf.Positional[Path]
     """Run folder of train.py, or any folder with its model.safetensors and config.json."""

@@ -12,7 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TINY = """
 name: tiny
-data: {resize: 40, crop: 32, classes_per_batch: null, images_per_class: 4, val_fraction: 0.2, test_fraction: 0.2, threads: 1}
+data:
+  {resize: 40, crop: 32, classes_per_batch: null, images_per_class: 4, val_fraction: 0.2, test_fraction: 0.2,
+  threads: 1}
 model: {backbone: resnet18, pretrained: false, norm: frozen_batch, hidden: 32}
 optim: {lr: 0.001, warmup_epochs: 1}
 train: {epochs: 4, log_every: 1, checkpoint_every: 2, eval_every: 1, keep_checkpoints: 4}

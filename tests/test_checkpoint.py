@@ -25,7 +25,8 @@ from fpcn_dist.errors import UserError
 
 def state(step: int = 3, size: int = 5) -> TrainingState:
     torch.manual_seed(step)
-    weights = {"model.a.weight": torch.randn(size, 2), "model.steps": torch.tensor(7), "model.half": torch.ones(3).bfloat16()}
+    weights = {"model.a.weight": torch.randn(size, 2), "model.steps": torch.tensor(7)}
+    weights["model.half"] = torch.ones(3).bfloat16()
     moments = {"model.a.weight": {"exp_avg": torch.randn(size, 2), "step": torch.tensor(3.0)}}
     return TrainingState(step, weights, moments, {"module.a.weight": torch.randn(size, 2)})
 

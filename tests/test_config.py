@@ -82,7 +82,8 @@ def test_missing_recipe_file(tmp_path):
 def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path):
     path = write(tmp_path, "optim: {lr: 0.5}\ntrain: {epochs: 7}")
     argv = ["--local_rank=1", "--recipe", str(path), "--optim.momentum", "0.8", "--data.images_per_class", "6"]
-    recipe = cli.parse(Args, [*argv, "--contrast.pairs", "random", "--contrast.num-pairs", "99", "--local-rank=0"]).overrides
+    argv += ["--contrast.pairs", "random", "--contrast.num-pairs", "99", "--local-rank=0"]
+    recipe = cli.parse(Args, argv).overrides
     assert (recipe.optim.lr, recipe.optim.momentum, recipe.train.epochs) == (0.5, 0.8, 7)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
 

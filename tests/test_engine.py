@@ -57,7 +57,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(sections, parts):
 
 
 def test_accumulation_counts_each_image_once_in_the_running_statistics():
-    """With BatchNorm and feature caching, images pass twice; the statistics must be those of one pass over the parts."""
+    """With feature caching, images pass BatchNorm twice; its statistics must be those of one pass over the parts."""
     model = MODEL | {"norm": "batch"}
     engine = engine_for(recipe(model=model))
     reference = engine_for(recipe(model=model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def test_schedule():
     assert rates[10] == pytest.approx(0.4)
     assert rates[20] == pytest.approx(0.25)
     assert rates[29] == pytest.approx(0.1 + 0.3 * 0.5 * (1 + math.cos(math.pi * 19 / 20)))
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_adamw_spares_vectors_and_frozen_parameters_are_left_out():

@@ -21,6 +21,8 @@ def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int
     computed first, without activations; the criterion runs once, over all of them; then each part is computed again
     and its features' gradient sent through it (gradient caching, Gao et al. 2021). That costs one more forward pass
     and is exact, up to the batch statistics of BatchNorm, which are those of a part.
+
+    ``micro_batches`` must divide the batch.
     """
     if micro_batches == 1:
         output = engine.forward(batch, step)
@@ -29,14 +31,13 @@ def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int
     parts = batch.split(micro_batches)
     if engine.task.couples_images:
         return _cached(engine, batch, parts, step)
-    outputs = []
+    outputs: list[TaskOutput] = []
     for part in parts:
         outputs.append(engine.forward(part, step))
-        engine.backward(outputs[-1].loss * (len(part) / len(batch)))
-    weights = [len(part) / len(batch) for part in parts]
-    means = {k: sum(w * o.parts[k] for w, o in zip(weights, outputs, strict=True)) for k in outputs[0].parts}
-    loss = sum(w * o.loss.detach() for w, o in zip(weights, outputs, strict=True))
-    return TaskOutput(loss, torch.cat([o.logits for o in outputs]), means)
+        engine.backward(outputs[-1].loss / len(parts))
+    loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+    means = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
+    return TaskOutput(loss, torch.cat([output.logits for output in outputs]), means)
 
 
 def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> TaskOutput:

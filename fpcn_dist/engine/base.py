@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.distributed import Ranks
+from fpcn_dist.models import Classifier
 from fpcn_dist.tasks import Task
 
 
@@ -47,19 +48,19 @@ class Engine(Protocol):
     def update(self, lr: float) -> Tensor | None:
         """Average gradients over ranks, clip, step, clear; gives the gradient norm, a device scalar, where known."""
 
-    def evaluation_model(self) -> nn.Module:
+    def evaluation_model(self) -> Classifier:
         """The model to evaluate (the averaged one where there is one), the same on every rank. Collective."""
+        ...
 
     def state(self, step: int) -> TrainingState:
         """Whole state, the same on every rank. Collective."""
+        ...
 
     def close(self) -> None:
         """Give back what a successor engine needs free."""
 
 
-def prepare_task(
-    task: Task, recipe: Recipe, ranks: Ranks, frozen_backbone: bool, state: TrainingState | None
-) -> Task:
+def prepare_task(task: Task, recipe: Recipe, ranks: Ranks, frozen_backbone: bool, state: TrainingState | None) -> Task:
     """Place the task on its device as the recipe wants it, with the weights of ``state`` if there is one."""
     if state is not None:
         task.load_state_dict(state.weights)
@@ -81,6 +82,11 @@ def build_ema(recipe: Recipe, task: Task, state: TrainingState | None) -> Averag
     if state is not None:
         ema.load_state_dict(state.ema)
     return ema
+
+
+def averaged_model(ema: AveragedModel | None) -> Classifier | None:
+    """The network inside the moving average."""
+    return None if ema is None else cast(Classifier, ema.module)
 
 
 def ema_state(ema: AveragedModel | None) -> dict[str, Tensor]:
@@ -107,8 +113,8 @@ def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def named_moments(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """A torch optimizer's state by parameter name, copied to the CPU."""
-    names = {p: name for name, p in task.named_parameters()}
-    return {names[p]: to_cpu(moments) for p, moments in optimizer.state.items() if moments}
+    state = optimizer.state
+    return {name: to_cpu(state[p]) for name, p in task.named_parameters() if state.get(p)}
 
 
 def restore_moments(task: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, dict[str, Tensor]]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +10,7 @@ from fpcn_dist.config import Recipe
 from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine.base import (
     TrainingState,
+    averaged_model,
     build_ema,
     ema_state,
     named_moments,
@@ -20,6 +19,7 @@ from fpcn_dist.engine.base import (
     sync_batch_statistics,
     to_cpu,
 )
+from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer
 from fpcn_dist.tasks import Task
 
@@ -47,8 +47,9 @@ class DDPEngine:
             self.module = DistributedDataParallel(self.task, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def forward(self, batch, step, **halves):
-        local = contextlib.nullcontext() if self.group is None or self.one_pass else self.module.no_sync()
-        with local:
+        if self.one_pass or not isinstance(self.module, DistributedDataParallel):
+            return self.module(batch, step, **halves)
+        with self.module.no_sync():
             return self.module(batch, step, **halves)
 
     def backward(self, loss: Tensor) -> None:
@@ -56,7 +57,7 @@ class DDPEngine:
 
     def update(self, lr: float) -> Tensor:
         if self.group is not None and not self.one_pass:
-            self._average_gradients()
+            self._average_gradients(self.group)
         trained = [p for p in self.task.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.clip_norm is not None:
@@ -69,17 +70,17 @@ class DDPEngine:
             self.ema.update_parameters(self.task.model)
         return norm
 
-    def _average_gradients(self) -> None:
+    def _average_gradients(self, group: torch.distributed.ProcessGroup) -> None:
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
-        torch.distributed.all_reduce(flat, group=self.group)
-        flat /= self.group.size()
+        torch.distributed.all_reduce(flat, group=group)
+        flat /= group.size()
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def evaluation_model(self) -> nn.Module:
+    def evaluation_model(self) -> Classifier:
         sync_batch_statistics(self.task, self.group)
-        return self.task.model if self.ema is None else self.ema.module
+        return averaged_model(self.ema) or self.task.model
 
     def state(self, step: int) -> TrainingState:
         sync_batch_statistics(self.task, self.group)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine.base import (
     TrainingState,
+    averaged_model,
     build_ema,
     ema_state,
     named_moments,
@@ -26,6 +28,7 @@ from fpcn_dist.engine.base import (
     to_cpu,
 )
 from fpcn_dist.errors import UserError
+from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer
 from fpcn_dist.tasks import Task
 
@@ -57,6 +60,7 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
+        self.optimizer: Any  # torch's at stage 0, DeepSpeed's wrapper with its own .optimizer above
         self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
             model=self.task,
             optimizer=build_optimizer(recipe.optim, self.task),
@@ -81,12 +85,10 @@ class DeepSpeedEngine:
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm, device=self.ranks.device)
 
-    def evaluation_model(self) -> nn.Module:
+    def evaluation_model(self) -> Classifier:
         sync_batch_statistics(self.task, self.ranks.group)
-        if self.ema is not None:
-            return self.ema.module
         if self.whole_model is None:
-            return self.task.model
+            return averaged_model(self.ema) or self.task.model
         weights = {k.removeprefix("model."): v for k, v in self._weights().items() if k.startswith("model.")}
         self.whole_model.load_state_dict(weights)
         return self.whole_model
@@ -117,7 +119,7 @@ class DeepSpeedEngine:
         for name, parameter in self.task.named_parameters():
             if parameter.requires_grad:
                 keys = _MOMENTS[self.recipe.optim.name]
-                moments[name] = to_cpu({key: safe_get_full_optimizer_state(parameter, key) for key in keys})
+                moments[name] = to_cpu({key: _known(safe_get_full_optimizer_state(parameter, key)) for key in keys})
                 if counters:
                     moments[name]["step"] = counters[0].detach().cpu().clone()
         return moments
@@ -140,7 +142,7 @@ class DeepSpeedEngine:
                 shard["step"].copy_(counters[0])
 
     def _create_moments(self, state: TrainingState) -> None:
-        """ZeRO creates its optimizer shards in the first update: make one, at rate 0, and undo what it did to buffers."""
+        """ZeRO creates its optimizer shards in the first update: make one, at rate 0, and undo its trace in buffers."""
         data = self.recipe.data
         classes = self.task.model.classifier.out_features
         size = (data.classes_per_batch or classes) * data.images_per_class // self.ranks.world_size
@@ -154,6 +156,12 @@ class DeepSpeedEngine:
         self.ema = ema
         for name, buffer in self.task.named_buffers():
             buffer.copy_(state.weights[name])
+
+
+def _known(moment: Tensor | None) -> Tensor:
+    if moment is None:
+        raise RuntimeError("DeepSpeed holds no optimizer state for a trained parameter")
+    return moment
 
 
 def _import_deepspeed():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fpcn_dist.config import Recipe
-from fpcn_dist.models import build_model
+from fpcn_dist.models import FPCN, build_model
 from fpcn_dist.tasks.base import Task, TaskOutput
 from fpcn_dist.tasks.classify import Classify
 from fpcn_dist.tasks.contrast import Contrast
@@ -17,14 +17,6 @@ def build_task(recipe: Recipe, num_classes: int, group: torch.distributed.Proces
     """The recipe's task around a freshly initialised model; the same weights for the same seed on every rank."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, num_classes, task=recipe.task)
-    if recipe.task == "classify":
-        return Classify(model, recipe.train.precision)
-    return Contrast(
-        model,
-        recipe.model,
-        recipe.contrast,
-        num_classes=num_classes,
-        seed=recipe.seed,
-        group=group,
-        precision=recipe.train.precision,
-    )
+    if isinstance(model, FPCN):
+        return Contrast(model, recipe.contrast, seed=recipe.seed, group=group, precision=recipe.train.precision)
+    return Classify(model, recipe.train.precision)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.models import Classifier
 
 
 class TaskOutput(NamedTuple):
@@ -39,7 +40,9 @@ class Task(nn.Module, ABC):
     couples_images = False
     """Whether the criterion of a batch is more than the mean over its images."""
 
-    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+    model: Classifier
+
+    def __init__(self, model: Classifier, precision: str = "fp32") -> None:
         super().__init__()
         self.model = model
         self.precision = precision

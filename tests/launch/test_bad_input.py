@@ -135,15 +135,16 @@ def test_a_rank_that_dies_is_noticed_within_a_minute(runs):
 
 
 def test_a_loss_that_runs_away(runs):
-    argv = [*command("python"), *runs.train_argv(runs.folder / "nan", "--optim.lr", "1e30", "--optim.warmup-epochs", "0")]
-    done = runs.run(argv, expect=2)
+    overrides = ("--optim.lr", "1e30", "--optim.warmup-epochs", "0")
+    done = runs.run([*command("python"), *runs.train_argv(runs.folder / "nan", *overrides)], expect=2)
     assert "is not finite" in done.stderr and "lower optim.lr" in done.stderr and "checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_pretrained_weights_without_a_network(runs, tmp_path):
     env = environment() | {"HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
-    argv = [*command("python"), *runs.train_argv(runs.folder / "offline", "--model.pretrained", "True", "--model.norm", "batch")]
+    overrides = ("--model.pretrained", "True", "--model.norm", "batch")
+    argv = [*command("python"), *runs.train_argv(runs.folder / "offline", *overrides)]
     done = subprocess.run(argv, env=env, cwd=runs.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "model.pretrained" in done.stderr and "false" in done.stderr and "Traceback" not in done.stderr

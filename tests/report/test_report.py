@@ -33,7 +33,7 @@ BAD_FILE = "<img src=x onerror=alert(1)> & {{ 7 * 7 }}.jpg"
 def finished_run(rocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder made of real parts, after training and evaluation; shared, so copy it before changing it."""
     data = tmp_path_factory.mktemp("hostile") / "data"
-    for name, hostile in (("basalt", SCRIPT), ("dolomite", "dolomite & \"co\""), ("marble", "marble")):
+    for name, hostile in (("basalt", SCRIPT), ("dolomite", 'dolomite & "co"'), ("marble", "marble")):
         shutil.copytree(rocks / name, data / hostile)
     (data / SCRIPT / BAD_FILE).write_bytes(b"")
     recipe = Recipe(
