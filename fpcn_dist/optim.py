@@ -13,16 +13,28 @@ from fpcn_dist.config import OptimConfig
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters of ``module``.
 
-    AdamW does not decay vectors (biases, normalisation layers); SGD decays everything, as the released code does.
+    AdamW does not decay vectors (biases, normalisation layers); SGD decays everything, as the released code does. The
+    backbone, which may thaw later than the head, has groups of its own: sharded optimizers count steps by group.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if config.name == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = config.name == "sgd" or parameter.ndim > 1
+            groups.setdefault(("backbone" in name, decays), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (_, decays), parameters in groups.items()
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], config.lr)
+    if config.name == "sgd":
+        return torch.optim.SGD(settings, config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(settings, config.lr)
+
+
+def moment_names(config: OptimConfig) -> tuple[str, ...]:
+    """Names of the tensors, shaped like their parameter, that the optimizer keeps."""
+    if config.name == "adamw":
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if config.momentum else ()
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

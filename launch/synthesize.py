@@ -14,7 +14,7 @@ class Args:
 
     output: Path
     """Folder to write; images already there are written again."""
-    images_per_class: int = 100
+    images_per_class: int = 200
     """Images of each of the three classes."""
     seed: int = 0
     """The same seed draws the same images."""

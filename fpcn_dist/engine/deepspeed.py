@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from typing import Any
 
 import torch
@@ -29,10 +30,8 @@ from fpcn_dist.engine.base import (
 )
 from fpcn_dist.errors import UserError
 from fpcn_dist.models import Classifier
-from fpcn_dist.optim import build_optimizer
+from fpcn_dist.optim import build_optimizer, moment_names
 from fpcn_dist.tasks import Task
-
-_MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 class DeepSpeedEngine:
@@ -61,6 +60,7 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
         }
         self.optimizer: Any  # torch's at stage 0, DeepSpeed's wrapper with its own .optimizer above
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it insists, also where no launcher started us
         self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
             model=self.task,
             optimizer=build_optimizer(recipe.optim, self.task),
@@ -109,37 +109,54 @@ class DeepSpeedEngine:
                     weights[name] = parameter.detach().clone()
         return weights
 
+    def _shards(self) -> list[tuple[list[str], dict[str, Tensor]]]:
+        """The optimizer's flat shards: names of the parameters in each, and its state on this rank."""
+        names = {id(parameter): name for name, parameter in self.task.named_parameters()}
+        zero = self.optimizer
+        if self.stage == 3:
+            groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+        else:
+            groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
+            # DeepSpeed links parameters to their moments while the first group steps, when the others have none yet.
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+        states = [zero.optimizer.state[flat] for flat in flats]
+        return [([names[id(p)] for p in group], state) for group, state in zip(groups, states, strict=True)]
+
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         if self.stage == 0:
             return named_moments(self.task, self.optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        counters = [s["step"] for s in self.optimizer.optimizer.state.values() if "step" in s]
+        parameters, keys = dict(self.task.named_parameters()), moment_names(self.recipe.optim)
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.task.named_parameters():
-            if parameter.requires_grad:
-                keys = _MOMENTS[self.recipe.optim.name]
-                moments[name] = to_cpu({key: _known(safe_get_full_optimizer_state(parameter, key)) for key in keys})
-                if counters:
-                    moments[name]["step"] = counters[0].detach().cpu().clone()
+        for names, shard in self._shards():
+            for name in names:
+                moments[name] = to_cpu(
+                    {key: _known(safe_get_full_optimizer_state(parameters[name], key)) for key in keys}
+                )
+                if "step" in shard:
+                    moments[name]["step"] = shard["step"].detach().cpu().clone()
         return moments
 
     def _restore_moments(self, state: TrainingState) -> None:
+        """Parameters that were not trained yet start from zero moments, as they would without shards."""
         if self.stage == 0:
             restore_moments(self.task, self.optimizer, state.optimizer)
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._create_moments(state)
-        for name, parameter in self.task.named_parameters():
-            if parameter.requires_grad and name in state.optimizer:
-                for key in _MOMENTS[self.recipe.optim.name]:
-                    value = state.optimizer[name][key].to(parameter.device)
-                    safe_set_full_optimizer_state(parameter, value, key)
-        counters = [moments["step"] for moments in state.optimizer.values() if "step" in moments]
-        for shard in self.optimizer.optimizer.state.values():
-            if counters:
-                shard["step"].copy_(counters[0])
+        parameters, keys = dict(self.task.named_parameters()), moment_names(self.recipe.optim)
+        for names, shard in self._shards():
+            for name in names:
+                for key in keys:
+                    zeros = torch.zeros_like(state.weights[name])
+                    value = state.optimizer[name][key] if name in state.optimizer else zeros
+                    safe_set_full_optimizer_state(parameters[name], value.to(self.ranks.device), key)
+            if "step" in shard:
+                known = state.optimizer.get(names[0], {})
+                shard["step"].copy_(known.get("step", torch.zeros(())))
 
     def _create_moments(self, state: TrainingState) -> None:
         """ZeRO creates its optimizer shards in the first update: make one, at rate 0, and undo its trace in buffers."""
