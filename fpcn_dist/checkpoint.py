@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def read_checkpoint(path: Path) -> tuple[TrainingState, CheckpointInfo]:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: the last ``keep`` and the best.
+    """The checkpoints of one run: the last ``keep`` and the best. Use as a context manager around what saves.
+
+    Files are written by a thread, so that training goes on meanwhile; leaving the context waits for the last one.
 
     Args:
         folder: ``RUN/checkpoints``; made when the first one is written.
@@ -113,6 +116,14 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None] = print) -> None:
         self.folder, self.keep, self.warn = folder, keep, warn
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, ascending."""
@@ -154,9 +165,22 @@ class CheckpointFolder:
     def save(self, state: TrainingState, info: CheckpointInfo, *, best: bool) -> None:
         """Write the checkpoint of ``info.step``, name it the best if it is, and delete those too old to keep.
 
+        Returns while the file is being written; ``state`` must not change any more. :meth:`wait` tells how it went.
+        """
+        self.wait()
+        self._writing = self._writer.submit(self._write, state, info, best)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
         Raises:
             UserError: it could not be written; the checkpoints before it are all still there.
         """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, state: TrainingState, info: CheckpointInfo, best: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(info.step)
         write_checkpoint(path, state, info)

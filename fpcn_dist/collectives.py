@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from fpcn_kernels.row_shards import RowShards
 from torch import Tensor
 
 Group = dist.ProcessGroup
@@ -39,26 +40,10 @@ def all_gather(rows: Tensor, group: Group | None) -> Tensor:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, group: Group) -> Tensor:
-        sizes = _row_counts(len(rows), rows.device, group)
-        rank = dist.get_rank(group)
-        ctx.start, ctx.length, ctx.ranks = sum(sizes[:rank]), sizes[rank], len(sizes)
-        longest = max(sizes)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        gathered = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
-        return torch.cat([part[:size] for part, size in zip(gathered.split(longest), sizes, strict=True)])
+        ctx.shards = RowShards(len(rows), group, rows.device)
+        return ctx.shards.gather(rows)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return ctx.ranks * grad[ctx.start : ctx.start + ctx.length], None
-
-
-def _row_counts(count: int, device: torch.device, group: Group) -> list[int]:
-    # The host needs these numbers. Where the group also has a CPU backend they never pass through the GPU, whose queue
-    # the host would otherwise have to wait for.
-    device = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
-    counts = torch.empty(world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.full((1,), count, device=device), group=group)
-    return counts.tolist()
+        shards: RowShards = ctx.shards
+        return len(shards.sizes) * grads[0][shards.first : shards.first + shards.rows], None

@@ -73,7 +73,13 @@ def train(
     logger = MetricsLogger(output, ranks.rank, start_step=start)
     progress = Progress(total_steps, start_step=start, rank=ranks.rank)
 
-    with contextlib.closing(loader), contextlib.closing(logger), progress, profiled(output, ranks, profile) as tick:
+    with (
+        contextlib.closing(loader),
+        contextlib.closing(logger),
+        progress,
+        checkpoints,
+        profiled(output, ranks, profile) as tick,
+    ):
         batches, reported = iter(loader), 0
         for step in range(start, total_steps):
             if step == frozen_steps and step > start:  # the backbone thaws: a new engine takes the state over
@@ -119,6 +125,7 @@ def train(
                 progress.print(f"epoch {epoch:g}: validation accuracy {100 * accuracy:.1f} %, loss {scores.loss:.4f}")
             improved = accuracy is not None and (best is None or accuracy > best)
             if save_now or improved:
+                ranks.on_first(checkpoints.wait)  # however slow the disk is: collectives have short patience
                 state = engine.state(done)
                 info = CheckpointInfo(done, recipe.model_dump(), manifest.hash, manifest.classes, accuracy)
                 if ranks.first:
@@ -154,6 +161,7 @@ def _naming_last_checkpoint(checkpoints: CheckpointFolder) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        checkpoints.wait()
         steps = checkpoints.steps()
         good = f"the last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
         raise UserError(error.field, error.value, error.reason, f"{error.mend}; {good}") from None

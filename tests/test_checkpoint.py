@@ -52,9 +52,9 @@ def test_round_trip(tmp_path):
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
-    for step in (1, 2, 3, 4):
-        folder.save(state(step), info(step, accuracy=step == 2), best=step == 2)
+    with CheckpointFolder(tmp_path / "checkpoints", keep=2) as folder:
+        for step in (1, 2, 3, 4):
+            folder.save(state(step), info(step, accuracy=step == 2), best=step == 2)
     assert folder.steps() == [3, 4]
     assert read_checkpoint(folder.folder / BEST)[1].step == 2
     assert folder.newest() == folder.path(4)
@@ -66,9 +66,9 @@ def test_keeps_the_last_and_the_best(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text"])
 def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
     warnings = []
-    folder = CheckpointFolder(tmp_path, keep=3, warn=warnings.append)
-    for step in (1, 2):
-        folder.save(state(step), info(step), best=False)
+    with CheckpointFolder(tmp_path, keep=3, warn=warnings.append) as folder:
+        for step in (1, 2):
+            folder.save(state(step), info(step), best=False)
     path = folder.path(2)
     data = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -79,8 +79,8 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
 
 
 def test_nothing_whole_is_an_error(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=3, warn=lambda _: None)
-    folder.save(state(1), info(1), best=False)
+    with CheckpointFolder(tmp_path, keep=3, warn=lambda _: None) as folder:
+        folder.save(state(1), info(1), best=False)
     folder.path(1).write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 checkpoints is whole"):
         folder.newest()
@@ -117,9 +117,11 @@ from test_checkpoint import CheckpointFolder, info, state
 from fpcn_dist import cli
 folder = CheckpointFolder(Path({str(tmp_path)!r}), keep=1)
 folder.save(state(1), info(1), best=True)
+folder.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-cli.run(lambda: folder.save(state(2, size=100_000), info(2), best=False))
+folder.save(state(2, size=100_000), info(2), best=False)
+cli.run(folder.wait)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fpcn_kernels import reference
-from fpcn_kernels._collectives import RowShards
 from fpcn_kernels._pair_torch import Gradients, Hidden, PairProblem, pair_loss
 from fpcn_kernels._random import PairDropout, RandomPairs
 from fpcn_kernels._validate import (
@@ -30,6 +29,7 @@ from fpcn_kernels._validate import (
     check_shape,
     resolve_backend,
 )
+from fpcn_kernels.row_shards import RowShards
 
 
 def pair_contrast(

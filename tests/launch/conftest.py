@@ -1,17 +1,10 @@
-"""Fixtures: the folder of this session's runs, and the run that others are compared with."""
+"""The run that others are compared with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-from tests.launching import Runs
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory, rocks) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), rocks)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,12 @@ class RowShards:
     Args:
         rows: number of rows of this rank.
         group: the process group, or ``None`` for a single process.
-        device: where the group communicates.
+        device: where the rows are.
+
+    Attributes:
+        sizes: rows of each rank.
+        first: global index of this rank's first row.
+        rows, total: rows of this rank, and of all.
     """
 
     def __init__(self, rows: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -22,20 +27,23 @@ class RowShards:
         rank = 0
         if group is not None:
             rank = dist.get_rank(group)
+            # The host needs these numbers. Where the group also has a CPU backend they do not pass through the GPU,
+            # whose queue the host would otherwise have to wait for.
+            device = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
             sizes = torch.empty(dist.get_world_size(group), 1, dtype=torch.int64, device=device)
             dist.all_gather(list(sizes.split(1)), sizes.new_full((1, 1), rows), group=group)
             self.sizes = sizes.flatten().tolist()
         self.first, self.rows, self.total = sum(self.sizes[:rank]), rows, sum(self.sizes)
 
-    def gather(self, rows_BF: Tensor) -> Tensor:
-        """Every rank's rows [B, F], in rank order: [N, F]."""
+    def gather(self, rows: Tensor) -> Tensor:
+        """Every rank's rows [B, ...], in rank order: [N, ...]."""
         if self.group is None:
-            return rows_BF
+            return rows
         # Equal sizes, by padding: gloo has no others.
-        padded_SF = rows_BF.new_zeros(max(self.sizes), rows_BF.shape[1])
-        padded_SF[: self.rows] = rows_BF
-        shards = [torch.empty_like(padded_SF) for _ in self.sizes]
-        dist.all_gather(shards, padded_SF, group=self.group)
+        padded = rows.new_zeros(max(self.sizes), *rows.shape[1:])
+        padded[: self.rows] = rows
+        shards = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(shards, padded, group=self.group)
         return torch.cat([shard[:size] for shard, size in zip(shards, self.sizes, strict=True)])
 
     def reduce_scatter(self, rows_NF: Tensor) -> Tensor:
