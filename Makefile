@@ -25,7 +25,7 @@ lint: setup
 	$(VENV)/bin/pyright
 
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 benchmark: setup
 	$(PY) kernels/benchmarks/pair_contrast.py

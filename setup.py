@@ -40,6 +40,7 @@ setup(
         "dev": [
             "pytest>=8.2",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "pyright[nodejs]>=1.1.380",
