@@ -1,6 +1,5 @@
-# make demo | make test: each sets up what it needs. PYTHON chooses the interpreter (3.10 to 3.13), CUDA the wheels.
+# make demo | make test: each sets up what it needs. PYTHON chooses the interpreter (3.11 to 3.13).
 PYTHON ?= python3
-CUDA ?= cuda13
 VENV := .venv
 PY := $(VENV)/bin/python
 
@@ -11,7 +10,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[$(CUDA),deepspeed,dev]"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[cuda13,deepspeed,dev]"
 	touch $@
 
 demo: setup

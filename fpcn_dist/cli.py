@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ Overrides = Annotated[Recipe, tyro.conf.arg(name="")]
 """Type of a field of an argument dataclass that lets every recipe field be overridden by its dotted name."""
 
 _LOST_RANK = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|recvvalue|socket", re.IGNORECASE)
+
+_AGAIN = "start the same command again: it resumes from the last checkpoint"
 
 
 def _section(schema: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
@@ -134,14 +137,19 @@ def _readable_exit() -> Iterator[None]:
         _leave(f"{prefix}error: {error}", 2)
     except KeyboardInterrupt:
         _leave(f"{prefix}interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _leave(
+            f"{prefix}error: the disk{where} cannot be written to ({error.strerror}); free some space, then {_AGAIN}", 2
+        )
     except RuntimeError as error:
         if not prefix or not _LOST_RANK.search(f"{type(error).__name__} {error}"):
             raise
-        _leave(
-            f"{prefix}error: lost contact with another rank, which has probably died ({str(error).splitlines()[0]}); "
-            "see that rank's own message, then start the same command again: it resumes from the last checkpoint",
-            3,
-        )
+        what = re.sub(r"\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+        lost = f"lost contact with another rank, which has probably died ({what})"
+        _leave(f"{prefix}error: {lost}; see that rank's own message, then {_AGAIN}", 3)
 
 
 def _leave(message: str, status: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, Runs, command, environment, free_port
+from tests.launching import ROOT, Runs, command, environment, free_port, losses
 
 
 def copy_data(runs: Runs, folder: Path) -> Path:
@@ -139,6 +140,26 @@ def test_a_loss_that_runs_away(runs):
     done = runs.run([*command("python"), *runs.train_argv(runs.folder / "nan", *overrides)], expect=2)
     assert "is not finite" in done.stderr and "lower optim.lr" in done.stderr and "checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_fills_up(runs, single):
+    """Files may not grow past 4 MiB, so the first checkpoint fails as on a full disk: a clear message, no half file."""
+    output = runs.folder / "full"
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))
+
+    argv = [*command("python"), *runs.train_argv(output)]
+    done = subprocess.run(
+        argv, env=environment(), cwd=runs.folder, capture_output=True, text=True, timeout=120, preexec_fn=limit
+    )
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr and "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((output / "checkpoints").iterdir()) == []
+    runs.train("full")
+    assert losses(output) == losses(single)
 
 
 def test_pretrained_weights_without_a_network(runs, tmp_path):
