@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +46,9 @@ class DDPEngine:
         self.one_pass = recipe.train.micro_batches == 1
         self.module: nn.Module = self.task
         if self.group is not None:
-            self.module = DistributedDataParallel(self.task, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.14 deprecates the name that 2.11 knows alone
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.module = DistributedDataParallel(self.task, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def forward(self, batch, step, **halves):
         if self.one_pass or not isinstance(self.module, DistributedDataParallel):

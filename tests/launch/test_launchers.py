@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from fpcn_dist.checkpoint import read_checkpoint
-from tests.launching import losses
+from tests.launching import environment, free_port, losses
 
 FILES = {
     "recipe.yaml", "environment.json", "manifest.json", "metrics.jsonl", "tensorboard", "checkpoints",
@@ -46,3 +48,22 @@ def test_two_ranks_give_the_losses_of_one(runs, single, launcher, overrides, req
     assert (json.loads((run / "evaluation.json").read_text()))["accuracy"] == pytest.approx(
         json.loads((single / "evaluation.json").read_text())["accuracy"], abs=0.101
     )
+
+
+def test_srun_describes_ranks_in_its_own_variables(runs, single):
+    """Two processes with the environment that srun gives them: no RANK, no WORLD_SIZE."""
+    output = runs.folder / "srun"
+    common = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    argv = [sys.executable, *runs.train_argv(output)]
+    ranks = [
+        subprocess.Popen(
+            argv, env=environment() | common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            cwd=runs.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    shown = [process.communicate(timeout=240)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], shown
+    assert losses(output) == pytest.approx(losses(single), abs=1e-4)
+    assert json.loads((output / "environment.json").read_text())["world_size"] == 2
