@@ -24,7 +24,7 @@ lint: setup
 	$(VENV)/bin/pyright
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 benchmark: setup
 	$(PY) kernels/benchmarks/pair_contrast.py
