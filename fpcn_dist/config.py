@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # its errors are shown to users, who need no link
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -43,7 +44,7 @@ class DataConfig(Schema):
     """Share of each class that is split off for validation where the folder has no val/."""
     test_fraction: Fraction = 0.1
     """Share of each class that is split off for testing where the folder has no train/ at all."""
-    on_bad_image: Literal["skip", "fail"] = "skip"
+    on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
     """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
     max_pixels: PositiveInt = 100_000_000
     """Images with more pixels than this in their header are refused before anything is decoded."""

@@ -55,7 +55,7 @@ def test_bad_images_are_listed_or_refused(runs, tmp_path):
     whole = next((data / "marble").glob("0*.jpg")).read_bytes()
     (data / "marble/truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (data / "marble/empty.jpg").write_bytes(b"")
-    message = refused(runs, "--data.on-bad-image", "fail", data=data)
+    message = refused(runs, "--on-bad-image", "fail", data=data)
     assert "3" in message and "text.jpg" in message
     argv = [*command("python"), *runs.train_argv(runs.folder / "skips", "--train.epochs", "1", data=data)]
     done = runs.run(argv)
