@@ -61,12 +61,10 @@ class Engine(Protocol):
 
 
 def prepare_task(task: Task, recipe: Recipe, ranks: Ranks, frozen_backbone: bool, state: TrainingState | None) -> Task:
-    """Place the task on its device as the recipe wants it, with the weights of ``state`` if there is one."""
+    """Place the task on its device, trainable as wanted, with the weights of ``state`` if there is one."""
     if state is not None:
         task.load_state_dict(state.weights)
     task = task.to(ranks.device)
-    if recipe.train.channels_last:
-        task = task.to(memory_format=torch.channels_last)
     task.model.backbone.requires_grad_(not frozen_backbone)
     if recipe.train.compile:
         task.model.backbone.compile()

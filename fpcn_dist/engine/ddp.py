@@ -37,6 +37,8 @@ class DDPEngine:
         self, task: Task, recipe: Recipe, ranks: Ranks, *, frozen_backbone: bool, state: TrainingState | None
     ) -> None:
         self.task = prepare_task(task, recipe, ranks, frozen_backbone, state)
+        if recipe.train.channels_last:  # the weights too, or each convolution would convert them
+            self.task = self.task.to(memory_format=torch.channels_last)
         self.group = ranks.group
         self.clip_norm = recipe.optim.clip_norm
         self.optimizer = build_optimizer(recipe.optim, self.task)

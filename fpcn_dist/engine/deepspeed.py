@@ -37,6 +37,8 @@ from fpcn_dist.tasks import Task
 class DeepSpeedEngine:
     """See :class:`fpcn_dist.engine.base.Engine`.
 
+    With ``train.channels_last`` the images are in that order but not the weights, which DeepSpeed could not broadcast.
+
     Raises:
         UserError: DeepSpeed is not installed.
     """

@@ -18,5 +18,5 @@ def build_task(recipe: Recipe, num_classes: int, group: torch.distributed.Proces
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, num_classes, task=recipe.task)
     if isinstance(model, FPCN):
-        return Contrast(model, recipe.contrast, seed=recipe.seed, group=group, precision=recipe.train.precision)
-    return Classify(model, recipe.train.precision)
+        return Contrast(model, recipe.contrast, recipe.train, seed=recipe.seed, group=group)
+    return Classify(model, recipe.train)

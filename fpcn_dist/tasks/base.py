@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fpcn_dist.config import TrainConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 
@@ -34,7 +36,8 @@ class Task(nn.Module, ABC):
 
     Args:
         model: the network that is trained.
-        precision: ``"bf16"`` runs ``encode`` under bfloat16 autocast; the criterion always computes in float32.
+        config: its ``precision`` "bf16" runs ``encode`` under bfloat16 autocast (the criterion always computes in
+            float32); its ``channels_last`` gives ``encode`` images in that memory order.
     """
 
     couples_images = False
@@ -42,10 +45,10 @@ class Task(nn.Module, ABC):
 
     model: Classifier
 
-    def __init__(self, model: Classifier, precision: str = "fp32") -> None:
+    def __init__(self, model: Classifier, config: TrainConfig) -> None:
         super().__init__()
         self.model = model
-        self.precision = precision
+        self.train_config = config
 
     @abstractmethod
     def encode(self, batch: Batch) -> Tensor:
@@ -58,7 +61,10 @@ class Task(nn.Module, ABC):
     def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
         """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""
         if pooled is None:
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if self.train_config.channels_last:
+                batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+            precision = self.train_config.precision
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pooled = self.encode(batch)
             pooled = pooled.float() if pooled.dtype in (torch.bfloat16, torch.float16) else pooled
         return pooled if encode_only else self.criterion(pooled, batch, step)

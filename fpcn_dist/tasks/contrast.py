@@ -7,7 +7,7 @@ from fpcn_kernels import pair_contrast
 from torch import Tensor
 
 from fpcn_dist.collectives import Group, all_gather
-from fpcn_dist.config import ContrastConfig
+from fpcn_dist.config import ContrastConfig, TrainConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.keys import key
 from fpcn_dist.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
@@ -23,16 +23,16 @@ class Contrast(Task):
         config: which pairs, and the centre loss.
         seed: with the step, the key of dropout and random pairs.
         group: all ranks, or ``None`` for one.
-        precision: see :class:`Task`.
+        train: see :class:`Task`.
     """
 
     couples_images = True
     model: FPCN
 
     def __init__(
-        self, model: FPCN, config: ContrastConfig, *, seed: int, group: Group | None = None, precision: str = "fp32"
+        self, model: FPCN, config: ContrastConfig, train: TrainConfig, *, seed: int, group: Group | None = None
     ) -> None:
-        super().__init__(model, precision)
+        super().__init__(model, train)
         self.config, self.seed, self.group = config, seed, group
         self.centers = ClassCenters(model.classifier.out_features, model.backbone.channels)
 
