@@ -19,7 +19,8 @@ def check(_: int, optim: dict) -> None:
     torch.set_num_threads(1)
     with connect() as ranks:
         for stage in range(4):
-            chosen = recipe(optim=optim, engine={"name": "deepspeed", "zero_stage": stage})
+            engine = {"name": "deepspeed", "zero_stage": stage}
+            chosen = recipe(optim=optim, engine=engine, train={"channels_last": True})
             engine = build_engine(chosen, build_task(chosen, 3), ranks, frozen_backbone=True)
             for step in range(2):
                 forward_backward(engine, batch(step, 42), step, 1)
