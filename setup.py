@@ -41,6 +41,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "torchmetrics>=1.4,<2",
             "ruff>=0.6",
             "pyright[nodejs]>=1.1.380",
             "import-linter>=2.1",
