@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from fpcn_dist.errors import UserError
+
 Array = NDArray[np.floating]
 Rng = np.random.Generator
 
@@ -38,10 +40,21 @@ def generate(
         seed: key of all random draws.
         min_side: smallest height and width in pixels; both are drawn independently.
         max_side: largest height and width in pixels.
+
+    Raises:
+        UserError: no images or a negative seed asked for, or a folder that cannot be made.
     """
+    if images_per_class < 1:
+        raise UserError("images_per_class", images_per_class, "there would be nothing to draw", "ask for at least 1")
+    if seed < 0:
+        raise UserError("seed", seed, "a seed is not negative", "use 0 or more")
     for label, (name, texture) in enumerate(TEXTURES.items()):
         folder = Path(root) / name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"the folder cannot be made ({error.strerror})"
+            raise UserError("--output", root, reason, "choose another folder") from None
         for number in range(images_per_class):
             rng = np.random.Generator(np.random.Philox(key=[seed, label << 32 | number]))
             height, width = rng.integers(min_side, max_side + 1, size=2).tolist()

@@ -42,6 +42,10 @@ def test_synthesize(runs, tmp_path):
     argv = [*command("python"), script, "--output", str(tmp_path), "--images-per-class", "2"]
     assert "6 images" in runs.run(argv).stdout
     assert len(list(tmp_path.glob("*/*.jpg"))) == 6
+    (tmp_path / "file").write_text("")
+    for bad in (["--output", str(tmp_path / "file")], ["--output", str(tmp_path), "--images-per-class", "-3"]):
+        done = runs.run([*command("python"), script, *bad], expect=2)
+        assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_loader_benchmark(runs):
