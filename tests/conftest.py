@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel's module is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from fpcn_dist.data.synthetic import generate
 from tests.launching import Runs

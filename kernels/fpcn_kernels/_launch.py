@@ -1,0 +1,133 @@
+"""Whether the Triton kernels run, with what configuration, and the one place that launches them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+# Set by whoever wants a kernel faster than the table's configuration makes it, and has a minute: see choose().
+AUTOTUNE = "FPCN_AUTOTUNE"
+
+_recorder: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] | None = None
+_tuned: dict[tuple[Any, ...], dict[str, int]] = {}
+
+
+def use_triton(backend: str, device: torch.device, dtype: torch.dtype, limit: str | None = None) -> bool:
+    """Whether the Triton kernels run for tensors on ``device`` that accumulate in ``dtype``.
+
+    ``backend="auto"`` takes PyTorch where they cannot, and says so once.
+
+    Args:
+        limit: why this call is beyond the kernels, if it is.
+
+    Raises:
+        RuntimeError: ``backend="triton"``, and they cannot run.
+    """
+    if backend == "torch":
+        return False
+    reason = _hindrance(device) or limit
+    if dtype == torch.float64:
+        reason = reason or "they accumulate in float32, and an argument is float64"
+    if backend == "triton":
+        if reason:
+            raise RuntimeError(f"backend 'triton': the kernels cannot run, as {reason}; use backend='auto' or 'torch'")
+        return True
+    if reason:
+        _say_once(reason)
+    # An interpreted kernel is for tests, which ask for it by name.
+    return reason is None and device.type == "cuda"
+
+
+@functools.cache
+def _hindrance(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f"{device} has compute capability {capability}, below (8, 0)"
+    if device.type == "meta" or interpreting():
+        return None
+    return f"the tensors are on {device.type}, not on a CUDA device"
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.getLogger("fpcn_kernels").warning("PyTorch runs instead of the Triton kernels, as %s", reason)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class DeviceLimits(NamedTuple):
+    multiprocessors: int
+    l2_bytes: int
+
+
+@functools.cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """What sizes a launch; of an H200 where ``device`` is none: launches can be recorded and interpreted anywhere."""
+    if device.type != "cuda":
+        return DeviceLimits(132, 50 * 2**20)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits(properties.multi_processor_count, properties.L2_cache_size)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """``kernel[grid](*arguments, **constants)``, or its record inside :func:`recording`."""
+    if _recorder is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        _recorder.append((kernel, grid, arguments, constants))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]]:
+    """Collect (kernel, grid, arguments, constants) of every launch instead of launching.
+
+    With tensors on the meta device this tells what an operation would launch at any shape, without a GPU.
+    """
+    global _recorder
+    outer, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = outer
+
+
+def choose(key: tuple[Any, ...], table: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None]) -> None:
+    """Run a kernel with a configuration for ``key``: the table's first, known to be good, unless the environment sets
+    ``FPCN_AUTOTUNE=1``; then the fastest of the table, timed at the first call with this key in this process.
+
+    Args:
+        key: name of the kernel, dtypes and sizes; sizes that vary from call to call rounded to powers of two.
+        table: candidates, the known-good one first.
+        run: launches the kernel with one of them; may be called several times.
+    """
+    if os.environ.get(AUTOTUNE) == "1" and _recorder is None and not interpreting():
+        if key not in _tuned:
+            _tuned[key] = _fastest(table, run)
+            logging.getLogger("fpcn_kernels").info("tuned %s: %s", key, _tuned[key])
+        run(_tuned[key])
+    else:
+        run(table[0])
+
+
+def _fastest(table: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None]) -> dict[str, int]:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    milliseconds = {}
+    for index, candidate in enumerate(table):
+        # A candidate for a larger GPU may not fit this one.
+        with contextlib.suppress(OutOfResources):
+            milliseconds[index] = do_bench(functools.partial(run, candidate), warmup=5, rep=20)
+    return table[min(milliseconds, key=milliseconds.__getitem__)]
