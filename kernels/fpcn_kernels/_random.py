@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_ROUNDS = 8
 # Domains keep the streams that share a seed apart.
 _FIRST_IMAGE, _SECOND_IMAGE, _UNIT, _PAIRS = 1, 2, 3, 4
 
@@ -48,6 +47,10 @@ class PairDropout:
         self.scale = 1 / (1 - probability)
         self.dtype = dtype
 
+    def words(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``first``, ``second`` and ``unit`` as the 32-bit words that they are, for kernels."""
+        return self.first.to(torch.int32), self.second.to(torch.int32), self.unit.to(torch.int32)
+
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Multipliers [..., D], 0 or 1 / (1 - p), for broadcastable global indices ``a`` and ``b`` [...]."""
         pair = mix(self.first[a] ^ self.second[b])
@@ -67,9 +70,11 @@ class RandomPairs:
         images: number N of images in the global batch.
     """
 
+    ROUNDS = 8
+
     def __init__(self, count: int, seed: Tensor, images: int) -> None:
         self.count, self.images = count, images
-        round_key = mix(_key(seed, _PAIRS) ^ torch.arange(_ROUNDS, device=seed.device))
+        round_key = mix(_key(seed, _PAIRS) ^ torch.arange(self.ROUNDS, device=seed.device))
         words = mix(round_key[:, None] ^ torch.arange(images, device=seed.device))
         self.shift_RN = (words * images) >> 32
 

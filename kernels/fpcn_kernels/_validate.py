@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_BACKENDS = ("auto", "torch", "triton", "reference")
+BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 def resolve_backend(backend: str) -> str:
     """The backend to run: ``"torch"`` or ``"reference"``."""
-    check_choice("backend", backend, _BACKENDS)
+    check_choice("backend", backend, BACKENDS)
     if backend == "triton":
         raise RuntimeError("backend 'triton' is not available in this build of fpcn_kernels; use 'auto' or 'torch'")
     return "torch" if backend == "auto" else backend

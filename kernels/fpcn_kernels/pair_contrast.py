@@ -9,7 +9,7 @@ Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair cos
     W_in [x_a; x_b] = W_a x_a + W_b x_b = u_a + v_b
     logits_a = G_a f(u_a + v_b) + g_a  with  G_a = (W_cls * x_a) W_out,  g_a = W_cls (x_a * b_out) + b_cls
 
-The pass that computes the loss computes the gradients too; the backward only scales them. Legend: see _pair_torch.py.
+The pass that computes the loss computes the gradients too; the backward only scales them. Legend: see _pair_problem.py.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fpcn_kernels import reference
-from fpcn_kernels._pair_torch import Gradients, Hidden, PairProblem, pair_loss
+from fpcn_kernels import _pair_torch, reference
+from fpcn_kernels._launch import use_triton
+from fpcn_kernels._pair_loss import all_pairs, is_cheaper_listed, listed_pairs
+from fpcn_kernels._pair_problem import Gradients, PairProblem, SideLoss
 from fpcn_kernels._random import PairDropout, RandomPairs
 from fpcn_kernels._validate import (
+    BACKENDS,
     accumulation_dtype,
     check_choice,
     check_floating,
     check_fraction,
     check_shape,
-    resolve_backend,
 )
-from fpcn_kernels.row_shards import RowShards
+from fpcn_kernels.row_shards import RowExchange, RowShards
+
+# Of u and v of the global batch. Beyond it they pass from rank to rank instead of being gathered.
+_GATHERED_BYTES = 2**28
 
 
 def pair_contrast(
@@ -95,7 +100,8 @@ def pair_contrast(
     check_fraction("dropout", dropout)
     _check_pairs(pairs, pooled.device)
     seed = _seed_tensor(seed, pooled.device)
-    if resolve_backend(backend) == "reference":
+    check_choice("backend", backend, BACKENDS)
+    if backend == "reference":
         if group is not None:
             raise ValueError("backend 'reference' runs in a single process, got a group; use backend='torch'")
         return reference.pair_contrast(
@@ -105,7 +111,16 @@ def pair_contrast(
     listed, count = (pairs, None) if isinstance(pairs, Tensor) else (None, pairs)
     group_name = None if group is None else group.group_name
     return _pair_contrast(
-        *operands, labels, seed, listed, count, activation == "relu", float(dropout), group_name, with_gradients
+        *operands,
+        labels,
+        seed,
+        listed,
+        count,
+        activation == "relu",
+        float(dropout),
+        group_name,
+        backend,
+        with_gradients,
     )[0]
 
 
@@ -125,6 +140,7 @@ def _pair_contrast(
     relu: bool,
     dropout: float,
     group_name: str | None,
+    backend: str,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and, if asked for, the gradients of the seven floating-point operands, in the accumulation dtype.
@@ -147,32 +163,41 @@ def _pair_contrast(
         x_BC, in_weight, in_bias, out_weight, out_bias, cls_weight, cls_bias = wide
         weight_a, weight_b = in_weight.chunk(2, 1)
         shards = RowShards(len(x_BC), group, x_BC.device)
-        _check_values(labels, len(classifier_bias), listed, count, shards.total)
+        _check_values(labels, len(cls_bias), listed, count, shards.total)
         uv_B2D = torch.cat([torch.addmm(in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
-        u_ND, v_ND = shards.gather(uv_B2D).chunk(2, 1)
         pairs = listed if count is None else RandomPairs(count, seed, shards.total)
         chosen = count or (shards.total**2 if listed is None else len(listed))
         # A relu or an unchosen pair could hide what is not finite; multiplication by zero passes it on.
-        poison = torch.stack([0 * torch.stack(t.aminmax()).sum() for t in wide if t.numel()]).sum()
+        poison = 0 * torch.nn.utils.get_total_norm([t for t in wide if t.numel()], torch.inf)
         problem = PairProblem(
             x_BC,
-            u_ND,
-            v_ND,
+            uv_B2D,
             out_weight,
             out_bias,
             cls_weight,
             cls_bias,
             labels,
             shards.first,
-            Hidden(relu, PairDropout(dropout, seed, shards.total, len(in_bias), dtype) if dropout else None),
+            relu,
+            PairDropout(dropout, seed, shards.total, len(in_bias), dtype) if dropout else None,
             scale=len(shards.sizes) / (2 * chosen) + poison,
         )
         gradients = Gradients.zeros(problem) if with_gradients else None
-        loss = pair_loss(problem, pairs, gradients)
-        if gradients is None:
+        loss = torch.zeros((), dtype=torch.float64, device=x_BC.device)
+        if listed is not None or (count is not None and is_cheaper_listed(count, shards.total, *cls_weight.T.shape)):
+            exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=False)
+            for everyone in exchange:
+                loss += listed_pairs(problem, everyone, pairs, gradients)
+        else:
+            side_loss = _side_loss(backend, x_BC.device, dtype, len(cls_bias), len(in_bias))
+            bytes_of_all = shards.total * uv_B2D.shape[1] * uv_B2D.element_size()
+            exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=bytes_of_all > _GATHERED_BYTES)
+            for others in exchange:
+                loss += all_pairs(problem, others, pairs, gradients, side_loss)
+        loss = loss.to(dtype) * problem.scale
+        if gradients is None or exchange.gradients is None:
             return loss, *(loss.new_empty(0) for _ in operands)  # pyright: ignore
-        grad_uv_B2D = shards.reduce_scatter(torch.cat([gradients.u_ND, gradients.v_ND], 1))
-        grad_u_BD, grad_v_BD = grad_uv_B2D.chunk(2, 1)
+        grad_u_BD, grad_v_BD = (gradients.uv_B2D + exchange.gradients).chunk(2, 1)
         grad_in_weight = in_weight.new_empty(in_weight.shape)
         for grad_half_BD, columns in zip((grad_u_BD, grad_v_BD), grad_in_weight.chunk(2, 1), strict=True):
             torch.mm(grad_half_BD.T, x_BC, out=columns)
@@ -186,6 +211,17 @@ def _pair_contrast(
             gradients.cls_weight_KC,
             gradients.cls_bias_K,
         )
+
+
+def _side_loss(backend: str, device: torch.device, dtype: torch.dtype, classes: int, width: int) -> SideLoss:
+    limit = None
+    if classes > 1024 or width > 4096:
+        limit = f"they hold at most 1024 classes and 4096 hidden units, got K = {classes} and D = {width}"
+    if use_triton(backend, device, dtype, limit):
+        from fpcn_kernels import _pair_triton
+
+        return _pair_triton.side_loss
+    return _pair_torch.side_loss
 
 
 @_pair_contrast.register_fake
@@ -271,7 +307,8 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"seed must be an int or a 0-dim int64 tensor, got {_kind(seed)}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    return torch.tensor(seed, device=device)
+    # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _check_values(labels: Tensor, classes: int, listed: Tensor | None, count: int | None, images: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ OPTIONS = {
     "all": {},
     "all, dropout": {"dropout": 0.3, "seed": 5},
     "identity": {"activation": "identity"},
+    "ring": {"ring": True},
+    "ring, random, dropout": {"ring": True, "pairs": 100, "seed": 3, "dropout": 0.3},
+    "ring, listed": {"ring": True, "pairs": LISTED},
     "random": {"pairs": 9, "seed": -2},
     "random, many": {"pairs": 100, "seed": 3, "dropout": 0.3},
     "listed": {"pairs": LISTED},
@@ -41,12 +45,15 @@ def _problem():
 
 def _run(rank, options, group=None, rows=slice(None), compiled=False):
     """Loss and gradients of the rank that owns ``rows``."""
+    options = dict(options)
+    gathered_bytes = 0 if options.pop("ring", False) else 2**28
     (pooled, *parameters), labels = _problem()
     pooled = pooled.detach()[rows].requires_grad_()
 
     def loss_of(pooled, labels, *parameters):
         return pair_contrast(pooled, labels, *parameters, group=group, **options)
 
+    sys.modules["fpcn_kernels.pair_contrast"]._GATHERED_BYTES = gathered_bytes
     function = torch.compile(loss_of, fullgraph=True, backend="aot_eager") if compiled else loss_of
     loss = function(pooled, labels[rows], *parameters)
     return loss.detach(), *torch.autograd.grad(loss, [pooled, *parameters])
@@ -62,6 +69,11 @@ def _rank(rank: int, folder: str) -> None:
         rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         for name, options in OPTIONS.items():
             torch.save(_run(rank, options, group, rows), f"{folder}/{world_size} {name} {rank}")
+        sys.modules["fpcn_kernels.pair_contrast"]._GATHERED_BYTES = 0
+        with torch.no_grad():
+            pooled, *parameters = _problem()[0]
+            loss = pair_contrast(pooled[rows], _problem()[1][rows], *parameters, group=group)
+        torch.save(loss, f"{folder}/{world_size} loss only {rank}")
         if world_size == 1:
             torch.save(_run(rank, OPTIONS["all, dropout"], group, compiled=True), f"{folder}/1 compiled {rank}")
     non_finite, labels = _problem()
@@ -98,6 +110,12 @@ def _check(results, world_size, name, options):
 @pytest.mark.parametrize("world_size", SIZES)
 def test_mean_over_ranks_is_the_single_process_value(results, world_size, name):
     _check(results, world_size, name, OPTIONS[name])
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+def test_ring_without_gradients_is_the_same_loss(results, world_size):
+    losses = [torch.load(results / f"{world_size} loss only {rank}") for rank in range(world_size)]
+    torch.testing.assert_close(torch.stack(losses).mean(), _run(0, {})[0], rtol=1e-11, atol=1e-12)
 
 
 def test_compiled_without_a_graph_break(results):

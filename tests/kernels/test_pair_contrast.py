@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from fpcn_kernels import _pair_torch, pair_contrast, reference
+from fpcn_kernels import _pair_loss, _pair_torch, pair_contrast, reference
 from fpcn_kernels._random import PairDropout, RandomPairs, mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +54,7 @@ def _assert_same(problem, got, expected, tolerance=1e-11):
 
 def _list_or_tiles(monkeypatch, listed):
     """Which of its two ways the PyTorch backend takes for random pairs."""
-    monkeypatch.setattr(_pair_torch, "_is_cheaper_listed", lambda problem, count: listed)
+    monkeypatch.setattr(sys.modules["fpcn_kernels.pair_contrast"], "is_cheaper_listed", lambda *sizes: listed)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -110,7 +112,7 @@ def test_tiling_does_not_matter(monkeypatch, pairs):
         expected = pair_contrast(**problem, **options)
         with monkeypatch.context() as patch:
             patch.setitem(_pair_torch._TILE_BYTES, "cpu", tile)
-            patch.setitem(_pair_torch._BLOCK_BYTES, "cpu", block)
+            patch.setitem(_pair_loss._BLOCK_BYTES, "cpu", block)
             got = pair_contrast(**problem, **options)
         _assert_same(problem, got, expected, tolerance=1e-13)
 
@@ -190,7 +192,7 @@ def test_operator_contract(pairs):
     seed = torch.tensor(1)
     listed, count = (pairs, None) if isinstance(pairs, torch.Tensor) else (None, pairs)
     operands = [problem[name] for name in ("pooled", *PARAMETERS)]
-    positional = (*operands, problem["labels"], seed, listed, count, True, 0.2, None, True)
+    positional = (*operands, problem["labels"], seed, listed, count, True, 0.2, None, "torch", True)
     torch.library.opcheck(torch.ops.fpcn.pair_contrast.default, positional)
 
     def run():
