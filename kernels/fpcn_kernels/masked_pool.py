@@ -11,21 +11,25 @@ Legend: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fpcn_kernels import reference
-from fpcn_kernels._regions import largest_region
+from fpcn_kernels import _pool_torch, reference
+from fpcn_kernels._launch import use_triton
 from fpcn_kernels._validate import (
+    BACKENDS,
     accumulation_dtype,
     check_choice,
     check_floating,
     check_fraction,
     check_shape,
-    resolve_backend,
 )
+
+# The largest map that the fused kernels label within one program.
+_MOST_PIXELS = 64 * 64
 
 
 class MaskedPool(NamedTuple):
@@ -50,7 +54,8 @@ def masked_pool(
     """Average each feature map over the region where it is active (equations 1 to 5 and 7).
 
     A constant map is all inside. NaN or Inf in an image (or in its companion) makes the pooled vector and the area of
-    that image NaN and its mask all ones, and affects no other image. No gradient flows through the mask and the area.
+    that image NaN and its mask all ones, and affects no other image. No gradient flows through the mask and the area,
+    and the gradient of the features cannot be differentiated again.
 
     Args:
         features: feature maps [B, C, H, W], float64, float32, bfloat16 or float16, of any strides.
@@ -82,54 +87,23 @@ def masked_pool(
             raise ValueError(f"companion [B, C2, H, W] must not be empty, got {list(companion.shape)}")
         if region != "largest":
             raise ValueError(f"companion needs region='largest', got region={region!r}")
-    if resolve_backend(backend) == "reference":
+    check_choice("backend", backend, BACKENDS)
+    if backend == "reference":
         return MaskedPool(*reference.masked_pool(features, theta=theta, region=region, companion=companion))
-    return MaskedPool(*_masked_pool(features, companion, float(theta), region == "largest"))
+    return MaskedPool(*_masked_pool(features, companion, float(theta), region == "largest", backend))
 
 
 @torch.library.custom_op("fpcn::masked_pool", mutates_args=())
 def _masked_pool(
-    features: Tensor, companion: Tensor | None, theta: float, largest: bool
+    features: Tensor, companion: Tensor | None, theta: float, largest: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    feat_BCHW = features.to(accumulation_dtype(features))
-    inside_BHW, mean_B = _above_mean(feat_BCHW)
-    if largest:
-        inside_BHW = largest_region(inside_BHW)
-        if companion is not None:
-            companion_inside_BHW, companion_mean_B = _above_mean(companion.to(feat_BCHW.dtype))
-            inside_BHW = inside_BHW & companion_inside_BHW
-            inside_BHW = inside_BHW | ~inside_BHW.flatten(1).any(1)[:, None, None]
-            mean_B = mean_B + companion_mean_B
-    # A comparison hides what is not finite, a multiplication by zero passes it on.
-    inside_BHW = inside_BHW | ~mean_B.isfinite()[:, None, None]
-    mask_BHW = mean_B.new_full(inside_BHW.shape, theta).masked_fill_(inside_BHW, 1)
-    area_B = mask_BHW.mean((1, 2)) + 0 * mean_B
-    weight_BHW = mask_BHW * (area_B / mask_BHW[0].numel())[:, None, None]
-    pooled_BC = torch.bmm(feat_BCHW.flatten(2), weight_BHW.flatten(1).unsqueeze(2)).squeeze(2)
-    return pooled_BC, mask_BHW, area_B
-
-
-def _above_mean(feat_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels whose channel sum reaches its mean [B, H, W], and the mean [B]."""
-    sum_BHW = _channel_sum(feat_BCHW)
-    mean_B = sum_BHW.mean((1, 2))
-    # No mean exceeds the maximum, but a rounded one can: without the bound a constant map could be all outside.
-    threshold_B = torch.minimum(mean_B, sum_BHW.amax((1, 2)))
-    return sum_BHW >= threshold_B[:, None, None], mean_B
-
-
-def _channel_sum(feat_BCHW: Tensor) -> Tensor:
-    """Pairwise, so that all pixels round alike: ``sum(1)`` adds the pixels that fill no vector register in another
-    order, which leaves a constant map with a few pixels below its mean."""
-    while (half := feat_BCHW.shape[1] // 2) > 0:
-        folded_BCHW = feat_BCHW[:, :half] + feat_BCHW[:, half : 2 * half]
-        folded_BCHW[:, 0] += feat_BCHW[:, 2 * half :].sum(1)
-        feat_BCHW = folded_BCHW
-    return feat_BCHW[:, 0]
+    span = sum((size - 1) * stride for size, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
+    kernels = _kernels(backend, features.device, accumulation_dtype(features), features.shape[2:], span)
+    return kernels.forward(features, companion, theta, largest)
 
 
 @_masked_pool.register_fake
-def _(features, companion, theta, largest):
+def _(features, companion, theta, largest, backend):
     batch, channels, height, width = features.shape
     dtype = accumulation_dtype(features)
     return (
@@ -139,26 +113,54 @@ def _(features, companion, theta, largest):
     )
 
 
+@torch.library.custom_op("fpcn::masked_pool_backward", mutates_args=())
+def _masked_pool_backward(
+    grad_pooled: Tensor,
+    mask: Tensor,
+    area: Tensor,
+    theta: float,
+    dtype: torch.dtype,
+    order: Sequence[int],
+    backend: str,
+) -> Tensor:
+    """dF [B, C, H, W] in ``dtype``, stored with the dimensions in ``order``, the slowest first."""
+    size = mask[0].numel()
+    kernels = _kernels(backend, mask.device, mask.dtype, mask.shape[1:], span=grad_pooled.shape[1] * size - 1)
+    return kernels.backward(grad_pooled, mask, area, theta, dtype, order)
+
+
+@_masked_pool_backward.register_fake
+def _(grad_pooled, mask, area, theta, dtype, order, backend):
+    return torch.empty_permuted((*grad_pooled.shape, *mask.shape[1:]), order, dtype=dtype, device=mask.device)
+
+
+def _kernels(backend: str, device: torch.device, dtype: torch.dtype, size: Sequence[int], span: int):
+    """The module that computes: _pool_triton or _pool_torch."""
+    limit = None
+    if size[0] * size[1] > _MOST_PIXELS or span >= 2**31:
+        limit = (
+            f"they take images of at most {_MOST_PIXELS} pixels and 2^31 elements, "
+            f"got {size[0]} x {size[1]} pixels in {span + 1} elements"
+        )
+    if use_triton(backend, device, dtype, limit):
+        from fpcn_kernels import _pool_triton
+
+        return _pool_triton
+    return _pool_torch
+
+
 def _setup_context(ctx, inputs, output):
-    features, _, theta, _ = inputs
+    features, _, ctx.theta, _, ctx.backend = inputs
     _, mask, area = output
     ctx.mark_non_differentiable(mask, area)
     ctx.save_for_backward(mask, area)
-    ctx.dtype, ctx.theta = features.dtype, theta
-    ctx.channels_last = features.is_contiguous(memory_format=torch.channels_last)
+    ctx.dtype = features.dtype
+    ctx.order = sorted(range(4), key=features.stride, reverse=True)
 
 
 def _backward(ctx, grad_pooled, _grad_mask, _grad_area):
-    mask_BHW, area_B = ctx.saved_tensors
-    grad_BC = grad_pooled * (area_B / mask_BHW[0].numel())[:, None]
-    inside_BC, outside_BC = grad_BC.to(ctx.dtype), (grad_BC * ctx.theta).to(ctx.dtype)
-    region_BHW = mask_BHW == 1
-    if ctx.channels_last:
-        grad_BHWC = torch.where(region_BHW[..., None], inside_BC[:, None, None], outside_BC[:, None, None])
-        grad_features = grad_BHWC.permute(0, 3, 1, 2)
-    else:
-        grad_features = torch.where(region_BHW[:, None], inside_BC[..., None, None], outside_BC[..., None, None])
-    return grad_features, None, None, None
+    grad_features = _masked_pool_backward(grad_pooled, *ctx.saved_tensors, ctx.theta, ctx.dtype, ctx.order, ctx.backend)
+    return grad_features, None, None, None, None
 
 
 _masked_pool.register_autograd(_backward, setup_context=_setup_context)
