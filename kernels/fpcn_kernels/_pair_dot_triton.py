@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fpcn_kernels._pair_hidden_triton import activation, dropout, load_rows
+from fpcn_kernels._pair_hidden_triton import activation, dropout, load_row, load_rows
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def scores_kernel(
     score_JK = tl.zeros([BJ, BK], tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
-        own_D = tl.load(own + i * own_stride + d, mask=d < D, other=0.0)
-        hidden_JD = activation(own_D, load_rows(others_rows, others_stride, j, d, others, D), RELU)
+        own_1D = load_row(own + i * own_stride, d, D, BD)
+        hidden_JD = activation(own_1D, load_rows(others_rows, others_stride, j, d, others, D), RELU)
         if DROPPED > 0:
             hidden_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
         G_DK = tl.load(G + (i * K + k[None, :]) * D + d[:, None], mask=(k < K)[None, :] & (d < D)[:, None], other=0.0)
@@ -81,12 +81,12 @@ def own_kernel(
     i = tl.program_id(2)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    own_D = tl.load(own + i * own_stride + d, mask=d < D, other=0.0)
+    own_1D = load_row(own + i * own_stride, d, D, BD)
     sum_hidden_KD = tl.zeros([BK, BD], tl.float32)
     sum_slope_KD = tl.zeros([BK, BD], tl.float32)
     for start in range(0, others, BJ):
         j = start + tl.arange(0, BJ)
-        hidden_JD = activation(own_D, load_rows(others_rows, others_stride, j, d, others, D), RELU)
+        hidden_JD = activation(own_1D, load_rows(others_rows, others_stride, j, d, others, D), RELU)
         slope_JD = tl.where(hidden_JD > 0, 1.0, 0.0) if RELU else tl.full([BJ, BD], 1.0, tl.float32)
         if DROPPED > 0:
             kept_JD = dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
@@ -143,8 +143,8 @@ def others_kernel(
             G_KD = tl.load(G + G_offsets, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
             grad_JD = tl.dot(q_JK, G_KD, grad_JD, input_precision=PRECISION)
         if RELU:
-            own_D = tl.load(own + i * own_stride + d, mask=d < D, other=0.0)
-            grad_JD = tl.where(own_D[None, :] + others_JD > 0, grad_JD, 0.0)
+            own_1D = load_row(own + i * own_stride, d, D, BD)
+            grad_JD = tl.where(own_1D + others_JD > 0, grad_JD, 0.0)
         if DROPPED > 0:
             grad_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
         sum_JD += grad_JD

@@ -1,7 +1,9 @@
 """Pairs of images with few classes: every product is a fused multiply-add, as a matrix unit would mostly multiply
 padding. docs/kernels.md has the plan of the kernels. Legend: _pair_problem.py.
 
-Grids count images in groups of BI, others in tiles of BJ, hidden units in tiles of BD. Class loops are unrolled.
+A program is one warp, whose lanes divide the units of a row: every tensor then has one layout, and nothing waits for
+other warps. Grids count images in groups of BI, others in tiles of BJ, hidden units in tiles of BD; loops over classes
+are unrolled.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fpcn_kernels._pair_hidden_triton import activation, dropout, load_rows
+from fpcn_kernels._pair_hidden_triton import activation, dropout, load_row, load_rows
 
 
 @triton.jit
@@ -34,18 +36,27 @@ def scores_kernel(
     BJ: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """scores[i, k, j] = G_ik . hidden_ij + g_ik; a tile of others stays in registers (BD >= D) for BI images."""
+    """scores[i, k, j] = G_ik . hidden_ij + g_ik; a tile of whole others stays in registers for BI images."""
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     d = tl.arange(0, BD)
-    others_JD = load_rows(others_rows, others_stride, j, d, others, D)
+    others_JD = ()
+    for start in tl.static_range(0, D, BD):
+        others_JD = others_JD + (load_rows(others_rows, others_stride, j, start + d, others, D),)
     first = tl.program_id(1) * BI
     for i in range(first, tl.minimum(first + BI, images)):
-        hidden_JD = activation(tl.load(own + i * own_stride + d, mask=d < D, other=0.0), others_JD, RELU)
-        if DROPPED > 0:
-            hidden_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
+        products = ()
+        for start in tl.static_range(0, D, BD):
+            own_1D = load_row(own + i * own_stride, start + d, D, BD)
+            hidden_JD = activation(own_1D, others_JD[start // BD], RELU)
+            if DROPPED > 0:
+                hidden_JD *= dropout(own_words, others_words, unit_words, i, j, start + d, others, D, DROPPED)
+            new_products = ()
+            for k in tl.static_range(K):
+                product_JD = hidden_JD * load_row(G + (i * K + k) * D, start + d, D, BD)
+                new_products = new_products + (product_JD if start == 0 else products[k] + product_JD,)
+            products = new_products
         for k in tl.static_range(K):
-            G_D = tl.load(G + (i * K + k) * D + d, mask=d < D, other=0.0)
-            score_J = tl.sum(hidden_JD * G_D[None, :], 1) + tl.load(g + i * K + k)
+            score_J = tl.sum(products[k], 1) + tl.load(g + i * K + k)
             tl.store(scores + (i * K + k) * others + j, score_J, mask=j < others)
 
 
@@ -64,54 +75,52 @@ def own_kernel(
     grad_G,
     images,
     others,
+    share,
     D: tl.constexpr,
     K: tl.constexpr,
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
     BI: tl.constexpr,
-    BJ: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Sums over the others for BI images at once, which share each tile of others:
-    grad_G[i, k] = sum_j q_ijk hidden_ij and grad_own[i] = sum_j (sum_k q_ijk G_ik) * slope_ij.
-
-    The sums keep the tile's rows apart until the end, so that no thread waits for another inside the loop.
-    """
+    """Sums over share s of the others, for BI images that share each row of them:
+    grad_G[s, i, k] = sum_j q_ijk hidden_ij and grad_own[s, i] = sum_j (sum_k q_ijk G_ik) * slope_ij."""
     first = tl.program_id(0) * BI
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    own_D, G_D, sum_own, sum_G = (), (), (), ()
+    own_1D, G_1D, sum_own, sum_G = (), (), (), ()
     for m in tl.static_range(BI):
         i = tl.minimum(first + m, images - 1)
-        own_D = own_D + (tl.load(own + i * own_stride + d, mask=d < D, other=0.0),)
-        sum_own = sum_own + (tl.zeros([BJ, BD], tl.float32),)
+        own_1D = own_1D + (load_row(own + i * own_stride, d, D, BD),)
+        sum_own = sum_own + (0.0 * own_1D[m],)
         for k in tl.static_range(K):
-            G_D = G_D + (tl.load(G + (i * K + k) * D + d, mask=d < D, other=0.0),)
-            sum_G = sum_G + (tl.zeros([BJ, BD], tl.float32),)
-    for start in range(0, others, BJ):
-        j = start + tl.arange(0, BJ)
-        others_JD = load_rows(others_rows, others_stride, j, d, others, D)
+            G_1D = G_1D + (load_row(G + (i * K + k) * D, d, D, BD),)
+            sum_G = sum_G + (0.0 * own_1D[m],)
+    start = tl.program_id(2) * share
+    for row in range(start, tl.minimum(start + share, others)):
+        others_1D = load_row(others_rows + tl.cast(row, tl.int64) * others_stride, d, D, BD)
         new_own, new_G = (), ()
         for m in tl.static_range(BI):
             i = tl.minimum(first + m, images - 1)
-            hidden_JD = activation(own_D[m], others_JD, RELU)
-            slope_JD = tl.where(hidden_JD > 0, 1.0, 0.0) if RELU else 1.0
+            hidden_1D = activation(own_1D[m], others_1D, RELU)
+            slope_1D = tl.where(hidden_1D > 0, 1.0, 0.0) if RELU else 1.0
             if DROPPED > 0:
-                kept_JD = dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
-                hidden_JD *= kept_JD
-                slope_JD *= kept_JD
-            grad_JD = tl.zeros([BJ, BD], tl.float32)
+                kept_1D = dropout(own_words, others_words, unit_words, i, row + tl.arange(0, 1), d, others, D, DROPPED)
+                hidden_1D *= kept_1D
+                slope_1D *= kept_1D
             for k in tl.static_range(K):
-                q_J = tl.load(class_grad + (i * K + k) * others + j, mask=j < others, other=0.0)
-                new_G = new_G + (sum_G[m * K + k] + q_J[:, None] * hidden_JD,)
-                grad_JD += q_J[:, None] * G_D[m * K + k][None, :]
-            new_own = new_own + (sum_own[m] + grad_JD * slope_JD,)
+                q = tl.load(class_grad + (i * K + k) * others + row)
+                new_G = new_G + (sum_G[m * K + k] + q * hidden_1D,)
+                product_1D = q * G_1D[m * K + k]
+                grad_1D = product_1D if k == 0 else grad_1D + product_1D  # noqa: F821
+            new_own = new_own + (sum_own[m] + grad_1D * slope_1D,)
         sum_own, sum_G = new_own, new_G
     for m in tl.static_range(BI):
         i = first + m
-        mask = (d < D) & (i < images)
-        tl.store(grad_own + i * D + d, tl.sum(sum_own[m], 0), mask=mask)
+        mask = ((d < D) & (i < images))[None, :]
+        at = tl.program_id(2) * images + i
+        tl.store(grad_own + at * D + d[None, :], sum_own[m], mask=mask)
         for k in tl.static_range(K):
-            tl.store(grad_G + (i * K + k) * D + d, tl.sum(sum_G[m * K + k], 0), mask=mask)
+            tl.store(grad_G + (at * K + k) * D + d[None, :], sum_G[m * K + k], mask=mask)
 
 
 @triton.jit
@@ -143,14 +152,14 @@ def others_kernel(
     sum_JD = tl.zeros([BJ, BD], tl.float32)
     first = tl.program_id(2) * share
     for i in range(first, tl.minimum(first + share, images)):
-        own_D = tl.load(own + i * own_stride + d, mask=d < D, other=0.0)
-        grad_JD = tl.zeros([BJ, BD], tl.float32)
+        own_1D = load_row(own + i * own_stride, d, D, BD)
         for k in tl.static_range(K):
-            q_J = tl.load(class_grad + (i * K + k) * others + j, mask=j < others, other=0.0)
-            G_D = tl.load(G + (i * K + k) * D + d, mask=d < D, other=0.0)
-            grad_JD += q_J[:, None] * G_D[None, :]
+            # Undefined beyond the others, where nothing is stored.
+            q_J1 = tl.load(class_grad + (i * K + k) * others + j[:, None], mask=(j < others)[:, None])
+            product_JD = q_J1 * load_row(G + (i * K + k) * D, d, D, BD)
+            grad_JD = product_JD if k == 0 else grad_JD + product_JD  # noqa: F821
         if RELU:
-            grad_JD = tl.where(own_D[None, :] + others_JD > 0, grad_JD, 0.0)
+            grad_JD = tl.where(own_1D + others_JD > 0, grad_JD, 0.0)
         if DROPPED > 0:
             grad_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
         sum_JD += grad_JD

@@ -17,10 +17,10 @@ def mix(word):
 
 
 @triton.jit
-def activation(own_D, others_JD, RELU: tl.constexpr):
-    """f(own + others) [J, D] of one own image; unlike a maximum this keeps NaN."""
-    sum_JD = own_D[None, :] + others_JD
-    return tl.where(sum_JD < 0, 0.0, sum_JD) if RELU else sum_JD
+def activation(own_1D, others_JD, RELU: tl.constexpr):
+    """f(own + others) [J, D] of one own image; NaN stays NaN."""
+    sum_JD = own_1D + others_JD
+    return tl.maximum(sum_JD, 0.0, propagate_nan=tl.PropagateNan.ALL) if RELU else sum_JD
 
 
 @triton.jit
@@ -38,3 +38,12 @@ def load_rows(rows, row_stride, j, d, others, D: tl.constexpr):
     """A tile [J, D] of the rows of others, zeros outside."""
     offsets = j.to(tl.int64)[:, None] * row_stride + d[None, :]
     return tl.load(rows + offsets, mask=(j < others)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_row(row, d, D: tl.constexpr, BD: tl.constexpr):
+    """[1, D]: of the shape of a tile, so that Triton gives it the tile's layout and need not convert it."""
+    if D % BD == 0:
+        return tl.load(row + d[None, :])
+    else:
+        return tl.load(row + d[None, :], mask=(d < D)[None, :], other=0.0)

@@ -1,7 +1,8 @@
 """One side of a block of pairs in fused kernels; docs/kernels.md has their plan. Legend: _pair_problem.py.
 
 scores -> softmax, in place -> sums over the others, sums over the own images. Hidden vectors exist in registers only;
-the scores of a piece of the block, later their gradients q, are all that is stored, [I, K, J] within a budget. Every sum has one owner and a fixed order: no atomics, bitwise deterministic.
+the scores of a piece of the block, later their gradients q, are all that is stored, [I, K, J] within a budget.
+Every sum has one owner and a fixed order: no atomics, bitwise deterministic.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class _Block:
         if not self.few_classes:
             exact = torch.get_float32_matmul_precision() == "highest"
             self.constants["PRECISION"] = "tf32x3" if exact else "tf32"
+            # Three products keep each operand in two parts: twice the registers of a tile.
+            self.parts = 2 if exact else 1
 
     def _dropout_words(self) -> tuple[Tensor, Tensor, Tensor]:
         side = self.side
@@ -140,18 +143,18 @@ class _Block:
                 arguments += (self.others,)
             launch(self.kernels.scores_kernel, grid, *arguments, **self.constants, **config)
 
-        width = max(16, triton.next_power_of_2(self.width))
         if self.few_classes:
-            # A tile of others in registers: 8,192 elements are 64 of a thread's.
-            rows = max(1, 8192 // width)
+            # Others and products take D / 32 + 4 K registers of a thread for each row of a tile.
+            rows = 4 if self.width // 32 + 4 * self.classes <= 32 else 1 if self.width > 1024 else 2
             table = [
-                {"BI": 16, "BJ": min(rows, 64), "BD": width, "num_warps": 4},
-                {"BI": 16, "BJ": min(2 * rows, 64), "BD": width, "num_warps": 8},
-                {"BI": 32, "BJ": min(rows, 64), "BD": width, "num_warps": 4},
+                {"BI": 16, "BJ": rows, "BD": 128, "num_warps": 1},
+                {"BI": 32, "BJ": rows, "BD": 128, "num_warps": 1},
+                {"BI": 16, "BJ": max(1, rows // 2), "BD": 128, "num_warps": 1},
             ]
         else:
             table = [
-                {"BJ": 64, "BD": 32, "BK": self._class_tile(128), "num_warps": 4, "num_stages": 3},
+                {"BJ": 64, "BD": 32, "BK": self._class_tile(128), "num_warps": 4 * self.parts, "num_stages": 3},
+                {"BJ": 64, "BD": 32, "BK": self._class_tile(64), "num_warps": 4, "num_stages": 3},
                 {"BJ": 128, "BD": 32, "BK": self._class_tile(128), "num_warps": 8, "num_stages": 3},
             ]
         self._choose("scores", table, run)
@@ -184,96 +187,80 @@ class _Block:
         return losses
 
     def _own_gradients(self, q_IKJ: Tensor) -> None:
-        gradients = self.side.gradients
-        assert gradients is not None
         G = self.side.G_IKD[self.images]
-        grad_G = torch.empty_like(G)
-        class_tile = self.classes if self.few_classes else self._class_tile(64)
-        class_tiles = triton.cdiv(self.classes, class_tile)
-        grad_own = G.new_empty(class_tiles, self.count, self.width)
-
-        def run(config: dict[str, int]) -> None:
-            tiles = triton.cdiv(self.width, config["BD"])
-            grid = (
-                (triton.cdiv(self.count, config["BI"]), tiles, 1)
-                if self.few_classes
-                else (tiles, class_tiles, self.count)
-            )
-            launch(
-                self.kernels.own_kernel,
-                grid,
-                *self.rows,
-                G,
-                *self.words,
-                q_IKJ,
-                grad_own,
-                grad_G,
-                self.count,
-                self.others,
-                **self.constants,
-                **config,
-            )
-
+        arguments = (*self.rows, G, *self.words, q_IKJ)
         if self.few_classes:
-            # Sixteen sums of a tile: more images share a tile of others the fewer classes there are.
+            # Sums of sixteen rows in registers: the fewer classes, the more images share a row of the others.
             group = max(1, 16 // (self.classes + 1))
             table = [
-                {"BI": group, "BJ": 4, "BD": 128, "num_warps": 4},
-                {"BI": group, "BJ": 8, "BD": 128, "num_warps": 4},
-                {"BI": max(1, group // 2), "BJ": 4, "BD": 256, "num_warps": 4},
+                {"BI": group, "BD": 128, "num_warps": 1},
+                {"BI": max(1, group // 2), "BD": 256, "num_warps": 1},
+                {"BI": max(1, group // 2), "BD": 128, "num_warps": 1},
             ]
+            share, shares = self._shares(self.others, triton.cdiv(self.count, group) * triton.cdiv(self.width, 128), 16)
+            grad_own = G.new_empty(shares, self.count, self.width)
+            grad_G = G.new_empty(shares, *G.shape)
+
+            def run(config: dict[str, int]) -> None:
+                grid = (triton.cdiv(self.count, config["BI"]), triton.cdiv(self.width, config["BD"]), shares)
+                sizes = (self.count, self.others, share)
+                launch(fma.own_kernel, grid, *arguments, grad_own, grad_G, *sizes, **self.constants, **config)
         else:
+            class_tile = self._class_tile(64)
             table = [
-                {"BJ": 32, "BD": 64, "BK": class_tile, "num_warps": 4, "num_stages": 2},
+                {"BJ": 32, "BD": 64 // self.parts, "BK": class_tile, "num_warps": 4, "num_stages": 2},
                 {"BJ": 32, "BD": 128, "BK": class_tile, "num_warps": 8, "num_stages": 2},
             ]
+            class_tiles = triton.cdiv(self.classes, class_tile)
+            grad_own = G.new_empty(class_tiles, self.count, self.width)
+            grad_G = G.new_empty(1, *G.shape)
+
+            def run(config: dict[str, int]) -> None:
+                grid = (triton.cdiv(self.width, config["BD"]), class_tiles, self.count)
+                sizes = (self.count, self.others)
+                launch(dot.own_kernel, grid, *arguments, grad_own, grad_G, *sizes, **self.constants, **config)
+
         self._choose("own", table, run)
-        scale = self.side.scale
-        gradients.G_IKD[self.images].addcmul_(grad_G, scale)
+        gradients, scale = self.side.gradients, self.side.scale
+        assert gradients is not None
+        gradients.G_IKD[self.images].addcmul_(grad_G.sum(0), scale)
         gradients.g_IK[self.images].addcmul_(q_IKJ.sum(2), scale)
         gradients.own_ID[self.images].addcmul_(grad_own.sum(0), scale)
 
     def _others_gradients(self, q_IKJ: Tensor) -> None:
-        gradients = self.side.gradients
-        assert gradients is not None
         G = self.side.G_IKD[self.images]
         if self.few_classes:
             table = [
-                {"BJ": 32, "BD": 128, "num_warps": 4},
-                {"BJ": 16, "BD": 128, "num_warps": 4},
-                {"BJ": 64, "BD": 128, "num_warps": 8},
+                {"BJ": 8, "BD": 128, "num_warps": 1},
+                {"BJ": 4, "BD": 128, "num_warps": 1},
+                {"BJ": 4, "BD": 256, "num_warps": 1},
             ]
         else:
             table = [
-                {"BJ": 64, "BD": 64, "BK": self._class_tile(32), "num_warps": 4, "num_stages": 3},
-                {"BJ": 64, "BD": 128, "BK": self._class_tile(32), "num_warps": 8, "num_stages": 3},
+                {"BJ": 64, "BD": 64, "BK": 16, "num_warps": 4, "num_stages": 3},
+                {"BJ": 64, "BD": 64, "BK": self._class_tile(32), "num_warps": 8, "num_stages": 2},
+                {"BJ": 64, "BD": 128, "BK": 16, "num_warps": 8, "num_stages": 3},
             ]
-
-        # A share of the images each for as many programs as fill the device.
         tiles = triton.cdiv(self.others, table[0]["BJ"]) * triton.cdiv(self.width, table[0]["BD"])
-        wanted = triton.cdiv(4 * device_limits(G.device).multiprocessors, tiles)
-        share = triton.cdiv(self.count, min(wanted, triton.cdiv(self.count, 16)))
-        shares = triton.cdiv(self.count, share)
+        share, shares = self._shares(self.count, tiles, 16 // table[0]["num_warps"])
         grad_others = G.new_empty(shares, self.others, self.width)
 
         def run(config: dict[str, int]) -> None:
-            launch(
-                self.kernels.others_kernel,
-                (triton.cdiv(self.others, config["BJ"]), triton.cdiv(self.width, config["BD"]), shares),
-                *self.rows,
-                G,
-                *self.words,
-                q_IKJ,
-                grad_others,
-                self.count,
-                self.others,
-                share,
-                **self.constants,
-                **config,
-            )
+            grid = (triton.cdiv(self.others, config["BJ"]), triton.cdiv(self.width, config["BD"]), shares)
+            arguments = (*self.rows, G, *self.words, q_IKJ, grad_others, self.count, self.others, share)
+            launch(self.kernels.others_kernel, grid, *arguments, **self.constants, **config)
 
         self._choose("others", table, run)
+        gradients = self.side.gradients
+        assert gradients is not None
         gradients.others_JD.addcmul_(grad_others.sum(0), self.side.scale)
+
+    def _shares(self, terms: int, programs: int, programs_at_once: int) -> tuple[int, int]:
+        """Size and number of the shares of a sum of ``terms`` that let its programs fill every multiprocessor."""
+        wanted = programs_at_once * device_limits(self.side.own_ID.device).multiprocessors
+        shares = max(1, min(triton.cdiv(wanted, programs), triton.cdiv(terms, 16)))
+        share = triton.cdiv(terms, shares)
+        return share, triton.cdiv(terms, share)
 
     def _class_tile(self, largest: int) -> int:
         return min(largest, max(16, triton.next_power_of_2(self.classes)))

@@ -165,7 +165,7 @@ def _pair_contrast(
         shards = RowShards(len(x_BC), group, x_BC.device)
         _check_values(labels, len(cls_bias), listed, count, shards.total)
         uv_B2D = torch.cat([torch.addmm(in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
-        pairs = listed if count is None else RandomPairs(count, seed, shards.total)
+        random = None if count is None else RandomPairs(count, seed, shards.total)
         chosen = count or (shards.total**2 if listed is None else len(listed))
         # A relu or an unchosen pair could hide what is not finite; multiplication by zero passes it on.
         poison = 0 * torch.nn.utils.get_total_norm([t for t in wide if t.numel()], torch.inf)
@@ -184,7 +184,8 @@ def _pair_contrast(
         )
         gradients = Gradients.zeros(problem) if with_gradients else None
         loss = torch.zeros((), dtype=torch.float64, device=x_BC.device)
-        if listed is not None or (count is not None and is_cheaper_listed(count, shards.total, *cls_weight.T.shape)):
+        pairs = random if count is not None and is_cheaper_listed(count, shards.total, *cls_weight.T.shape) else listed
+        if pairs is not None:
             exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=False)
             for everyone in exchange:
                 loss += listed_pairs(problem, everyone, pairs, gradients)
@@ -193,7 +194,7 @@ def _pair_contrast(
             bytes_of_all = shards.total * uv_B2D.shape[1] * uv_B2D.element_size()
             exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=bytes_of_all > _GATHERED_BYTES)
             for others in exchange:
-                loss += all_pairs(problem, others, pairs, gradients, side_loss)
+                loss += all_pairs(problem, others, random, gradients, side_loss)
         loss = loss.to(dtype) * problem.scale
         if gradients is None or exchange.gradients is None:
             return loss, *(loss.new_empty(0) for _ in operands)  # pyright: ignore
@@ -215,8 +216,8 @@ def _pair_contrast(
 
 def _side_loss(backend: str, device: torch.device, dtype: torch.dtype, classes: int, width: int) -> SideLoss:
     limit = None
-    if classes > 1024 or width > 4096:
-        limit = f"they hold at most 1024 classes and 4096 hidden units, got K = {classes} and D = {width}"
+    if classes > 1024 or width > 2048:
+        limit = f"they hold at most 1024 classes and 2048 hidden units, got K = {classes} and D = {width}"
     if use_triton(backend, device, dtype, limit):
         from fpcn_kernels import _pair_triton
 

@@ -1,0 +1,110 @@
+"""Compiles every kernel at the shapes of production for one GPU, and prints what each needs as JSON.
+
+    python tests/kernels/compile_production.py 90
+
+Tensors are on the meta device: nothing is allocated, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+from fpcn_kernels import _pair_triton, _pool_triton
+from fpcn_kernels._compile import LaunchRecord, compile_launch, specialize
+from fpcn_kernels._launch import recording
+from fpcn_kernels._pair_problem import Side, SideGradients
+from fpcn_kernels._random import PairDropout, RandomPairs
+
+DEVICE = torch.device("meta")
+
+
+def run_masked_pool(
+    batch: int,
+    channels: int,
+    size: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    largest: bool = False,
+    companion: bool = False,
+) -> None:
+    features = torch.empty(batch, channels, size, size, dtype=dtype, device=DEVICE).to(memory_format=memory_format)
+    before = features[:, : channels // 2] if companion else None
+    pooled, mask, area = _pool_triton.forward(features, before, 0.1, largest)
+    order = sorted(range(4), key=features.stride, reverse=True)
+    _pool_triton.backward(pooled, mask, area, 0.1, dtype, order)
+
+
+def run_pair_contrast(
+    images: int, classes: int, width: int = 512, precision: str = "high", dropout: float = 0.0, random: bool = False
+) -> None:
+    torch.set_float32_matmul_precision(precision)
+    uv = torch.empty(images, 2 * width, device=DEVICE)
+    G, g = torch.empty(images, classes, width, device=DEVICE), torch.empty(images, classes, device=DEVICE)
+    seed, scale = torch.empty((), dtype=torch.int64, device=DEVICE), torch.empty((), device=DEVICE)
+    own, others = uv.chunk(2, 1)
+    gradients = SideGradients(*(torch.empty_like(t) for t in (own, others, G, g)))
+    side = Side(
+        own_is_a=True,
+        own_ID=own,
+        others_JD=others,
+        own_first=0,
+        others_first=0,
+        G_IKD=G,
+        g_IK=g,
+        labels_I=torch.empty(images, dtype=torch.int64, device=DEVICE),
+        relu=True,
+        dropout=PairDropout(dropout, seed, images, width, torch.float32) if dropout else None,
+        chosen=RandomPairs(images, seed, images) if random else None,
+        scale=scale,
+        gradients=gradients,
+    )
+    _pair_triton.side_loss(side)
+
+
+def launches() -> list[LaunchRecord]:
+    with recording() as records:
+        bf16, nhwc = torch.bfloat16, torch.channels_last
+        run_masked_pool(256, 2048, 14, bf16, nhwc)
+        run_masked_pool(42, 2048, 14, bf16, nhwc, largest=True, companion=True)
+        run_masked_pool(42, 2048, 14, bf16, torch.contiguous_format)
+        run_masked_pool(42, 2048, 7, torch.float32, torch.contiguous_format, largest=True)
+        run_masked_pool(16, 256, 64, torch.float32, torch.contiguous_format, largest=True)
+        for images, classes in [(336, 3), (4096, 3), (336, 8), (336, 200), (336, 1000)]:
+            run_pair_contrast(images, classes)
+        run_pair_contrast(336, 3, dropout=0.5, random=True)
+        run_pair_contrast(336, 200, dropout=0.5)
+        run_pair_contrast(336, 200, precision="highest")
+        run_pair_contrast(336, 3, width=2048)
+        run_pair_contrast(336, 200, width=2048)
+    return records
+
+
+def distinct(records: list[LaunchRecord], arch: int) -> Iterator[LaunchRecord]:
+    """Without those that Triton would not compile anew."""
+    seen = set()
+    for record in records:
+        source, options = specialize(record, arch)
+        key = source.hash(), str(options)
+        if key not in seen:
+            seen.add(key)
+            yield record
+
+
+def main() -> None:
+    arch = int(sys.argv[1])
+    needs = []
+    for record in distinct(launches(), arch):
+        compiled = compile_launch(record, arch)
+        name = f"{compiled.kernel} {json.dumps(record[3])}"
+        needs.append(
+            {"kernel": name, **{field: getattr(compiled, field) for field in ("registers", "stack_bytes")}}
+            | {field: getattr(compiled, field) for field in ("local_accesses", "shared_bytes")}
+        )
+    print(json.dumps(needs))
+
+
+if __name__ == "__main__":
+    main()

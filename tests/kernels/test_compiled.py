@@ -1,0 +1,45 @@
+"""The kernels compile for every supported GPU at the shapes of production, without spills. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fpcn_kernels import _compile
+from fpcn_kernels._launch import interpreting, recording
+
+PRODUCTION = Path(__file__).with_name("compile_production.py")
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+def test_no_kernel_spills_or_outgrows_the_multiprocessor(arch: int, tmp_path: Path) -> None:
+    # A process of its own, as kernels that were imported for the interpreter cannot be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(PRODUCTION), str(arch)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    needs = json.loads(child.stdout)
+    assert len(needs) > 20
+    for need in needs:
+        assert need["local_accesses"] == need["stack_bytes"] == 0, need
+        assert need["registers"] <= 255, need
+        assert need["shared_bytes"] <= _compile.SHARED_LIMITS[arch], need
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs kernels that were imported for the interpreter")
+def test_interpreted_kernel_cannot_be_compiled() -> None:
+    from fpcn_kernels import _pool_triton
+
+    with recording() as records:
+        _pool_triton.forward(torch.empty(1, 3, 2, 2, device="meta"), None, 0.0, False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        _compile.compile_launch(records[0], 90)
