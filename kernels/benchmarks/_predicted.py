@@ -12,10 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from _harness import show
+from fpcn_kernels import _pair_triton, _pool_triton
 from fpcn_kernels._compile import Compiled, LaunchRecord, compile_launch, specialize
+from fpcn_kernels._launch import recording
+from fpcn_kernels._pair_loss import all_pairs
+from fpcn_kernels._pair_problem import Gradients, PairProblem
+from fpcn_kernels.row_shards import PassingRows
+from torch import Tensor
 
 ARCH = 90
 BANDWIDTH = 4.8e12
@@ -81,6 +89,78 @@ def compile_all(records: Iterable[LaunchRecord]) -> list[Launch]:
         kernel, grid, arguments, constants = record
         launches.append(Launch(compiled[key], grid, dict(zip(kernel.arg_names, arguments, strict=False)) | constants))
     return launches
+
+
+def masked_pool_work(batch: int, channels: int, size: int, theta: float) -> tuple[list[Work], list[Work]]:
+    """Forward and backward, of bfloat16 features in channels_last."""
+    features = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta")
+    features = features.to(memory_format=torch.channels_last)
+    with recording() as records:
+        pooled, mask, area = _pool_triton.forward(features, None, theta, largest=False)
+        _pool_triton.backward(pooled, mask, area, theta, features.dtype, (0, 2, 3, 1))
+    find, pool, backward = compile_all(records)
+    splits = find.programs // batch
+    # A program of the first kernel sums, which costs what pooling costs; one of an image's also finds the mask; and
+    # all but those whose images are left to the second kernel pool.
+    pooling = pool.per_program()
+    finding = find.per_program() - 2 * pooling
+    instructions = find.programs * (pooling + finding / splits) + (find.programs - pool.programs) * pooling
+    forward = [
+        Work(find.code.kernel, 1, features.nbytes + pooled.nbytes, instructions),
+        Work(pool.code.kernel, 1, 0, pool.programs * pooling),
+    ]
+    instructions = backward.programs * backward.per_program()
+    return forward, [Work(backward.code.kernel, 1, features.nbytes + pooled.nbytes, instructions)]
+
+
+def pair_contrast_work(images: int, classes: int, channels: int, width: int) -> list[Work]:
+    """Forward and backward of all pairs, in float32 or TF32 as PyTorch is set to."""
+    empty = partial(torch.empty, device="meta")
+    problem = PairProblem(
+        x_BC=empty(images, channels),
+        uv_B2D=empty(images, 2 * width),
+        out_weight_CD=empty(channels, width),
+        out_bias_C=empty(channels),
+        cls_weight_KC=empty(classes, channels),
+        cls_bias_K=empty(classes),
+        labels_B=empty(images, dtype=torch.int64),
+        first=0,
+        relu=True,
+        dropout=None,
+        scale=empty(()),
+    )
+    others = PassingRows(0, problem.uv_B2D, torch.empty_like(problem.uv_B2D))
+    with recording() as records:
+        all_pairs(problem, others, None, Gradients.zeros(problem), _pair_triton.side_loss)
+    dense = images * channels * width * (12 + 6 * classes)
+    in_tf32 = torch.get_float32_matmul_precision() != "highest"
+    products = (0.0, dense) if in_tf32 else (dense / FMA_FLOPS, 0.0)
+    # Weights and their gradients once; ten products.
+    works = [Work("dense products", 10, 24 * channels * width, *products)]
+    for launch in compile_all(records):
+        trips = _pair_trips(launch)
+        instructions, flops = (launch.programs * launch.per_program(kind, trips) for kind in (None, "matrix flops"))
+        works.append(Work(launch.code.kernel, 1, _pair_bytes(launch.arguments), instructions, flops))
+    return works
+
+
+def _pair_trips(launch: Launch) -> list[float]:
+    """Iterations of a program's loops by depth, on average over the programs."""
+    given, grid = launch.arguments, launch.grid
+    in_matrix_units = "PRECISION" in given
+    if launch.code.kernel == "scores_kernel":
+        return [math.ceil(given["D"] / given["BD"])] if in_matrix_units else [given["images"] / grid[1]]
+    if launch.code.kernel == "own_kernel":
+        return [math.ceil(given["others"] / given["BJ"])] if in_matrix_units else [given["others"] / grid[2]]
+    if launch.code.kernel == "others_kernel":
+        return [given["images"] / grid[2], *([math.ceil(given["K"] / given["BK"])] if in_matrix_units else [])]
+    return []
+
+
+def _pair_bytes(given: dict[str, Any]) -> int:
+    """Of the tensors that a launch reads or writes, each once, less the scores, which stay in the L2."""
+    unread = ("scores", "class_grad", "shift", "own_words", "others_words", "unit_words")
+    return sum(t.nbytes for name, t in given.items() if isinstance(t, Tensor) and name not in unread)
 
 
 def show_prediction(sections: dict[str, list[Work]], notes: str) -> list[dict[str, Any]]:

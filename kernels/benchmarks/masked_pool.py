@@ -131,31 +131,12 @@ def measure(features: Tensor, region: str, repeats: int) -> Iterator[tuple[str, 
 
 
 def predict(batches: list[int], channels: int, size: int) -> list[dict[str, Any]]:
-    from _predicted import Work, compile_all, show_prediction
-    from fpcn_kernels import _pool_triton
-    from fpcn_kernels._launch import recording
+    from _predicted import masked_pool_work, show_prediction
 
     sections = {}
     for batch in batches:
-        features = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta")
-        features = features.to(memory_format=torch.channels_last)
-        with recording() as records:
-            pooled, mask, area = _pool_triton.forward(features, None, THETA, largest=False)
-            _pool_triton.backward(pooled, mask, area, THETA, features.dtype, (0, 2, 3, 1))
-        find, pool, backward = compile_all(records)
-        splits = find.programs // batch
-        # A program of the first kernel sums, which costs what pooling costs; one of an image's also finds the mask;
-        # and all but those whose images are left to the second kernel pool.
-        pooling = pool.per_program()
-        finding = find.per_program() - 2 * pooling
-        instructions = find.programs * (pooling + finding / splits) + (find.programs - pool.programs) * pooling
-        pooled_bytes = 4 * pooled.numel()
-        sections[f"B {batch} forward"] = [
-            Work(find.code.kernel, 1, features.nbytes + pooled_bytes, instructions),
-            Work(pool.code.kernel, 1, 0, pool.programs * pooling),
-        ]
-        instructions = backward.programs * backward.per_program()
-        sections[f"B {batch} backward"] = [Work(backward.code.kernel, 1, features.nbytes + pooled_bytes, instructions)]
+        forward, backward = masked_pool_work(batch, channels, size, THETA)
+        sections |= {f"B {batch} forward": forward, f"B {batch} backward": backward}
     return show_prediction(
         sections,
         f"C {channels}, {size} x {size}, bfloat16, channels_last. A program of _mask_kernel sums (as many instructions "

@@ -1,31 +1,38 @@
 """Times the all-pairs contrast, forward and backward, beside the form that its equations suggest, in one run.
 
-    python kernels/benchmarks/pair_contrast.py [--images 84] [--classes 3] [--json FILE]
+    python kernels/benchmarks/pair_contrast.py [--images 84 336 2048] [--classes 3] [--huge] [--json FILE]
 
-Both sides are checked against each other at the timed shape, and ours against the literal reference in float64, before
-anything is timed. Peak memory above the inputs is measured in a process each. Uses a CUDA device if there is one.
+The loss and all gradients are first checked against the reference in float64 at a small shape, and every side against
+the written-out form at the smallest timed batch (the PyTorch backend in float64, the others in float32). Rows: the
+equations as one would write them in PyTorch, the same under torch.compile (both left out where they would not fit into
+memory), the PyTorch backend and, on a GPU, the Triton kernels. The floor is the multiply-adds of the re-associated form
+(docs/kernels.md), those that remain once every product is shared, at the measured float32 rate of a large product (TF32
+with --tf32, where classes are many enough for the matrix units): 12 K D for a pair, 12 C D + 6 K C D for an image;
+relu, softmax and memory are not in it. Peak memory above the inputs is measured in a process each. Without a GPU a
+prediction follows: see _predicted.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import ctypes
+import importlib.util
 import multiprocessing
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _harness import MODES, arguments, compiled, machine, matmul_rate, show, timings, write_json
 from fpcn_kernels import pair_contrast
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 MIB = 2**20
+Loss = Callable[..., Tensor]
+WRITTEN_OUT, COMPILED, TORCH, TRITON = "written out", "written out, torch.compile", "ours, PyTorch", "ours, Triton"
 
 
 def written_out(
@@ -49,10 +56,9 @@ def written_out(
     return (loss_a + F.cross_entropy(logits_b, labels.repeat(images))) / 2
 
 
-SIDES: dict[str, Callable[..., Tensor]] = {"written out": written_out, "pair_contrast": pair_contrast}
-
-
-def make_inputs(images: int, channels: int, width: int, classes: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+def make_inputs(
+    images: int, channels: int, width: int, classes: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, fan_in: int = 1) -> Tensor:
@@ -72,12 +78,10 @@ def make_inputs(images: int, channels: int, width: int, classes: int, device: st
     ]
 
 
-def step(function: Callable[..., Tensor], inputs: list[Tensor], **options: str) -> list[Tensor]:
+def step(function: Loss, inputs: list[Tensor], **options: str) -> list[Tensor]:
+    """The loss and all gradients."""
     loss = function(*inputs, **options)
-    gradients = torch.autograd.grad(loss, [t for t in inputs if t.requires_grad])
-    if loss.is_cuda:
-        torch.cuda.synchronize()
-    return [loss.detach(), *gradients]
+    return [loss.detach(), *torch.autograd.grad(loss, [t for t in inputs if t.requires_grad])]
 
 
 def largest_difference(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -85,105 +89,168 @@ def largest_difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
 
 
-def peak_memory(side: str, shape: tuple[int, int, int, int], device: str, threads: int) -> float:
+def side(name: str, inputs: list[Tensor]) -> Loss | str:
+    """What is timed under that name, or why it cannot be."""
+    if name in (WRITTEN_OUT, COMPILED):
+        pooled = inputs[0]
+        # At its peak nine tensors [N^2, C], of which the concatenation is two.
+        needed, free = 9 * len(pooled) ** 2 * pooled[0].nbytes, free_memory(pooled.device)
+        if needed > 0.8 * free:
+            return f"needs {needed / 2**30:.0f} of {free / 2**30:.0f} GiB"
+        return written_out if name == WRITTEN_OUT else compiled(written_out, *inputs)
+    if name == TRITON and not (inputs[0].is_cuda and importlib.util.find_spec("triton")):
+        return "needs a GPU"
+    return partial(pair_contrast, backend="torch" if name == TORCH else "triton")
+
+
+def free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def check(sizes: tuple[int, int, int], images: int, device: torch.device) -> str:
+    """Raises SystemExit if a side is wrong; tells how close they are."""
+    # In float64: in float32 one hidden unit near zero falls on either side of the relu, as it happens.
+    inputs = make_inputs(7, 33, 19, sizes[2], device, torch.float64)
+    small = largest_difference(step(pair_contrast, inputs), step(pair_contrast, inputs, backend="reference"))
+    inputs = make_inputs(images, *sizes, device, torch.float64)
+    expected = step(written_out, inputs)
+    errors = {"PyTorch, float64": largest_difference(step(pair_contrast, inputs), expected)}
+    inputs = make_inputs(images, *sizes, device)
+    for name in (WRITTEN_OUT, TORCH, TRITON):
+        function = side(name, inputs)
+        if not isinstance(function, str):
+            errors[f"{name}, float32"] = largest_difference(step(function, inputs), expected)
+    # TF32 has 10 bits.
+    precise = torch.get_float32_matmul_precision() == "highest"
+    tolerances = (1e-10 if "float64" in name else 1e-4 if precise else 1e-2 for name in errors)
+    wrong = small > 1e-10 or any(not error <= most for error, most in zip(errors.values(), tolerances, strict=True))
+    text = f"{small:.1e} from the reference in float64 (7 images, small layers); from the written-out form in float64 "
+    text += f"({images} images): " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    if wrong:
+        raise SystemExit(f"Loss and gradients are off by {text}")
+    return text
+
+
+def peak_memory(name: str, shape: tuple[int, int, int, int], device: torch.device, threads: int) -> float | None:
     """Peak MiB above the inputs of one forward and backward; run in a process of its own."""
     torch.set_num_threads(threads)
-    step(SIDES[side], make_inputs(2, 4, 4, 2, device, torch.float32))  # whatever is loaded on first use
-    inputs = make_inputs(*shape, device, torch.float32)
-    if device == "cuda":
+    inputs = make_inputs(*shape, device)
+    function = side(name, inputs)
+    if isinstance(function, str):
+        return None
+    # Whatever is loaded on first use; under torch.compile it is its own shape that must be compiled.
+    step(function, inputs if name == COMPILED else make_inputs(2, 4, 4, 2, device))
+    if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(SIDES[side], inputs)
+        step(function, inputs)
         return (torch.cuda.max_memory_allocated() - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up left in the heap would hide what is needed
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = peak_resident_mib()
-    step(SIDES[side], inputs)
-    return peak_resident_mib() - before
+    before = resident_mib("VmRSS")
+    step(function, inputs)
+    return resident_mib("VmHWM") - before
 
 
-def peak_resident_mib() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+def resident_mib(field: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
-def timings(sides: dict[str, Callable[..., Tensor]], inputs: list[Tensor], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each repeat; the sides take turns, so that they share whatever else the machine does."""
-    milliseconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(repeats):
-        for side, function in sides.items():
-            start = time.perf_counter()
-            step(function, inputs)
-            milliseconds[side].append((time.perf_counter() - start) * 1e3)
-    return milliseconds
+def floor_flops(images: int, channels: int, width: int, classes: int) -> float:
+    """Forward and backward: docs/kernels.md."""
+    return 12 * images**2 * classes * width + images * (12 * channels * width + 6 * classes * channels * width)
+
+
+def predict(channels: int, width: int) -> list[dict[str, Any]]:
+    from _predicted import pair_contrast_work, show_prediction
+
+    sections = {}
+    for images, classes, precision in [
+        (336, 3, "highest"),
+        (4096, 3, "highest"),
+        (336, 200, "highest"),
+        (336, 200, "high"),
+    ]:
+        torch.set_float32_matmul_precision(precision)
+        name = f"N {images}, K {classes}" + (", TF32" if precision == "high" else "")
+        sections[name] = pair_contrast_work(images, classes, channels, width)
+    return show_prediction(
+        sections,
+        f"C {channels}, D {width}, forward + backward. Dense products: 12 N C D + 6 N K C D FLOPs, as fused "
+        "multiply-adds or in TF32. Scores stay in the L2. PyTorch's elementwise launches between are not in it.",
+    )
+
+
+def measure(options: argparse.Namespace, images: int, rate: float) -> list[dict[str, Any]]:
+    """A row for each side and mode."""
+    shape = images, options.channels, options.width, options.classes
+    inputs = make_inputs(*shape, options.device)
+    functions = {name: side(name, inputs) for name in (WRITTEN_OUT, COMPILED, TORCH, TRITON)}
+    runs = {name: partial(step, function, inputs) for name, function in functions.items() if callable(function)}
+    repeats = options.repeats if options.device.type == "cuda" or images < 200 else max(1, options.repeats // 3)
+    spreads = {mode: timings(runs, repeats, mode) for mode in MODES[options.device.type]}
+    floor_ms = floor_flops(*shape) / rate * 1e3
+    rows: list[dict[str, Any]] = []
+    for name, function in functions.items():
+        if isinstance(function, str):
+            rows.append({"images": images, "side": name, "missing": function})
+            continue
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            memory = pool.submit(peak_memory, name, shape, options.device, options.threads).result()
+        for mode, spread in ((mode, spreads[mode][name]) for mode in spreads):
+            label = name if mode == "eager" else f"{name}; {mode}"
+            share = floor_ms / spread.median_ms
+            rows.append({"images": images, "side": label, **spread._asdict(), "floor_share": share, "peak_mib": memory})
+            rows[-1]["text"] = str(spread)
+    return [*rows, {"images": images, "side": "floor", "median_ms": floor_ms, "text": f"{floor_ms:.3g}"}]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pair_contrast beside its written-out form.")
-    parser.add_argument("--images", type=int, default=84)
-    parser.add_argument("--large-images", type=int, default=2048, help="batch that only pair_contrast can hold")
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--images", type=int, nargs="+", default=[336, 4096, 16384] if on_gpu else [84, 336, 2048])
+    parser.add_argument("--huge", action="store_true", help="65536 images too")
     parser.add_argument("--channels", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, default=512, help="hidden units")
     parser.add_argument("--classes", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    sizes = arguments.channels, arguments.width, arguments.classes
-    # In float64: in float32 one hidden unit near zero falls on either side of the relu, as it happens.
-    inputs = make_inputs(7, 33, 19, arguments.classes, device, torch.float64)
-    reference_error = largest_difference(step(pair_contrast, inputs), step(pair_contrast, inputs, backend="reference"))
-    inputs = make_inputs(arguments.images, *sizes, device, torch.float64)
-    error = largest_difference(step(pair_contrast, inputs), step(written_out, inputs))
-    if max(reference_error, error) > 1e-10:
-        raise SystemExit(f"pair_contrast is off by {reference_error:.1e} from the reference, {error:.1e} written out")
-
-    rows = []
-    for images, sides, repeats in [
-        (arguments.images, SIDES, arguments.repeats),
-        (arguments.large_images, {"pair_contrast": pair_contrast}, max(1, arguments.repeats // 3)),
-    ]:
-        inputs = make_inputs(images, *sizes, device, torch.float32)
-        for side, milliseconds in timings(sides, inputs, repeats).items():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory = pool.apply(peak_memory, (side, (images, *sizes), device, arguments.threads))
-            rows.append(
-                {
-                    "side": side,
-                    "images": images,
-                    "median_ms": statistics.median(milliseconds),
-                    "min_ms": min(milliseconds),
-                    "max_ms": max(milliseconds),
-                    "repeats": repeats,
-                    "peak_mib_above_inputs": memory,
-                }
-            )
-    machine = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {arguments.threads} thread(s)"
-    )
-    title = (
-        f"All-pairs contrast, forward + backward, float32: C {sizes[0]}, D {sizes[1]}, K {sizes[2]}; {machine}, "
-        f"torch {torch.__version__}\nfloat64 loss and gradients, largest relative difference: {error:.1e} from the "
-        f"written-out form, {reference_error:.1e} from the reference (small shape)"
-    )
-    table = Table("images", "side", "median ms", "min - max", "speed-up", "peak MiB above inputs", title=title)
+    parser.add_argument("--tf32", action="store_true", help="let every side multiply in TF32")
+    options = arguments(parser, "pair_contrast", repeats=50 if on_gpu else 9)
+    sizes = options.channels, options.width, options.classes
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
+    agreement = check(sizes, min(84, *options.images), options.device)
+    print(f"Loss and gradients, largest relative difference: {agreement}")
+    rate = matmul_rate(options.device, tf32=options.tf32 and options.classes > 8)
+    rows = [row for images in [*options.images, *[65536] * options.huge] for row in measure(options, images, rate)]
+    written = {row["images"]: row["median_ms"] for row in rows if row["side"] == WRITTEN_OUT and "median_ms" in row}
+    cells = []
     for row in rows:
-        baseline = rows[0]["median_ms"] if row["images"] == rows[0]["images"] else None
-        table.add_row(
-            str(row["images"]),
-            row["side"],
-            f"{row['median_ms']:.1f}",
-            f"{row['min_ms']:.1f} - {row['max_ms']:.1f} ({row['repeats']})",
-            f"{baseline / row['median_ms']:.1f}x" if baseline else "-",
-            f"{row['peak_mib_above_inputs']:.0f}",
-        )
-    Console(width=None if os.isatty(1) else 120).print(table)
-    if arguments.json:
-        report = {"machine": machine, "torch": torch.__version__, "channels": sizes[0], "width": sizes[1]}
-        report |= {"classes": sizes[2], "written_out_error": error, "reference_error": reference_error, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        images = row["images"]
+        speed_up = f"{written[images] / row['median_ms']:.1f}x" if images in written and "floor_share" in row else "-"
+        share = f"{row['floor_share']:.0%}" if "floor_share" in row else "-"
+        memory = f"{row['peak_mib']:.0f}" if row.get("peak_mib") is not None else "-"
+        repeats = str(row.get("repeats", "-"))
+        cells.append([str(images), row["side"], row.get("text") or row["missing"], repeats, speed_up, share, memory])
+    shape = f"C {sizes[0]}, D {sizes[1]}, K {sizes[2]}, float32" + (" in TF32" if options.tf32 else "")
+    show(
+        f"All-pairs contrast, forward + backward: {shape}; repeats interleaved\n{machine(options.device)}",
+        ["images", "side", "ms (min - max)", "repeats", "speed-up", "of floor", "peak MiB above inputs"],
+        cells,
+        left=2,
+        caption=f"floor: multiply-adds of the re-associated form at {rate / 1e9:.0f} GFLOP/s, measured",
+    )
+    report = {
+        "machine": machine(options.device),
+        "shape": shape,
+        "agreement": agreement,
+        "flop_rate": rate,
+        "rows": rows,
+    }
+    if not on_gpu:
+        report["predicted_h200"] = predict(options.channels, options.width)
+    write_json(options.json, report)
 
 
 if __name__ == "__main__":
