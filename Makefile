@@ -27,7 +27,9 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 benchmark: setup
+	$(PY) kernels/benchmarks/masked_pool.py
 	$(PY) kernels/benchmarks/pair_contrast.py
+	$(PY) kernels/benchmarks/step.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -62,17 +62,22 @@ def arguments(parser: argparse.ArgumentParser, name: str, repeats: int) -> argpa
 
 def timings(functions: Mapping[Key, Run], repeats: int, mode: str) -> dict[Key, Spread]:
     """Time of each function, after a call of each to warm up."""
+    return {key: Spread.of(values) for key, values in milliseconds(functions, repeats, mode).items()}
+
+
+def milliseconds(functions: Mapping[Key, Run], repeats: int, mode: str) -> dict[Key, list[float]]:
+    """Of each repeat, in their order."""
     if mode == GRAPH:
         functions = {key: _captured(function) for key, function in functions.items()}
     for function in functions.values():
         function()
-    on_cpu = mode in MODES["cpu"] and not torch.cuda.is_available()
-    measure = _cpu_milliseconds if on_cpu else _flushed if "warm" not in mode else _cuda_milliseconds
-    milliseconds: dict[Key, list[float]] = {key: [] for key in functions}
-    for _ in range(repeats):
-        for key, function in functions.items():
-            milliseconds[key].append(measure(function))
-    return {key: Spread.of(values) for key, values in milliseconds.items()}
+    measure = _cuda_milliseconds if "warm" in mode else _flushed if torch.cuda.is_available() else _cpu_milliseconds
+    measured: dict[Key, list[float]] = {key: [] for key in functions}
+    for repeat in range(repeats):
+        # There and back, as whoever comes second finds the machine as the first one left it.
+        for key in list(functions)[:: -1 if repeat % 2 else 1]:
+            measured[key].append(measure(functions[key]))
+    return measured
 
 
 def _cpu_milliseconds(function: Run) -> float:

@@ -1,0 +1,151 @@
+"""Times a whole training step of FPCN beside that of the plain classifier on the same backbone, in one run.
+
+    python kernels/benchmarks/step.py [--backbone resnet18] [--crop 96] [--batches 42] [--json FILE]
+
+A step is what training does with a batch that is on its device: forward, loss, backward and SGD's update, by the
+project's own tasks and optimizer; random images, fresh weights. The steps of both take turns, and each ratio is that of
+two neighbours, so that its spread is what the machine adds. Before anything is timed FPCN's loss over pairs is compared
+with the references', in float64 from the same features. Defaults are the paper's setting on a GPU
+(ResNet-101, 448 px, bfloat16 autocast, channels_last, 42 and 256 images), and on the CPU a ResNet-18 at 96 px in
+float32. Without a GPU a prediction follows for the paper's setting: what FPCN adds to the backbone; see _predicted.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from _harness import Spread, arguments, machine, milliseconds, show, write_json
+from fpcn_kernels import reference
+from torch import Tensor
+
+from fpcn_dist.config import DataConfig, ModelConfig, Recipe, TrainConfig
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.flops import datasheet_flops, model_flops
+from fpcn_dist.models import FPCN, build_model
+from fpcn_dist.optim import build_optimizer
+from fpcn_dist.tasks import Task, build_task
+
+CLASSES = 3
+NAMES = {"classify": "plain classifier", "contrast": "FPCN"}
+
+
+def make_recipe(task: str, options: argparse.Namespace) -> Recipe:
+    on_gpu = options.device.type == "cuda"
+    return Recipe.model_validate(
+        {
+            "task": task,
+            "data": DataConfig(resize=options.crop, crop=options.crop),
+            "model": ModelConfig(backbone=options.backbone, pretrained=False),
+            "train": TrainConfig(precision="bf16" if on_gpu else "fp32", channels_last=on_gpu),
+        }
+    )
+
+
+def make_batch(images: int, crop: int, device: torch.device) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, crop, crop, generator=generator).to(device)
+    index = torch.arange(images, device=device)
+    return Batch(pixels, index % CLASSES, index, torch.zeros_like(index), index.new_zeros(images, 3))
+
+
+class Training:
+    """A task, its optimizer, and a batch that it is trained on again and again."""
+
+    def __init__(self, recipe: Recipe, batch: Batch) -> None:
+        self.task: Task = build_task(recipe, CLASSES).to(batch.images.device).train()
+        if recipe.train.channels_last:
+            self.task = self.task.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(recipe.optim, self.task)
+        self.batch = batch
+
+    def step(self) -> None:
+        self.task(self.batch, 0).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def check(options: argparse.Namespace) -> float:
+    """Relative difference of FPCN's loss over pairs from the reference's, in float64, on a few images."""
+    batch = make_batch(6, options.crop, options.device)
+    task = Training(make_recipe("contrast", options), batch).task
+    model = task.model
+    assert isinstance(model, FPCN)
+    features: list[Tensor] = []
+    model.backbone.register_forward_hook(lambda *call: features.append(call[-1]))
+    with torch.no_grad():
+        loss = task(batch, 0).parts["class_loss"]
+        pooled, _, _ = reference.masked_pool(features[0].double(), theta=model.config.theta)
+        layers = (model.fuse_in, model.fuse_out, model.classifier)
+        weights = [t.double() for layer in layers for t in (layer.weight, layer.bias)]
+        expected = reference.pair_contrast(pooled, batch.labels, *weights)
+    error = float((loss - expected).abs() / expected.abs())
+    if not error <= 1e-4:
+        raise SystemExit(f"FPCN's loss is off by {error:.1e} from the reference")
+    return error
+
+
+def predict(batches: list[int], channels: int = 2048, crop: int = 448) -> list[dict[str, Any]]:
+    from _predicted import masked_pool_work, pair_contrast_work, show_prediction
+
+    config = ModelConfig(backbone="resnet101", pretrained=False)
+    flops = model_flops(build_model(config, CLASSES, task="classify"), crop)
+    peak = datasheet_flops("NVIDIA H200", "bf16")
+    assert peak is not None
+    sections = {}
+    for batch in batches:
+        forward, backward = masked_pool_work(batch, channels, crop // 32, config.theta)
+        sections[f"B {batch} FPCN adds"] = [
+            *forward,
+            *backward,
+            *pair_contrast_work(batch, CLASSES, channels, config.hidden),
+        ]
+    figures = show_prediction(sections, "masked_pool of bfloat16 features in channels_last, pair_contrast in float32.")
+    for batch in batches:
+        milliseconds = 3 * flops * batch / peak * 1e3
+        print(
+            f"B {batch}: the backbone's 3 x {flops / 1e9:.1f} GFLOP an image (the backward pass counts twice) take at "
+            f"least {milliseconds:.1f} ms at the datasheet's {peak / 1e12} TFLOP/s (bfloat16)"
+        )
+        figures.append({"section": f"B {batch} backbone", "at_least_ms": milliseconds})
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time FPCN's training step beside the plain classifier's.")
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--backbone", default="resnet101" if on_gpu else "resnet18")
+    parser.add_argument("--crop", type=int, default=448 if on_gpu else 96, help="side of the images in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", default=[42, 256] if on_gpu else [42])
+    options = arguments(parser, "step", repeats=50 if on_gpu else 15)
+    error = check(options)
+    print(f"FPCN's loss of 6 images: within {error:.1e} of the reference's, from the same features")
+    rows, figures = [], []
+    for images in options.batches:
+        batch = make_batch(images, options.crop, options.device)
+        steps = {name: Training(make_recipe(task, options), batch).step for task, name in NAMES.items()}
+        times = milliseconds(steps, options.repeats, "eager")
+        plain = times[NAMES["classify"]]
+        for name, values in times.items():
+            spread = Spread.of(values)
+            ratio = Spread.of([ours / theirs for ours, theirs in zip(values, plain, strict=True)])
+            compared = "-" if values is plain else f"{ratio.median_ms:.3f} ({ratio.min_ms:.3f} - {ratio.max_ms:.3f})"
+            rows.append([str(images), name, str(spread), compared, f"{images / spread.median_ms * 1e3:.0f}"])
+            figures.append({"images": images, "side": name, "milliseconds": values, "ratio": ratio.median_ms})
+    setting = f"{options.backbone}, {options.crop} px, " + ("bfloat16, channels_last" if on_gpu else "float32")
+    show(
+        f"Training step: {setting}; {options.repeats} repeats, interleaved\n{machine(options.device)}",
+        ["images", "side", "ms (min - max)", "ratio (min - max)", "images/s"],
+        rows,
+        left=2,
+        caption="ratio: of a step to the classifier's beside it",
+    )
+    report: dict[str, Any] = {"machine": machine(options.device), "setting": setting, "rows": figures}
+    if not on_gpu:
+        report["predicted_h200"] = predict([42, 256])
+    write_json(options.json, report)
+
+
+if __name__ == "__main__":
+    main()
