@@ -10,14 +10,6 @@ from torch import Tensor
 BACKENDS = ("auto", "torch", "triton", "reference")
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend to run: ``"torch"`` or ``"reference"``."""
-    check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise RuntimeError("backend 'triton' is not available in this build of fpcn_kernels; use 'auto' or 'torch'")
-    return "torch" if backend == "auto" else backend
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

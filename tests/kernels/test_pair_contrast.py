@@ -9,47 +9,7 @@ from fpcn_kernels._random import PairDropout, RandomPairs, mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-PARAMETERS = (
-    "fuse_in_weight",
-    "fuse_in_bias",
-    "fuse_out_weight",
-    "fuse_out_bias",
-    "classifier_weight",
-    "classifier_bias",
-)
-LISTED = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 0]])  # a self pair, and one pair twice
-
-
-def _problem(images, channels, width, classes, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    return {
-        "pooled": draw(images, channels),
-        "labels": torch.randint(classes, (images,), generator=generator),
-        "fuse_in_weight": draw(width, 2 * channels),
-        "fuse_in_bias": draw(width),
-        "fuse_out_weight": draw(channels, width),
-        "fuse_out_bias": draw(channels),
-        "classifier_weight": draw(classes, channels),
-        "classifier_bias": draw(classes),
-    }
-
-
-def _gradients(loss, problem):
-    names = ("pooled", *PARAMETERS)
-    return dict(zip(names, torch.autograd.grad(loss, [problem[name] for name in names]), strict=True))
-
-
-def _assert_same(problem, got, expected, tolerance=1e-11):
-    """Loss and all seven gradients agree, relative to the largest entry of each."""
-    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
-    got, expected = _gradients(got * 3, problem), _gradients(expected * 3, problem)
-    for name, value in expected.items():
-        scale = float(value.abs().max()) + 1e-3
-        torch.testing.assert_close(got[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+from tests.kernels.pair_problems import LISTED, PARAMETERS, assert_same, gradients_of, make_problem
 
 
 def _list_or_tiles(monkeypatch, listed):
@@ -62,15 +22,15 @@ def _list_or_tiles(monkeypatch, listed):
 @pytest.mark.parametrize("pairs", [None, 3, LISTED], ids=["all", "random", "listed"])
 @pytest.mark.parametrize("images, channels, width, classes", [(2, 33, 5, 2), (9, 7, 12, 3), (4, 6, 3, 17)])
 def test_matches_reference(images, channels, width, classes, pairs, activation, dropout):
-    problem = _problem(images, channels, width, classes)
+    problem = make_problem(images, channels, width, classes)
     options = {"activation": activation, "dropout": dropout, "pairs": pairs, "seed": -5}
-    _assert_same(problem, pair_contrast(**problem, **options), pair_contrast(**problem, **options, backend="reference"))
+    assert_same(problem, pair_contrast(**problem, **options), pair_contrast(**problem, **options, backend="reference"))
 
 
 @pytest.mark.parametrize("images, pairs", [(1, None), (1, 1), (41, None), (41, 200)])
 def test_matches_reference_at_odd_batches(images, pairs):
-    problem = _problem(images, 33, 10, 3)
-    _assert_same(
+    problem = make_problem(images, 33, 10, 3)
+    assert_same(
         problem, pair_contrast(**problem, pairs=pairs), pair_contrast(**problem, pairs=pairs, backend="reference")
     )
 
@@ -93,20 +53,20 @@ def test_equations_by_hand():
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("count", [1, 17, 35, 36])
 def test_both_ways_of_random_pairs(monkeypatch, count, listed):
-    problem = _problem(6, 5, 4, 3)
+    problem = make_problem(6, 5, 4, 3)
     expected = pair_contrast(**problem, pairs=count, dropout=0.2, backend="reference")
     _list_or_tiles(monkeypatch, listed)
-    _assert_same(problem, pair_contrast(**problem, pairs=count, dropout=0.2), expected)
+    assert_same(problem, pair_contrast(**problem, pairs=count, dropout=0.2), expected)
 
 
 def test_all_random_pairs_are_all_pairs():
-    problem = _problem(7, 5, 4, 3)
-    _assert_same(problem, pair_contrast(**problem, pairs=49), pair_contrast(**problem))
+    problem = make_problem(7, 5, 4, 3)
+    assert_same(problem, pair_contrast(**problem, pairs=49), pair_contrast(**problem))
 
 
 @pytest.mark.parametrize("pairs", [None, 60, torch.randint(11, (40, 2), generator=torch.Generator().manual_seed(0))])
 def test_tiling_does_not_matter(monkeypatch, pairs):
-    problem = _problem(11, 6, 5, 4)
+    problem = make_problem(11, 6, 5, 4)
     options = {"pairs": pairs, "dropout": 0.3, "seed": 9}
     for tile, block in ((1, 1), (5 * 8 * 12, 700), (10**6, 2000), (3000, 10**6)):
         expected = pair_contrast(**problem, **options)
@@ -114,16 +74,16 @@ def test_tiling_does_not_matter(monkeypatch, pairs):
             patch.setitem(_pair_torch._TILE_BYTES, "cpu", tile)
             patch.setitem(_pair_loss._BLOCK_BYTES, "cpu", block)
             got = pair_contrast(**problem, **options)
-        _assert_same(problem, got, expected, tolerance=1e-13)
+        assert_same(problem, got, expected, tolerance=1e-13)
 
 
 @pytest.mark.parametrize("pairs", [None, 500, torch.arange(60).view(30, 2)], ids=["all", "random", "listed"])
 def test_deterministic_and_equal_without_gradients(pairs):
-    problem = _problem(60, 33, 17, 5, torch.float32)
+    problem = make_problem(60, 33, 17, 5, torch.float32)
     options = {"pairs": pairs, "dropout": 0.5, "seed": torch.tensor(3)}
     first, second = (pair_contrast(**problem, **options) for _ in range(2))
     assert torch.equal(first, second)
-    gradients = _gradients(first, problem), _gradients(second, problem)
+    gradients = gradients_of(first, problem), gradients_of(second, problem)
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     with torch.no_grad():
         assert torch.equal(pair_contrast(**problem, **options), first)
@@ -134,7 +94,7 @@ def test_deterministic_and_equal_without_gradients(pairs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pairs", [None, LISTED], ids=["all", "listed"])
 def test_low_precision_accumulates_in_float32(dtype, pairs):
-    problem = _problem(9, 33, 12, 3, dtype)
+    problem = make_problem(9, 33, 12, 3, dtype)
     wide = {
         name: t.detach().double().requires_grad_(t.is_floating_point()) if name != "labels" else t
         for name, t in problem.items()
@@ -142,7 +102,7 @@ def test_low_precision_accumulates_in_float32(dtype, pairs):
     got, expected = pair_contrast(**problem, pairs=pairs), pair_contrast(**wide, pairs=pairs)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
-    got, expected = _gradients(got, problem), _gradients(expected, wide)
+    got, expected = gradients_of(got, problem), gradients_of(expected, wide)
     for name, value in expected.items():
         assert got[name].dtype == dtype
         atol = float(value.abs().max()) * max(torch.finfo(dtype).eps, 1e-5)
@@ -150,23 +110,23 @@ def test_low_precision_accumulates_in_float32(dtype, pairs):
 
 
 def test_dtypes_mix_and_autocast_does_not_round():
-    problem = _problem(5, 8, 6, 3, torch.float32)
+    problem = make_problem(5, 8, 6, 3, torch.float32)
     expected = pair_contrast(**problem)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(pair_contrast(**problem), expected)
     problem["pooled"] = problem["pooled"].detach().bfloat16().requires_grad_()
-    gradients = _gradients(pair_contrast(**problem), problem)
+    gradients = gradients_of(pair_contrast(**problem), problem)
     assert gradients["pooled"].dtype == torch.bfloat16 and gradients["fuse_in_weight"].dtype == torch.float32
 
 
 def test_float16_gradients_survive_under_a_loss_scale():
-    problem = _problem(3, 4, 4, 2)
+    problem = make_problem(3, 4, 4, 2)
     tiny = 1e-7
     for name in ("fuse_out_weight", "fuse_in_weight"):
         problem[name] = (problem[name].detach() * 0.01).requires_grad_()
-    expected = _gradients(pair_contrast(**problem) * tiny, problem)["pooled"] * 2**20
+    expected = gradients_of(pair_contrast(**problem) * tiny, problem)["pooled"] * 2**20
     half = {**problem, "pooled": problem["pooled"].detach().half().requires_grad_()}
-    got = _gradients(pair_contrast(**half) * tiny * 2**20, half)["pooled"]
+    got = gradients_of(pair_contrast(**half) * tiny * 2**20, half)["pooled"]
     torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-4 * float(expected.abs().max()))
     assert got.count_nonzero() == got.numel()
 
@@ -174,21 +134,21 @@ def test_float16_gradients_survive_under_a_loss_scale():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["pooled", *PARAMETERS])
 def test_non_finite_is_never_silent(name, value):
-    problem = _problem(5, 4, 6, 3)
+    problem = make_problem(5, 4, 6, 3)
     with torch.no_grad():
         problem[name].view(-1)[-1] = value
     # The last image is in none of the listed pairs; relu hides a bias of -inf.
     for options in ({}, {"pairs": LISTED}, {"pairs": 2}, {"dropout": 0.9}):
         loss = pair_contrast(**problem, **options)
         assert loss.isnan()
-        assert all(gradient.isnan().any() for gradient in _gradients(loss, problem).values())
+        assert all(gradient.isnan().any() for gradient in gradients_of(loss, problem).values())
         assert pair_contrast(**problem, **options, backend="reference").isnan()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 @pytest.mark.parametrize("pairs", [None, 6, LISTED], ids=["all", "random", "listed"])
 def test_operator_contract(pairs):
-    problem = _problem(4, 5, 6, 3, torch.float32)
+    problem = make_problem(4, 5, 6, 3, torch.float32)
     seed = torch.tensor(1)
     listed, count = (pairs, None) if isinstance(pairs, torch.Tensor) else (None, pairs)
     operands = [problem[name] for name in ("pooled", *PARAMETERS)]
@@ -201,33 +161,33 @@ def test_operator_contract(pairs):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     first, second = run(), compiled()
     assert torch.equal(first, second)
-    first, second = _gradients(first, problem), _gradients(second, problem)
+    first, second = gradients_of(first, problem), gradients_of(second, problem)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.permutations(range(6)), st.sampled_from(["relu", "identity"]), st.integers(0, 2**31))
 def test_permuting_the_images_permutes_their_gradients(order, activation, seed):
-    problem, order = _problem(6, 5, 4, 3, seed=seed), list(order)
+    problem, order = make_problem(6, 5, 4, 3, seed=seed), list(order)
     loss = pair_contrast(**problem, activation=activation)
-    expected = _gradients(loss, problem)
+    expected = gradients_of(loss, problem)
     pooled = problem["pooled"].detach()[order].requires_grad_()
     permuted = {**problem, "pooled": pooled, "labels": problem["labels"][order]}
     permuted_loss = pair_contrast(**permuted, activation=activation)
     torch.testing.assert_close(permuted_loss, loss)
-    for name, value in _gradients(permuted_loss, permuted).items():
+    for name, value in gradients_of(permuted_loss, permuted).items():
         torch.testing.assert_close(value, expected[name][order] if name == "pooled" else expected[name])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.data())
 def test_lists_add_up(length, data):
-    problem = _problem(6, 5, 4, 3)
+    problem = make_problem(6, 5, 4, 3)
     index = st.tuples(st.integers(0, 5), st.integers(0, 5))
     pairs = torch.tensor(data.draw(st.lists(index, min_size=length + 1, max_size=length + 8)))
     first, rest = pairs[:length], pairs[length:]
     parts = pair_contrast(**problem, pairs=first) * len(first) + pair_contrast(**problem, pairs=rest) * len(rest)
-    _assert_same(problem, pair_contrast(**problem, pairs=pairs), parts / len(pairs))
+    assert_same(problem, pair_contrast(**problem, pairs=pairs), parts / len(pairs))
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 16, 41])
@@ -332,10 +292,9 @@ def test_hash_flips_half_of_the_bits():
             r"pairs must be a list \[P, 2\] of at least one pair, got \[3, 3\]",
         ),
         ({"pairs": torch.tensor([[0, 5]])}, ValueError, r"pairs \[1, 2\] must lie in \[0, 5\), got values from 0 to 5"),
-        ({"backend": "triton"}, RuntimeError, "not available in this build"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
     ],
 )
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
-        pair_contrast(**{**_problem(5, 4, 6, 3, torch.float32), **change})
+        pair_contrast(**{**make_problem(5, 4, 6, 3, torch.float32), **change})
