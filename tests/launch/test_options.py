@@ -43,7 +43,10 @@ def test_the_backbone_thaws_on_time(everything):
 )
 def test_all_options_together_on_two_ranks(runs, everything, launcher, overrides, request):
     run = runs.train(f"everything, {request.node.callspec.id}", *EVERYTHING, *overrides, launcher=launcher)
-    assert losses(run) == pytest.approx(losses(everything), abs=1e-4)
+    # Of 10^5 activations a step, some are within rounding of zero: a relu that falls on its other side changes what
+    # AdamW does with the gradient, but neither the losses with a frozen backbone nor the first one after the thaw.
+    assert losses(run)[:7] == pytest.approx(losses(everything)[:7], abs=1e-5)
+    assert losses(run) == pytest.approx(losses(everything), abs=2e-3)
     ours, theirs = (read_checkpoint(r / "checkpoints/step-00000012.safetensors")[0] for r in (run, everything))
     assert ours.optimizer.keys() == theirs.optimizer.keys()
     assert {k: v.keys() for k, v in ours.optimizer.items()} == {k: v.keys() for k, v in theirs.optimizer.items()}
