@@ -10,6 +10,9 @@ from torch import Tensor
 from fpcn_kernels._regions import largest_region
 from fpcn_kernels._validate import accumulation_dtype
 
+# Images whose partial sums are held at once on the CPU: fresh memory costs it more than the sums.
+_CHUNK_BYTES = 2**24
+
 
 def forward(features: Tensor, companion: Tensor | None, theta: float, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled vectors [B, C], masks [B, H, W] and areas [B]."""
@@ -45,7 +48,8 @@ def backward(
 
 def _above_mean(feat_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels whose channel sum reaches its mean [B, H, W], and the mean [B]."""
-    sum_BHW = _channel_sum(feat_BCHW)
+    images = max(1, _CHUNK_BYTES // feat_BCHW[0].nbytes) if feat_BCHW.device.type == "cpu" else len(feat_BCHW)
+    sum_BHW = torch.cat([_channel_sum(chunk) for chunk in feat_BCHW.split(images)])
     mean_B = sum_BHW.mean((1, 2))
     # No mean exceeds the maximum, but a rounded one can: without the bound a constant map could be all outside.
     threshold_B = torch.minimum(mean_B, sum_BHW.amax((1, 2)))
