@@ -1,4 +1,4 @@
-"""What only a CUDA device can show of data and training; tests/kernels/test_on_gpu.py has the kernels. ``pytest -m gpu``."""
+"""What only a CUDA device can show of data and training (of kernels: kernels/test_on_gpu.py). ``pytest -m gpu``."""
 
 from __future__ import annotations
 
