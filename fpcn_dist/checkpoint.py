@@ -32,7 +32,8 @@ BEST = "best.safetensors"
 
 _HARMLESS = {
     "name", "engine", "train.micro_batches", "train.compile", "train.channels_last", "train.log_every",
-    "train.keep_checkpoints", "data.threads", "data.eval_batch_size", "data.max_bad_images",
+    "train.keep_checkpoints", "data.threads", "data.eval_batch_size", "data.max_bad_images", "distill.teacher",
+    "distill.teacher_mode", "distill.bank",
 }  # fmt: skip
 """Recipe fields that may differ when a run resumes: they change how it is computed, not what."""
 
@@ -202,7 +203,8 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
     Raises:
         UserError: naming each field that changed, with both values.
     """
-    before, now = _flat(info.recipe), _flat(recipe.model_dump())
+    # What an older version did not know was as it is by default.
+    before, now = _flat(Recipe().model_dump()) | _flat(info.recipe), _flat(recipe.model_dump())
     fields = sorted(before.keys() | now.keys())
     changed = [f"{f} {before.get(f)!r} -> {now.get(f)!r}" for f in fields if before.get(f) != now.get(f)]
     changed = [line for line in changed if not _harmless(line.split(" ", 1)[0])]

@@ -34,6 +34,8 @@ class DataConfig(Schema):
     """Side in pixels of the crop that the network sees: random in training, centred in evaluation."""
     flip: bool = True
     """Mirror half of the training views left to right."""
+    views: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--views",))] = None
+    """Different views of each training image, shown in turn; null draws a new one each time."""
     classes_per_batch: PositiveInt | None = 3
     """Classes in a global batch; null takes all classes of the data."""
     images_per_class: PositiveInt = 14
@@ -124,6 +126,23 @@ class ContrastConfig(Schema):
         return self
 
 
+class DistillConfig(Schema):
+    """The teacher of a student, and how much the student heeds it (eq. 13 and 14)."""
+
+    teacher: str | None = None
+    """Run folder of the teacher, or any folder with its model.safetensors and config.json."""
+    teacher_sha256: str | None = None
+    """Hash of the teacher's weights; found out at the start, and kept so that no other teacher takes over later."""
+    teacher_mode: Annotated[Literal["bank", "online"], tyro.conf.arg(aliases=("--teacher-mode",))] = "bank"
+    """bank: the teacher's logits of data.views views of each image, computed once; online: computed in each step."""
+    bank: str | None = None
+    """Folder of the bank; null: bank/ in the run folder. Students that share a teacher can share it."""
+    temperature: Annotated[float, Field(gt=0.0)] = 2.0
+    """T of eq. 13."""
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of the teacher in the loss: (1 - alpha) cross-entropy + alpha T^2 KL divergence."""
+
+
 class OptimConfig(Schema):
     """Optimizer and learning-rate schedule."""
 
@@ -192,11 +211,13 @@ class Recipe(Schema):
     """Name of the recipe; names the default run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of everything random: split, batches, views, initial weights, dropout, random pairs."""
-    task: Literal["contrast", "classify"] = "contrast"
-    """contrast: FPCN; classify: the plain classifier with the same backbone, its baseline."""
+    task: Literal["contrast", "classify", "distill"] = "contrast"
+    """contrast: FPCN; classify: the plain classifier with the same backbone, its baseline; distill: that classifier as
+    the student of a teacher."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     contrast: ContrastConfig = ContrastConfig()
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
@@ -207,6 +228,11 @@ class Recipe(Schema):
             raise ValueError(
                 f"model.head 'gated' is defined on the hardest pairs only, not {self.contrast.pairs!r}; "
                 "set contrast.pairs to 'hardest'"
+            )
+        if self.task == "distill" and self.distill.teacher_mode == "bank" and self.data.views is None:
+            raise ValueError(
+                "distill.teacher_mode 'bank' needs data.views, the number of views of each image that it holds; set it "
+                "(16, say), or use 'online'"
             )
         if self.optim.ema_decay is not None and self.engine.zero_stage == 3:
             raise ValueError(

@@ -37,7 +37,7 @@ class ModelInfo:
         classes: class names in label order.
         preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
         model: the network.
-        task: "contrast" (FPCN) or "classify" (the plain classifier).
+        task: "contrast" (FPCN), "classify" (the plain classifier) or "distill" (the same, taught by a teacher).
     """
 
     classes: tuple[str, ...]
@@ -139,7 +139,7 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
     preprocessing = config["preprocessing"]
     if (preprocessing["mean"], preprocessing["std"]) != (list(MEAN), list(STD)):
         raise ValueError("its mean and std are not those of ImageNet")
-    if config["task"] not in ("contrast", "classify"):
+    if config["task"] not in ("contrast", "classify", "distill"):
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),

@@ -140,11 +140,15 @@ class Progress:
         """Move the bar to ``step``; costs next to nothing, so call it each step."""
         self._bar.update(self._task, completed=step)
 
-    def update(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Show the numbers of a log point; ``loss``, ``accuracy`` and ``images_per_second`` are shown where given."""
+    def update(self, step: int, epoch: float, values: Mapping[str, float], *, name: str = "") -> None:
+        """Show the numbers of a log point; ``loss``, ``accuracy`` and ``images_per_second`` are shown where given.
+
+        ``name`` tells apart what is trained at the same time.
+        """
         if self._silent:
             return
-        status = "  ".join([f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"])
+        parts = [f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"]
+        status = "  ".join([name, *parts] if name else parts)
         self._bar.update(self._task, completed=step, description=status)
         if self._bar.disable:
             self._console.print(f"step {step}/{self._total_steps}  {status}", highlight=False)

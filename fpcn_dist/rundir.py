@@ -7,8 +7,10 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +23,7 @@ from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distributed import Ranks
 from fpcn_dist.errors import UserError
 from fpcn_dist.files import write_text
+from fpcn_dist.teacher import name_teacher
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "deepspeed", "timm")
 
@@ -34,6 +37,7 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self.environment = path / "environment.json"
         self.checkpoints = path / "checkpoints"
+        self.outcome = path / "outcome.json"
 
     def create(self) -> None:
         """Make the folder.
@@ -57,6 +61,20 @@ class RunFolder:
         manifest.save(self.manifest)
         write_text(self.environment, json.dumps(_environment(ranks), indent=2) + "\n")
 
+    def set_outcome(self, state: str, reason: str | None = None) -> None:
+        """Note how the run ended: "finished", or "failed" for ``reason``."""
+        write_text(self.outcome, json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
+
+    def read_outcome(self) -> tuple[str, str | None]:
+        """What :meth:`set_outcome` noted; ("unfinished", None) where it has not ended."""
+        try:
+            values = json.loads(self.outcome.read_text(encoding="utf-8"))
+            return values["state"], values["reason"]
+        except FileNotFoundError:
+            return "unfinished", None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError("file", self.outcome, f"is damaged ({error})", "remove it") from None
+
     def open(self) -> tuple[Recipe, Manifest]:
         """Recipe and manifest of an existing run.
 
@@ -68,31 +86,42 @@ class RunFolder:
         return load_recipe(self.recipe), Manifest.load(self.manifest)
 
 
-def start_run(
-    run: RunFolder, checkpoints: CheckpointFolder, recipe: Recipe, data: Path, ranks: Ranks, resume: str
-) -> str | None:
-    """Check the data, settle where to start from, and describe the run in its folder; for the first rank alone.
+def start_runs(
+    runs: Sequence[RunFolder], recipes: Sequence[Recipe], data: Path, ranks: Ranks, resume: str
+) -> list[dict[str, Any]]:
+    """Check the data, settle where each run starts from, and describe it in its folder; for the first rank alone.
 
     Returns:
-        Path of the checkpoint to resume from, or ``None`` to begin at step 0.
+        For each run: ``checkpoint``, the path of the one to resume from or ``None``; its ``step``, else 0; and
+        ``recipe``, with the hash of its teacher where it has one, as nested dictionaries.
 
     Raises:
         UserError: folder, data or checkpoint cannot be used, or data or recipe have changed since it was written.
     """
-    run.create()
-    manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
+    for run in runs:
+        run.create()
+    recipes = [name_teacher(recipe) for recipe in recipes]
+    manifest = build_manifest(data.resolve(), recipes[0].data, recipes[0].seed)
     if manifest.refused:
         Console(soft_wrap=True).print(refusal_table(manifest.refused))
+    return [_start_run(run, recipe, manifest, ranks, resume) for run, recipe in zip(runs, recipes, strict=True)]
+
+
+def _start_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, resume: str) -> dict[str, Any]:
+    checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
     if resume == "never":
         checkpoints.clear()
     checkpoint = Path(resume) if resume not in ("auto", "never") else checkpoints.newest()
+    step = 0
     if checkpoint is not None:
         _, info = read_checkpoint(checkpoint)
         require_same_recipe(recipe, info, checkpoint)
         _require_same_data(manifest, info, checkpoint, run)
-        print(f"resuming from step {info.step} ({checkpoint})", flush=True)
+        step = info.step
+        print(f"resuming from step {step} ({checkpoint})", flush=True)
     run.describe(recipe, manifest, ranks)
-    return None if checkpoint is None else str(checkpoint)
+    run.outcome.unlink(missing_ok=True)
+    return {"checkpoint": checkpoint and str(checkpoint), "step": step, "recipe": recipe.model_dump()}
 
 
 def _require_same_data(manifest: Manifest, info: CheckpointInfo, checkpoint: Path, run: RunFolder) -> None:

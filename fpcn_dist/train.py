@@ -1,32 +1,24 @@
-"""The training loop: one for every task, engine and number of ranks. Read it from top to bottom."""
+"""The training loop: one for every task, engine, number of ranks and number of networks. Read it from top to bottom."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint
 from fpcn_dist.config import Recipe
-from fpcn_dist.data.loader import EvalLoader, TrainLoader
+from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distributed import Ranks
-from fpcn_dist.engine import build_engine, forward_backward
 from fpcn_dist.errors import UserError
-from fpcn_dist.evaluate import Evaluation, evaluate
-from fpcn_dist.flops import model_flops, peak_flops
-from fpcn_dist.keys import key
-from fpcn_dist.meter import StepMeter
-from fpcn_dist.metrics import MetricsLogger, Progress
-from fpcn_dist.models import Classifier
-from fpcn_dist.optim import learning_rate
+from fpcn_dist.metrics import Progress
 from fpcn_dist.profiler import profiled
 from fpcn_dist.results import finish_run
-from fpcn_dist.rundir import RunFolder, start_run
-from fpcn_dist.tasks import build_task
+from fpcn_dist.rundir import RunFolder, start_runs
+from fpcn_dist.schedule import Schedule
+from fpcn_dist.soft_labels import attach_teacher
+from fpcn_dist.trainee import Trainee
 
 
 def train(
@@ -46,104 +38,130 @@ def train(
     Raises:
         UserError: whatever is wrong with the data, the recipe, the folder or a checkpoint; a loss that is not finite.
     """
-    run = RunFolder(output)
-    checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
-    checkpoint = ranks.on_first(lambda: start_run(run, checkpoints, recipe, data, ranks, resume))
-    manifest = Manifest.load(run.manifest)
-    state = read_checkpoint(Path(checkpoint))[0] if checkpoint else None
-    start = state.step if state else 0
-    best = checkpoints.best_accuracy() if state else None
+    train_together({output: recipe}, data, ranks, resume=resume, profile=profile)
 
+
+def train_together(
+    recipes: Mapping[Path, Recipe], data: Path, ranks: Ranks, *, resume: str = "auto", profile: bool = False
+) -> dict[Path, str]:
+    """Train several recipes at once, on the same decoded batches, each as if it were trained alone.
+
+    Each goes on from its own newest checkpoint. One whose loss stops being finite is stopped, and on a single rank one
+    that raises anything else, too; the others go on unharmed.
+
+    Args:
+        recipes: by run folder; they agree in seed, data, epochs and teacher.
+        data, ranks, resume, profile: see :func:`train`.
+
+    Returns:
+        Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
+
+    Raises:
+        UserError: see :func:`train`; what concerns a single recipe among several stops that one alone, as above.
+    """
+    runs = [RunFolder(output) for output in recipes]
+    begun = ranks.on_first(lambda: start_runs(runs, list(recipes.values()), data, ranks, resume))
+    chosen = [Recipe.model_validate(entry["recipe"]) for entry in begun]
+    manifest = Manifest.load(runs[0].manifest)
+    shared = _require_agreement(chosen)
+    soft_labels, teacher = attach_teacher(chosen, runs[0].path, manifest, ranks)
+
+    start = min(entry["step"] for entry in begun)
     loader = TrainLoader(
-        manifest, recipe.data, recipe.seed,
-        rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, start_step=start,
+        manifest, shared.data, shared.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device,
+        start_step=start, soft_labels=soft_labels,
     )  # fmt: skip
-    _require_even_parts(loader.batch_size // ranks.world_size, recipe.train.micro_batches)
-    steps_per_epoch = loader.steps_per_epoch
-    total_steps = recipe.train.epochs * steps_per_epoch
-    frozen_steps = recipe.optim.freeze_backbone_epochs * steps_per_epoch
-    save_every = recipe.train.checkpoint_every or steps_per_epoch
-    eval_every = recipe.train.eval_every * steps_per_epoch
+    trainees = []
+    for run, recipe, entry in zip(runs, chosen, begun, strict=True):
+        _require_even_parts(loader.batch_size // ranks.world_size, recipe.train.micro_batches)
+        schedule = Schedule.of(recipe, loader.batch_size, loader.steps_per_epoch)
+        trainees.append(Trainee(run, recipe, manifest, ranks, schedule, entry["checkpoint"]))
+    total = trainees[0].schedule.total
+    progress = Progress(total, start_step=start, rank=ranks.rank)
 
-    task = build_task(recipe, len(manifest.classes), ranks.group)
-    flops = 3 * model_flops(task.model, recipe.data.crop)
-    engine = build_engine(recipe, task, ranks, frozen_backbone=start < frozen_steps, state=state)
-    peak = peak_flops(ranks.device, recipe.train.precision)
-    meter = StepMeter(ranks, loader.batch_size, flops_share=flops / peak / ranks.world_size if peak else None)
-    logger = MetricsLogger(output, ranks.rank, start_step=start)
-    progress = Progress(total_steps, start_step=start, rank=ranks.rank)
-
-    with (
-        contextlib.closing(loader),
-        contextlib.closing(logger),
-        progress,
-        checkpoints,
-        profiled(output, ranks, profile) as tick,
-    ):
+    with contextlib.closing(loader), progress, profiled(runs[0].path, ranks, profile) as tick:
         batches, reported = iter(loader), 0
-        for step in range(start, total_steps):
-            if step == frozen_steps and step > start:  # the backbone thaws: a new engine takes the state over
-                state = engine.state(step)
-                engine.close()
-                task = build_task(recipe, len(manifest.classes), ranks.group)
-                engine = build_engine(recipe, task, ranks, state=state)
-
+        for step in range(start, total):
             began = time.perf_counter()
             batch = next(batches)
+            if teacher is not None:
+                batch = teacher(batch)
             waited = time.perf_counter() - began
-            torch.manual_seed(key(recipe.seed, step, ranks.rank))
-            lr = learning_rate(recipe.optim, step, steps_per_epoch, total_steps)
-            result = forward_backward(engine, batch, step, recipe.train.micro_batches)
-            norm = engine.update(lr)
-            meter.add(step + 1, batch, result, norm, lr, waited)
+            for trainee in _active(trainees, step):
+                with _isolated(trainee, trainees):
+                    trainee.train(batch, step, waited)
             progress.advance(step + 1)
             tick()
 
-            done, last = step + 1, step + 1 == total_steps
-            epoch = done / steps_per_epoch
-            evaluate_now, save_now = last or done % eval_every == 0, last or done % save_every == 0
-            if not (evaluate_now or save_now or done % recipe.train.log_every == 0):
-                continue
-
-            with _naming_last_checkpoint(checkpoints):
-                rows, speed = meter.fetch()
-            rows[-1] |= speed
-            for number, row in enumerate(rows, start=done - len(rows) + 1):
-                logger.log_step(number, number / steps_per_epoch, row)
-            progress.update(done, epoch, rows[-1])
-            for _, path, reason in ranks.gather(loader.replaced[reported:]):
-                logger.log_replaced(done, path, reason)
-                progress.print(f"warning: {path} {reason}; another image is shown in its place")
-            reported = len(loader.replaced)
-
-            accuracy = None
-            if evaluate_now and len(manifest.ids("val")):
-                model = engine.evaluation_model()
-                scores = _validate(model, recipe, manifest, ranks, done)
-                accuracy = scores.accuracy
-                logger.log_eval(done, epoch, "val", {"loss": scores.loss, "accuracy": accuracy})
-                progress.print(f"epoch {epoch:g}: validation accuracy {100 * accuracy:.1f} %, loss {scores.loss:.4f}")
-            improved = accuracy is not None and (best is None or accuracy > best)
-            if save_now or improved:
-                ranks.on_first(checkpoints.wait)  # however slow the disk is: collectives have short patience
-                state = engine.state(done)
-                info = CheckpointInfo(done, recipe.model_dump(), manifest.hash, manifest.classes, accuracy)
-                if ranks.first:
-                    checkpoints.save(state, info, best=improved)
-                best = accuracy if improved else best
-            meter.restart_clock()
-    engine.close()
-    finish_run(run, checkpoints, ranks)
+            done = step + 1
+            replaced = None
+            for trainee in _active(trainees, step):
+                if not trainee.schedule.logs(done):
+                    continue
+                if replaced is None:
+                    replaced = ranks.gather(loader.replaced[reported:])
+                    reported = len(loader.replaced)
+                    for _, path, reason in replaced:
+                        progress.print(f"warning: {path} {reason}; another image is shown in its place")
+                with _isolated(trainee, trainees):
+                    _log_point(trainee, done, replaced, progress, name="" if len(runs) == 1 else trainee.run.path.name)
+            if not _active(trainees, step) and all(t.start <= step for t in trainees):
+                break
+    for trainee in trainees:
+        if trainee.failure is None:
+            trainee.close()
+            finish_run(trainee.run, trainee.checkpoints, ranks)
+            ranks.on_first(lambda run=trainee.run: run.set_outcome("finished"))
+    return {trainee.run.path: trainee.failure for trainee in trainees if trainee.failure is not None}
 
 
-def _validate(model: Classifier, recipe: Recipe, manifest: Manifest, ranks: Ranks, step: int) -> Evaluation:
-    loader = EvalLoader.from_manifest(
-        manifest, "val", recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
-    )
-    return evaluate(
-        model, loader, manifest.classes, num_images=len(manifest.ids("val")), split="val", step=step,
-        precision=recipe.train.precision, group=ranks.group,
-    )  # fmt: skip
+def _log_point(trainee: Trainee, done: int, replaced: list, progress: Progress, name: str) -> None:
+    schedule, prefix = trainee.schedule, f"{name}: " if name else ""
+    progress.update(done, done / schedule.per_epoch, trainee.log(done, replaced), name=name)
+    accuracy = None
+    if schedule.evaluates(done) and len(trainee.manifest.ids("val")):
+        scores = trainee.validate(done)
+        accuracy = scores.accuracy
+        epoch = f"{prefix}epoch {done / schedule.per_epoch:g}"
+        progress.print(f"{epoch}: validation accuracy {100 * accuracy:.1f} %, loss {scores.loss:.4f}")
+    trainee.save(done, accuracy, at_save_point=schedule.saves(done))
+    trainee.meter.restart_clock()
+
+
+def _active(trainees: Sequence[Trainee], step: int) -> list[Trainee]:
+    return [trainee for trainee in trainees if trainee.failure is None and trainee.start <= step]
+
+
+@contextlib.contextmanager
+def _isolated(trainee: Trainee, trainees: Sequence[Trainee]):
+    """Let the others go on where one of several fails, as far as ranks can still agree on what happened.
+
+    A loss that is not finite is found by all ranks at once. Anything else may have happened on one rank alone, whose
+    collectives the others would wait for: then all must end, and go on from their checkpoints.
+    """
+    try:
+        yield
+    except UserError as error:
+        if len(trainees) == 1:
+            raise
+        trainee.stop(str(error))
+    except Exception as error:
+        if len(trainees) == 1 or trainee.ranks.world_size > 1:
+            raise
+        trainee.stop(f"{type(error).__name__}: {error}")
+
+
+def _require_agreement(recipes: Sequence[Recipe]) -> Recipe:
+    """What all recipes must have alike to share batches; gives one of them to read it from."""
+    first = recipes[0]
+    for recipe in recipes[1:]:
+        for field in ("seed", "data"):
+            if getattr(recipe, field) != getattr(first, field):
+                raise UserError(field, None, "differs between recipes that share batches", "make it the same in all")
+        if recipe.train.epochs != first.train.epochs:
+            reason = f"another recipe that shares its batches has {first.train.epochs}"
+            raise UserError("train.epochs", recipe.train.epochs, reason, "make it the same in all")
+    return first
 
 
 def _require_even_parts(share: int, micro_batches: int) -> None:
@@ -153,15 +171,3 @@ def _require_even_parts(share: int, micro_batches: int) -> None:
         raise UserError(
             "train.micro_batches", micro_batches, f"does not divide the {share} images of a rank", f"try {near}"
         )
-
-
-@contextlib.contextmanager
-def _naming_last_checkpoint(checkpoints: CheckpointFolder) -> Iterator[None]:
-    """Add to an error about the training itself which checkpoint is still good."""
-    try:
-        yield
-    except UserError as error:
-        checkpoints.wait()
-        steps = checkpoints.steps()
-        good = f"the last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
-        raise UserError(error.field, error.value, error.reason, f"{error.mend}; {good}") from None

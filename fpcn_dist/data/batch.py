@@ -18,6 +18,7 @@ class Batch:
         image_ids: [B] int64 indices into the manifest; they name an image in every split and on every rank.
         view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.
         crops: [B, 3] int64: crop row, crop column (pixels of the resized image) and flip (0 or 1).
+        teacher_logits: [B, K] float32, a teacher's logits of these views, where there is one.
     """
 
     images: Tensor
@@ -25,11 +26,13 @@ class Batch:
     image_ids: Tensor
     view_ids: Tensor
     crops: Tensor
+    teacher_logits: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def split(self, parts: int) -> list[Batch]:
         """Cut into ``parts`` consecutive batches, as even as possible, for gradient accumulation."""
-        columns = [torch.tensor_split(getattr(self, name), parts) for name in self.__dataclass_fields__]
-        return [Batch(*row) for row in zip(*columns, strict=True)]
+        columns = [getattr(self, name) for name in self.__dataclass_fields__]
+        split = [[None] * parts if column is None else torch.tensor_split(column, parts) for column in columns]
+        return [Batch(*row) for row in zip(*split, strict=True)]

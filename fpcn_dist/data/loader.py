@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -22,6 +22,8 @@ from fpcn_dist.data.validate import check_image
 from fpcn_dist.errors import UserError
 
 Ids = NDArray[np.int64]
+SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]
+"""A teacher's logits [B, K] of the views that B image ids and view numbers name."""
 
 
 class Replacement(NamedTuple):
@@ -45,8 +47,10 @@ class _Plan(NamedTuple):
     def request(self) -> Request:
         return Request(self.paths, self.crops)
 
-    def batch(self, images: Tensor, device: torch.device) -> Batch:
-        columns = (self.labels, self.image_ids, self.view_ids, self.crops)
+    def batch(self, images: Tensor, device: torch.device, soft_labels: SoftLabels | None = None) -> Batch:
+        columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, self.crops]
+        if soft_labels is not None:
+            columns.append(soft_labels(self.image_ids, self.view_ids))
         return Batch(images, *(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
 
     def faults(self, config: DataConfig) -> dict[int, Replacement]:
@@ -82,6 +86,7 @@ class TrainLoader:
         rank, world_size: which share of each global batch is decoded.
         device: where the images are decoded and end up.
         start_step: step of the first batch.
+        soft_labels: where the batches' teacher logits come from, if they have any.
 
     Attributes:
         batch_size: images of the *global* batch.
@@ -103,8 +108,10 @@ class TrainLoader:
         world_size: int,
         device: torch.device,
         start_step: int = 0,
+        soft_labels: SoftLabels | None = None,
     ) -> None:
         self._manifest, self._config, self._seed = manifest, config, seed
+        self._soft_labels = soft_labels
         self._rank, self._world_size, self._device = rank, world_size, device
         train_ids, self._labels = manifest.ids("train"), manifest.labels
         self._ids_of_class = [train_ids[self._labels[train_ids] == label] for label in range(len(manifest.classes))]
@@ -133,7 +140,7 @@ class TrainLoader:
                 self._start()
                 continue
             self._step += 1
-            return self._planned.popleft().batch(images, self._device)
+            return self._planned.popleft().batch(images, self._device, self._soft_labels)
 
     def close(self) -> None:
         """Stop the pipeline and free its buffers."""
@@ -154,6 +161,8 @@ class TrainLoader:
 
     def _plan(self, step: int) -> _Plan:
         batch_ids, batch_views = self._sampler.batch(step)
+        if self._config.views is not None:
+            batch_views = batch_views % self._config.views
         image_ids, view_ids = (share(column, self._rank, self._world_size) for column in (batch_ids, batch_views))
         image_ids = np.array([self._readable(i, step, batch_ids) for i in image_ids.tolist()], dtype=np.int64)
         paths = [str(self._manifest.path(image_id)) for image_id in image_ids.tolist()]
@@ -256,3 +265,31 @@ class EvalLoader:
         for _, path, reason in plan.faults(self._config).values():
             raise UserError("image", path, reason, "restore it, or leave it out and evaluate anew") from error
         raise error
+
+
+class ViewLoader(EvalLoader):
+    """Training views in a given order, each once, in batches of ``eval_batch_size``; for a teacher to look at.
+
+    Args:
+        manifest: the images.
+        config: sizes, images per batch, threads.
+        seed: key of the views.
+        image_ids, view_ids: [N] which views.
+        device: where the images are decoded and end up.
+
+    Raises:
+        UserError: while iterating, a file is unreadable.
+    """
+
+    def __init__(
+        self, manifest: Manifest, config: DataConfig, seed: int, image_ids: Ids, view_ids: Ids, device: torch.device
+    ) -> None:
+        paths = [manifest.path(image_id) for image_id in image_ids.tolist()]
+        labels = manifest.labels[image_ids]
+        super().__init__(paths, labels, image_ids, config, rank=0, world_size=1, device=device)
+        self._seed, self._view_ids = seed, view_ids
+
+    def _plan(self, part: slice) -> _Plan:
+        paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]
+        view_ids = self._view_ids[part]
+        return _Plan(paths, labels, image_ids, view_ids, views(self._seed, image_ids, view_ids, self._config))

@@ -114,11 +114,11 @@ class FPCN(Classifier):
 
 
 def build_model(config: ModelConfig, num_classes: int, *, task: str) -> Classifier:
-    """The network of a recipe: :class:`FPCN` for the task "contrast", :class:`Classifier` for "classify".
+    """The network of a recipe: :class:`FPCN` for the task "contrast", else :class:`Classifier`.
 
     Raises:
         UserError: see :class:`FPCN`.
     """
-    if task == "classify":
-        return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
-    return FPCN(num_classes=num_classes, **config.model_dump())
+    if task == "contrast":
+        return FPCN(num_classes=num_classes, **config.model_dump())
+    return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)

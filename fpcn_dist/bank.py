@@ -1,0 +1,209 @@
+"""The soft-label bank: a teacher's raw logits of some views of each training image, computed once for every student.
+
+A view is a function of (seed, image, view number), so a bank can be computed ahead of training, by any number of
+processes, in any order, and be shared by whoever trains on the same views: every temperature, alpha, student and retry.
+
+    bank.json     what the logits are of: data, teacher, views, arithmetic
+    logits.f32    [training images, views, classes] float32, memory-mapped
+    written       a byte for each chunk of views, 1 once its logits are on the disk
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from fpcn_dist.config import Recipe
+from fpcn_dist.data.loader import ViewLoader
+from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.distributed import FIRST_RANK_TIMEOUT
+from fpcn_dist.errors import UserError
+from fpcn_dist.files import write_text
+from fpcn_dist.teacher import Teacher
+
+META, LOGITS, WRITTEN = "bank.json", "logits.f32", "written"
+_FORMAT = 1
+_CHUNK = 64
+"""Views between two marks of what is on the disk."""
+
+
+@dataclass(frozen=True)
+class BankKey:
+    """All that logits depend on; a bank with another key is refused, naming what differs."""
+
+    format: int
+    manifest: str
+    teacher: str
+    seed: int
+    views: int
+    resize: int
+    crop: int
+    flip: bool
+    precision: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, manifest: Manifest) -> BankKey:
+        data, teacher, views = recipe.data, recipe.distill.teacher_sha256, recipe.data.views
+        assert teacher is not None and views is not None
+        return cls(
+            _FORMAT, manifest.hash, teacher, recipe.seed,
+            views, data.resize, data.crop, data.flip, recipe.train.precision,
+        )  # fmt: skip
+
+
+class SoftLabelBank:
+    """An open bank: write a share of it, wait for the others, look logits up.
+
+    Args:
+        folder: of :func:`prepare_bank`, which the first rank or the driver has called.
+        recipe: whose seed, views and sizes the bank has.
+        manifest: the images.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, manifest: Manifest) -> None:
+        self.folder, self.recipe, self.manifest = folder, recipe, manifest
+        self.ids = manifest.ids("train")
+        self.views = recipe.data.views or 0
+        self.shape = (len(self.ids), self.views, len(manifest.classes))
+        self._row = np.full(len(manifest.images), -1, dtype=np.int64)
+        self._row[self.ids] = np.arange(len(self.ids))
+        self._logits: NDArray[np.float32] | None = None
+
+    @property
+    def chunks(self) -> int:
+        return -(-len(self.ids) * self.views // _CHUNK)
+
+    def missing(self) -> int:
+        """Chunks that are not on the disk yet."""
+        return self.chunks - np.count_nonzero(np.fromfile(self.folder / WRITTEN, dtype=np.uint8))
+
+    def write(self, teacher: Teacher, *, share: int, shares: int, device: torch.device, show: bool = False) -> None:
+        """Compute every ``shares``-th chunk from ``share`` on, less what is there already.
+
+        Call it again after a kill, with the same or another number of shares. A chunk is marked as written after its
+        logits have reached the disk.
+
+        Raises:
+            UserError: an image cannot be read, or the disk cannot be written to.
+        """
+        written = np.fromfile(self.folder / WRITTEN, dtype=np.uint8)
+        todo = [chunk for chunk in range(share, self.chunks, shares) if not written[chunk]]
+        if not todo:
+            return
+        config = self.recipe.data.model_copy(update={"eval_batch_size": _CHUNK})
+        entries = [np.arange(c * _CHUNK, min((c + 1) * _CHUNK, len(self.ids) * self.views)) for c in todo]
+        # Only the last chunk is short, and only the last batch of a loader may be.
+        entry = np.concatenate(entries)
+        loader = ViewLoader(
+            self.manifest, config, self.recipe.seed, self.ids[entry // self.views], entry % self.views, device
+        )
+        batches = track(loader, "soft labels", len(todo), console=Console(), transient=True, disable=not show)
+        with self._open(LOGITS) as logits, self._open(WRITTEN) as marks:
+            for chunk, batch in zip(todo, batches, strict=True):
+                values = teacher(batch.images).float().cpu().numpy()
+                try:
+                    os.pwrite(logits.fileno(), values.tobytes(), chunk * _CHUNK * values[0].nbytes)
+                    os.fsync(logits.fileno())
+                    os.pwrite(marks.fileno(), b"\1", chunk)
+                except OSError as error:
+                    raise _cannot_write(self.folder, error) from error
+
+    def _open(self, name: str):
+        return open(self.folder / name, "rb+")
+
+    def wait(self) -> None:
+        """Wait until all shares are written, which may take far longer than ranks wait for one another elsewhere.
+
+        Raises:
+            UserError: they are not after hours.
+        """
+        deadline = time.monotonic() + FIRST_RANK_TIMEOUT.total_seconds()
+        while self.missing():
+            if time.monotonic() > deadline:
+                raise UserError("bank", self.folder, "was not completed by the other ranks", "see their messages")
+            time.sleep(0.2)
+
+    def __call__(self, image_ids: NDArray[np.int64], view_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits [B, K] of B views."""
+        if self._logits is None:
+            self._logits = np.memmap(self.folder / LOGITS, dtype=np.float32, mode="r", shape=self.shape)
+        return np.asarray(self._logits[self._row[image_ids], view_ids])
+
+
+def prepare_bank(folder: Path, recipe: Recipe, manifest: Manifest) -> SoftLabelBank:
+    """The bank in ``folder``: the one that is there, whole or in part, or a new and empty one.
+
+    For one process, before any other opens it. The space of a new bank is claimed at once, so that a disk that is too
+    full is found before the teacher has started.
+
+    Raises:
+        UserError: the folder holds the bank of something else (all that differs is named), or cannot be written to.
+    """
+    key, bank = BankKey.of(recipe, manifest), SoftLabelBank(folder, recipe, manifest)
+    if (folder / META).is_file():
+        _require_same(folder, key)
+        for name, size in ((LOGITS, _bytes(bank)), (WRITTEN, bank.chunks)):
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise UserError("bank", folder / name, "is missing or has not its size", "remove the folder")
+        return bank
+    images, views, classes = bank.shape
+    size = f"{_bytes(bank) / 2**20:.1f} MiB"
+    print(f"soft-label bank {folder}: {images} images x {views} views x {classes} classes, {size}", flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, size in ((LOGITS, _bytes(bank)), (WRITTEN, bank.chunks)):
+            _claim(folder / name, size)
+    except OSError as error:
+        for name in (LOGITS, WRITTEN):
+            (folder / name).unlink(missing_ok=True)
+        raise _cannot_write(folder, error) from error
+    # Last: with it the bank exists.
+    write_text(folder / META, json.dumps(dataclasses.asdict(key), indent=2) + "\n")
+    return bank
+
+
+def _bytes(bank: SoftLabelBank) -> int:
+    images, views, classes = bank.shape
+    return 4 * images * views * classes
+
+
+def _claim(path: Path, size: int) -> None:
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        os.fsync(file.fileno())
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    reason = f"cannot be written ({error.strerror or error})"
+    return UserError("bank", folder, reason, "free some space there or choose another --output or distill.bank")
+
+
+def _require_same(folder: Path, key: BankKey) -> None:
+    try:
+        found = json.loads((folder / META).read_text(encoding="utf-8"))
+        differences = list(_differences(found, dataclasses.asdict(key)))
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError("bank", folder / META, f"is not the description of a bank ({error})", "remove it") from None
+    if differences:
+        raise UserError(
+            "bank", folder, f"holds the logits of something else ({', '.join(differences)})",
+            "remove the folder, or choose another --output or distill.bank",
+        )  # fmt: skip
+
+
+def _differences(found: dict, wanted: dict) -> Iterator[str]:
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            before, now = (str(v)[:16] for v in (found.get(name), value))
+            yield f"{name} {before} instead of {now}"

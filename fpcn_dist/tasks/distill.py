@@ -1,0 +1,36 @@
+"""The student of a teacher: cross-entropy and the divergence from the teacher's soft labels (eq. 13 and 14)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpcn_dist.config import DistillConfig, TrainConfig
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.losses import distillation_loss
+from fpcn_dist.models import Classifier
+from fpcn_dist.tasks.base import Task, TaskOutput
+
+
+class Distill(Task):
+    """The plain classifier, taught by ``batch.teacher_logits``, wherever these come from.
+
+    Args:
+        model: the student.
+        config: temperature and alpha.
+        train: see :class:`Task`.
+    """
+
+    def __init__(self, model: Classifier, config: DistillConfig, train: TrainConfig) -> None:
+        super().__init__(model, train)
+        self.config = config
+
+    def encode(self, batch: Batch) -> Tensor:
+        return self.model.pool(batch.images).pooled
+
+    def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
+        assert batch.teacher_logits is not None, "the training loop attaches them"
+        logits = self.model.logits(pooled)
+        loss = distillation_loss(logits, batch.teacher_logits, batch.labels, self.config.temperature, self.config.alpha)
+        class_loss = F.cross_entropy(logits.detach(), batch.labels)
+        return TaskOutput(loss, logits.detach(), {"class_loss": class_loss})

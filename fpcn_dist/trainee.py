@@ -1,0 +1,156 @@
+"""One network in training: its engine, and all that its run folder keeps of it. train.py drives one or many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint
+from fpcn_dist.config import Recipe
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.loader import EvalLoader, Replacement
+from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.distributed import Ranks
+from fpcn_dist.engine import TrainingState, build_engine, forward_backward
+from fpcn_dist.errors import UserError
+from fpcn_dist.evaluate import Evaluation, evaluate
+from fpcn_dist.flops import model_flops, peak_flops
+from fpcn_dist.keys import key
+from fpcn_dist.meter import StepMeter
+from fpcn_dist.metrics import MetricsLogger
+from fpcn_dist.models import Classifier
+from fpcn_dist.optim import learning_rate
+from fpcn_dist.rundir import RunFolder
+from fpcn_dist.schedule import Schedule
+from fpcn_dist.tasks import build_task
+
+
+class Trainee:
+    """A recipe on its way to a model, from the newest checkpoint in its folder on.
+
+    Args:
+        run: its folder.
+        recipe: what it computes.
+        manifest: the images.
+        ranks: this process among all.
+        schedule: steps of the run.
+        checkpoint: file to start from, or ``None`` for step 0.
+
+    Attributes:
+        start: the first step that it takes part in.
+        failure: why it stopped before its last step, if it did.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        manifest: Manifest,
+        ranks: Ranks,
+        schedule: Schedule,
+        checkpoint: str | None,
+    ) -> None:
+        self.run, self.recipe, self.manifest, self.ranks, self.schedule = run, recipe, manifest, ranks, schedule
+        self.checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
+        state = read_checkpoint(Path(checkpoint))[0] if checkpoint else None
+        self.start = state.step if state else 0
+        self.best = self.checkpoints.best_accuracy() if state else None
+        self.failure: str | None = None
+        self._build(state, frozen_backbone=self.start < schedule.frozen)
+        flops = 3 * model_flops(self.engine.task.model, recipe.data.crop)
+        peak = peak_flops(ranks.device, recipe.train.precision)
+        flops_share = flops / peak / ranks.world_size if peak else None
+        self.meter = StepMeter(ranks, schedule.batch_size, flops_share)
+        self.logger = MetricsLogger(run.path, ranks.rank, start_step=self.start)
+
+    def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
+        task = build_task(self.recipe, len(self.manifest.classes), self.ranks.group)
+        self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
+
+    def train(self, batch: Batch, step: int, waited: float) -> None:
+        """The update that ``step`` makes; ``waited`` are the seconds that its batch was waited for."""
+        if step == self.schedule.frozen and step > self.start:
+            # The backbone thaws: a new engine takes the state over.
+            state = self.engine.state(step)
+            self.engine.close()
+            self._build(state)
+        recipe = self.recipe
+        torch.manual_seed(key(recipe.seed, step, self.ranks.rank))
+        lr = learning_rate(recipe.optim, step, self.schedule.per_epoch, self.schedule.total)
+        result = forward_backward(self.engine, batch, step, recipe.train.micro_batches)
+        norm = self.engine.update(lr)
+        self.meter.add(step + 1, batch, result, norm, lr, waited)
+
+    def log(self, done: int, replaced: list[Replacement]) -> dict[str, float]:
+        """Record the steps since the last log point; gives the numbers of the last one. Collective.
+
+        Raises:
+            UserError: a loss is not finite; names the last good checkpoint.
+        """
+        with self._naming_last_checkpoint():
+            rows, speed = self.meter.fetch()
+        rows[-1] |= speed
+        for number, row in enumerate(rows, start=done - len(rows) + 1):
+            self.logger.log_step(number, number / self.schedule.per_epoch, row)
+        for _, path, reason in replaced:
+            self.logger.log_replaced(done, path, reason)
+        return rows[-1]
+
+    def validate(self, done: int) -> Evaluation:
+        """Evaluate on the validation images and record it. Collective."""
+        ranks = self.ranks
+        loader = EvalLoader.from_manifest(
+            self.manifest, "val", self.recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
+        )
+        scores = evaluate(
+            self.engine.evaluation_model(), loader, self.manifest.classes, num_images=len(self.manifest.ids("val")),
+            split="val", step=done, precision=self.recipe.train.precision, group=ranks.group,
+        )  # fmt: skip
+        values = {"loss": scores.loss, "accuracy": scores.accuracy}
+        self.logger.log_eval(done, done / self.schedule.per_epoch, "val", values)
+        return scores
+
+    def save(self, done: int, accuracy: float | None, *, at_save_point: bool) -> None:
+        """Write a checkpoint if it is time, or if ``accuracy`` is the best so far. Collective."""
+        improved = accuracy is not None and (self.best is None or accuracy > self.best)
+        if at_save_point or improved:
+            # However slow the disk is: collectives have short patience.
+            self.ranks.on_first(self.checkpoints.wait)
+            state = self.engine.state(done)
+            info = CheckpointInfo(done, self.recipe.model_dump(), self.manifest.hash, self.manifest.classes, accuracy)
+            if self.ranks.first:
+                self.checkpoints.save(state, info, best=improved)
+            self.best = accuracy if improved else self.best
+
+    def stop(self, failure: str) -> None:
+        """Take no further part, for ``failure``; gives the engine's memory free and leaves the reason in the folder."""
+        self.failure = failure
+        self.close()
+        if self.ranks.first:
+            self.run.set_outcome("failed", failure)
+        del self.engine
+
+    def close(self) -> None:
+        """Finish writing, and give back what the engine needs free."""
+        self.engine.close()
+        self.logger.close()
+        self.checkpoints.wait()
+
+    @property
+    def model(self) -> Classifier:
+        return self.engine.task.model
+
+    @contextlib.contextmanager
+    def _naming_last_checkpoint(self) -> Iterator[None]:
+        """Add to an error about the training itself which checkpoint is still good."""
+        try:
+            yield
+        except UserError as error:
+            self.checkpoints.wait()
+            steps = self.checkpoints.steps()
+            path = self.checkpoints.path(steps[-1]) if steps else None
+            good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+            raise UserError(error.field, error.value, error.reason, f"{error.mend}; {good}") from None
