@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,6 @@ from fpcn_dist.teacher import Teacher
 
 META, LOGITS, WRITTEN = "bank.json", "logits.f32", "written"
 _FORMAT = 1
-_CHUNK = 64
-"""Views between two marks of what is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,14 @@ class SoftLabelBank:
         self.ids = manifest.ids("train")
         self.views = recipe.data.views or 0
         self.shape = (len(self.ids), self.views, len(manifest.classes))
+        self.chunk: int = _read(folder)["chunk"]
         self._row = np.full(len(manifest.images), -1, dtype=np.int64)
         self._row[self.ids] = np.arange(len(self.ids))
         self._logits: NDArray[np.float32] | None = None
 
     @property
     def chunks(self) -> int:
-        return -(-len(self.ids) * self.views // _CHUNK)
+        return -(-len(self.ids) * self.views // self.chunk)
 
     def missing(self) -> int:
         """Chunks that are not on the disk yet."""
@@ -97,23 +97,23 @@ class SoftLabelBank:
         Raises:
             UserError: an image cannot be read, or the disk cannot be written to.
         """
+        size, total = self.chunk, len(self.ids) * self.views
         written = np.fromfile(self.folder / WRITTEN, dtype=np.uint8)
         todo = [chunk for chunk in range(share, self.chunks, shares) if not written[chunk]]
         if not todo:
             return
-        config = self.recipe.data.model_copy(update={"eval_batch_size": _CHUNK})
-        entries = [np.arange(c * _CHUNK, min((c + 1) * _CHUNK, len(self.ids) * self.views)) for c in todo]
-        # Only the last chunk is short, and only the last batch of a loader may be.
-        entry = np.concatenate(entries)
+        config = self.recipe.data.model_copy(update={"eval_batch_size": size})
+        # The last chunk is filled up with the first views: rounding depends on the size of a batch.
+        entry = np.concatenate([np.arange(chunk * size, (chunk + 1) * size) for chunk in todo]) % total
         loader = ViewLoader(
             self.manifest, config, self.recipe.seed, self.ids[entry // self.views], entry % self.views, device
         )
         batches = track(loader, "soft labels", len(todo), console=Console(), transient=True, disable=not show)
         with self._open(LOGITS) as logits, self._open(WRITTEN) as marks:
             for chunk, batch in zip(todo, batches, strict=True):
-                values = teacher(batch.images).float().cpu().numpy()
+                values = teacher(batch.images).float().cpu().numpy()[: total - chunk * size]
                 try:
-                    os.pwrite(logits.fileno(), values.tobytes(), chunk * _CHUNK * values[0].nbytes)
+                    os.pwrite(logits.fileno(), values.tobytes(), chunk * size * values[0].nbytes)
                     os.fsync(logits.fileno())
                     os.pwrite(marks.fileno(), b"\1", chunk)
                 except OSError as error:
@@ -150,27 +150,31 @@ def prepare_bank(folder: Path, recipe: Recipe, manifest: Manifest) -> SoftLabelB
     Raises:
         UserError: the folder holds the bank of something else (all that differs is named), or cannot be written to.
     """
-    key, bank = BankKey.of(recipe, manifest), SoftLabelBank(folder, recipe, manifest)
+    key = BankKey.of(recipe, manifest)
     if (folder / META).is_file():
         _require_same(folder, key)
+        bank = SoftLabelBank(folder, recipe, manifest)
         for name, size in ((LOGITS, _bytes(bank)), (WRITTEN, bank.chunks)):
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError("bank", folder / name, "is missing or has not its size", "remove the folder")
         return bank
-    images, views, classes = bank.shape
-    size = f"{_bytes(bank) / 2**20:.1f} MiB"
-    print(f"soft-label bank {folder}: {images} images x {views} views x {classes} classes, {size}", flush=True)
+    images, classes, views = len(manifest.ids("train")), len(manifest.classes), key.views
+    # As many views as a batch of one rank has: the teacher then rounds as it does in that rank's steps.
+    chunk = (recipe.data.classes_per_batch or classes) * recipe.data.images_per_class
+    size = 4 * images * views * classes
+    shown = f"{images} images x {views} views x {classes} classes, {size / 2**20:.1f} MiB"
+    print(f"soft-label bank {folder}: {shown}", flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, size in ((LOGITS, _bytes(bank)), (WRITTEN, bank.chunks)):
-            _claim(folder / name, size)
+        _claim(folder / LOGITS, size)
+        _claim(folder / WRITTEN, -(-images * views // chunk))
     except OSError as error:
         for name in (LOGITS, WRITTEN):
             (folder / name).unlink(missing_ok=True)
         raise _cannot_write(folder, error) from error
     # Last: with it the bank exists.
-    write_text(folder / META, json.dumps(dataclasses.asdict(key), indent=2) + "\n")
-    return bank
+    write_text(folder / META, json.dumps({**dataclasses.asdict(key), "chunk": chunk}, indent=2) + "\n")
+    return SoftLabelBank(folder, recipe, manifest)
 
 
 def _bytes(bank: SoftLabelBank) -> int:
@@ -190,16 +194,22 @@ def _cannot_write(folder: Path, error: OSError) -> UserError:
 
 
 def _require_same(folder: Path, key: BankKey) -> None:
-    try:
-        found = json.loads((folder / META).read_text(encoding="utf-8"))
-        differences = list(_differences(found, dataclasses.asdict(key)))
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError("bank", folder / META, f"is not the description of a bank ({error})", "remove it") from None
+    differences = list(_differences(_read(folder), dataclasses.asdict(key)))
     if differences:
         raise UserError(
             "bank", folder, f"holds the logits of something else ({', '.join(differences)})",
             "remove the folder, or choose another --output or distill.bank",
         )  # fmt: skip
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / META).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(values.get("chunk"), int):
+            raise ValueError("a field is missing")
+        return values
+    except (ValueError, OSError) as error:
+        raise UserError("bank", folder / META, f"is not the description of a bank ({error})", "remove it") from None
 
 
 def _differences(found: dict, wanted: dict) -> Iterator[str]:
