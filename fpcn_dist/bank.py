@@ -10,6 +10,7 @@ processes, in any order, and be shared by whoever trains on the same views: ever
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -145,7 +146,7 @@ def prepare_bank(folder: Path, recipe: Recipe, manifest: Manifest) -> SoftLabelB
     """The bank in ``folder``: the one that is there, whole or in part, or a new and empty one.
 
     For one process, before any other opens it. The space of a new bank is claimed at once, so that a disk that is too
-    full is found before the teacher has started.
+    full is found before the teacher computes.
 
     Raises:
         UserError: the folder holds the bank of something else (all that differs is named), or cannot be written to.
@@ -168,12 +169,15 @@ def prepare_bank(folder: Path, recipe: Recipe, manifest: Manifest) -> SoftLabelB
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder / LOGITS, size)
         _claim(folder / WRITTEN, -(-images * views // chunk))
-    except OSError as error:
-        for name in (LOGITS, WRITTEN):
-            (folder / name).unlink(missing_ok=True)
+        # Last: with it the bank exists.
+        write_text(folder / META, json.dumps({**dataclasses.asdict(key), "chunk": chunk}, indent=2) + "\n")
+    except (OSError, UserError) as error:
+        with contextlib.suppress(OSError):
+            for name in (LOGITS, WRITTEN):
+                (folder / name).unlink(missing_ok=True)
+        if isinstance(error, UserError):
+            raise
         raise _cannot_write(folder, error) from error
-    # Last: with it the bank exists.
-    write_text(folder / META, json.dumps({**dataclasses.asdict(key), "chunk": chunk}, indent=2) + "\n")
     return SoftLabelBank(folder, recipe, manifest)
 
 

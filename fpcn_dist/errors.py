@@ -27,6 +27,10 @@ class UserError(Exception):
         return type(self), (self.field, self.value, self.reason, self.mend)
 
 
+class NotFinite(UserError):
+    """A loss or a gradient ran away; every rank finds that out at the same time."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"``-style help: the known word nearest to ``word``, or all of them where none is near."""
     known = list(known)

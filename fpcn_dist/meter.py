@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.distributed import Ranks
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import NotFinite
 from fpcn_dist.tasks import TaskOutput
 
 
@@ -47,7 +47,7 @@ class StepMeter:
         """Means over ranks of every step since the last call, and the speed over these steps. Collective.
 
         Raises:
-            UserError: a loss or a gradient norm was not finite; names the step and all parts.
+            NotFinite: a loss or a gradient norm was not finite; names the step and all parts.
         """
         table = torch.stack([torch.stack(list(values.values())) for values in self._values])
         if self.ranks.group is not None:
@@ -69,5 +69,5 @@ class StepMeter:
         for step, row in enumerate(rows, start=first):
             if not all(map(math.isfinite, row.values())):
                 shown = ", ".join(f"{name} {value:g}" for name, value in row.items() if name != "accuracy")
-                raise UserError("loss", f"at step {step}", f"is not finite ({shown})", "lower optim.lr")
+                raise NotFinite("loss", f"at step {step}", f"is not finite ({shown})", "lower optim.lr")
         return [{**row, "lr": lr} for row, lr in zip(rows, rates, strict=True)], speed

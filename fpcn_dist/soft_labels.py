@@ -39,15 +39,17 @@ def attach_teacher(
     source = ("teacher_sha256", "teacher_mode", "bank")
     if any(getattr(s.distill, name) != getattr(recipe.distill, name) for s in students for name in source):
         raise UserError("distill.teacher", None, "differs between recipes that share batches", "give them one teacher")
+    if any(s.train.precision != recipe.train.precision for s in students):
+        reason = "differs between students that share a teacher, which computes in it, too"
+        raise UserError("train.precision", None, reason, "make it the same in all")
+    # Before a bank is begun, which would be of no use with a teacher that does not fit.
+    teacher = open_teacher(recipe, manifest, ranks.device)
+    ranks.on_first(lambda: print(teacher, flush=True))
     if recipe.distill.teacher_mode == "online":
-        teacher = open_teacher(recipe, manifest, ranks.device)
-        ranks.on_first(lambda: print(teacher, flush=True))
         return None, lambda batch: dataclasses.replace(batch, teacher_logits=teacher(batch.images))
     folder = bank_folder(recipe, output)
     ranks.on_first(lambda: prepare_bank(folder, recipe, manifest) and None)
     bank = SoftLabelBank(folder, recipe, manifest)
-    teacher = open_teacher(recipe, manifest, ranks.device)
-    ranks.on_first(lambda: print(teacher, flush=True))
     if bank.missing():
         bank.write(teacher, share=ranks.rank, shares=ranks.world_size, device=ranks.device, show=ranks.first)
         bank.wait()

@@ -11,7 +11,7 @@ from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distributed import Ranks
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import NotFinite, UserError
 from fpcn_dist.metrics import Progress
 from fpcn_dist.profiler import profiled
 from fpcn_dist.results import finish_run
@@ -79,7 +79,14 @@ def train_together(
     total = trainees[0].schedule.total
     progress = Progress(total, start_step=start, rank=ranks.rank)
 
-    with contextlib.closing(loader), progress, profiled(runs[0].path, ranks, profile) as tick:
+    with (
+        contextlib.ExitStack() as written,
+        contextlib.closing(loader),
+        progress,
+        profiled(runs[0].path, ranks, profile) as tick,
+    ):
+        for trainee in trainees:  # whatever happens, the last checkpoints get whole
+            written.callback(trainee.finish_writing)
         batches, reported = iter(loader), 0
         for step in range(start, total):
             began = time.perf_counter()
@@ -94,30 +101,31 @@ def train_together(
             tick()
 
             done = step + 1
-            replaced = None
-            for trainee in _active(trainees, step):
-                if not trainee.schedule.logs(done):
-                    continue
-                if replaced is None:
-                    replaced = ranks.gather(loader.replaced[reported:])
-                    reported = len(loader.replaced)
-                    for _, path, reason in replaced:
-                        progress.print(f"warning: {path} {reason}; another image is shown in its place")
+            logging = [trainee for trainee in _active(trainees, step) if trainee.schedule.logs(done)]
+            if logging:
+                for replaced in ranks.gather(loader.replaced[reported:]):
+                    progress.print(f"warning: {replaced.path} {replaced.reason}; another image is shown in its place")
+                    for trainee in _active(trainees, step):
+                        trainee.replaced.append(replaced)
+                reported = len(loader.replaced)
+            for trainee in logging:
                 with _isolated(trainee, trainees):
-                    _log_point(trainee, done, replaced, progress, name="" if len(runs) == 1 else trainee.run.path.name)
+                    _log_point(trainee, done, progress, name="" if len(runs) == 1 else trainee.run.path.name)
             if not _active(trainees, step) and all(t.start <= step for t in trainees):
                 break
-    for trainee in trainees:
-        if trainee.failure is None:
-            trainee.close()
+        for trainee in _active(trainees, total):
+            with _isolated(trainee, trainees):
+                trainee.close()
+    for trainee in _active(trainees, total):
+        with _isolated(trainee, trainees):
             finish_run(trainee.run, trainee.checkpoints, ranks)
             ranks.on_first(lambda run=trainee.run: run.set_outcome("finished"))
     return {trainee.run.path: trainee.failure for trainee in trainees if trainee.failure is not None}
 
 
-def _log_point(trainee: Trainee, done: int, replaced: list, progress: Progress, name: str) -> None:
+def _log_point(trainee: Trainee, done: int, progress: Progress, name: str) -> None:
     schedule, prefix = trainee.schedule, f"{name}: " if name else ""
-    progress.update(done, done / schedule.per_epoch, trainee.log(done, replaced), name=name)
+    progress.update(done, done / schedule.per_epoch, trainee.log(done), name=name)
     accuracy = None
     if schedule.evaluates(done) and len(trainee.manifest.ids("val")):
         scores = trainee.validate(done)
@@ -141,14 +149,10 @@ def _isolated(trainee: Trainee, trainees: Sequence[Trainee]):
     """
     try:
         yield
-    except UserError as error:
-        if len(trainees) == 1:
-            raise
-        trainee.stop(str(error))
     except Exception as error:
-        if len(trainees) == 1 or trainee.ranks.world_size > 1:
+        if len(trainees) == 1 or (trainee.ranks.world_size > 1 and not isinstance(error, NotFinite)):
             raise
-        trainee.stop(f"{type(error).__name__}: {error}")
+        trainee.stop(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
 
 def _require_agreement(recipes: Sequence[Recipe]) -> Recipe:

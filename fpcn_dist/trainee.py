@@ -41,6 +41,7 @@ class Trainee:
 
     Attributes:
         start: the first step that it takes part in.
+        replaced: files that turned unreadable, for the next log point to record.
         failure: why it stopped before its last step, if it did.
     """
 
@@ -59,6 +60,7 @@ class Trainee:
         self.start = state.step if state else 0
         self.best = self.checkpoints.best_accuracy() if state else None
         self.failure: str | None = None
+        self.replaced: list[Replacement] = []
         self._build(state, frozen_backbone=self.start < schedule.frozen)
         flops = 3 * model_flops(self.engine.task.model, recipe.data.crop)
         peak = peak_flops(ranks.device, recipe.train.precision)
@@ -84,19 +86,20 @@ class Trainee:
         norm = self.engine.update(lr)
         self.meter.add(step + 1, batch, result, norm, lr, waited)
 
-    def log(self, done: int, replaced: list[Replacement]) -> dict[str, float]:
+    def log(self, done: int) -> dict[str, float]:
         """Record the steps since the last log point; gives the numbers of the last one. Collective.
 
         Raises:
-            UserError: a loss is not finite; names the last good checkpoint.
+            NotFinite: a loss is not finite; names the last good checkpoint.
         """
         with self._naming_last_checkpoint():
             rows, speed = self.meter.fetch()
         rows[-1] |= speed
         for number, row in enumerate(rows, start=done - len(rows) + 1):
             self.logger.log_step(number, number / self.schedule.per_epoch, row)
-        for _, path, reason in replaced:
+        for _, path, reason in self.replaced:
             self.logger.log_replaced(done, path, reason)
+        self.replaced.clear()
         return rows[-1]
 
     def validate(self, done: int) -> Evaluation:
@@ -136,6 +139,10 @@ class Trainee:
     def close(self) -> None:
         """Finish writing, and give back what the engine needs free."""
         self.engine.close()
+        self.finish_writing()
+
+    def finish_writing(self) -> None:
+        """Close the metrics, and wait until the last checkpoint is on the disk; does no harm twice."""
         self.logger.close()
         self.checkpoints.wait()
 
@@ -153,4 +160,4 @@ class Trainee:
             steps = self.checkpoints.steps()
             path = self.checkpoints.path(steps[-1]) if steps else None
             good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-            raise UserError(error.field, error.value, error.reason, f"{error.mend}; {good}") from None
+            raise type(error)(error.field, error.value, error.reason, f"{error.mend}; {good}") from None
