@@ -107,6 +107,37 @@ def test_changed_recipes_are_refused_field_by_field(tmp_path):
         require_same_recipe(Recipe.model_validate({"model": {"backbone": "resnet18"}}), said, tmp_path)
 
 
+def test_a_checkpoint_of_before_a_field_was_known_resumes(tmp_path):
+    """What an older version did not know was as the default is now."""
+    older = Recipe().model_dump()
+    del older["distill"], older["data"]["views"]
+    write_checkpoint(tmp_path / "x", state(), CheckpointInfo(3, older, "hash", ("a", "b")))
+    said = read_checkpoint(tmp_path / "x")[1]
+    assert said.recipe == older
+    require_same_recipe(Recipe(), said, tmp_path)
+    with pytest.raises(UserError, match=r"of another recipe: data\.views None -> 4, distill\.alpha 0\.5 -> 0\.9;"):
+        require_same_recipe(Recipe.model_validate({"data": {"views": 4}, "distill": {"alpha": 0.9}}), said, tmp_path)
+
+
+def test_a_field_that_this_version_does_not_know_is_refused(tmp_path):
+    newer = Recipe().model_dump()
+    newer["data"]["mixup"] = 0.2
+    with pytest.raises(UserError, match=r"of another recipe: data\.mixup 0\.2 -> None"):
+        require_same_recipe(Recipe(), CheckpointInfo(3, newer, "hash", ("a", "b")), tmp_path)
+
+
+def test_where_soft_labels_come_from_may_change_but_not_whose_they_are(tmp_path):
+    def distilling(**values) -> Recipe:
+        return Recipe.model_validate({"task": "distill", "data": {"views": 4}, "distill": values})
+
+    said = CheckpointInfo(3, distilling(teacher="a", teacher_sha256="1234").model_dump(), "hash", ("a", "b"))
+    moved = distilling(teacher="b", teacher_sha256="1234", teacher_mode="online", bank="elsewhere")
+    require_same_recipe(moved, said, tmp_path)
+    for changed in ({"teacher_sha256": "5678"}, {"teacher_sha256": "1234", "temperature": 3.0}):
+        with pytest.raises(UserError, match=r"of another recipe: distill\.te\w+ \S+ -> "):
+            require_same_recipe(distilling(**changed), said, tmp_path)
+
+
 def test_full_disk_leaves_what_was_there(tmp_path):
     """A process whose files may not grow past 64 KiB meets the error of a full disk in the middle of a write."""
     program = f"""

@@ -65,6 +65,12 @@ def test_the_papers_setting():
         ("- 1", ["mapping"]),
         ("a: [", ["not YAML"]),
         ("task: segment", ["task", "'segment'"]),
+        ("task: distill", ["teacher_mode 'bank' needs data.views", "use 'online'"]),
+        ("data: {views: 0}", ["data.views", "0", "greater than or equal to 1"]),
+        ("distill: {teacher_mode: offline}", ["distill.teacher_mode", "'offline'", "'online'"]),
+        ("distill: {temperature: 0}", ["distill.temperature", "greater than 0"]),
+        ("distill: {alpha: 1.5}", ["distill.alpha", "less than or equal to 1"]),
+        ("distill: {techer: x}", ["distill.techer", "did you mean 'teacher'?"]),
     ],
 )
 def test_bad_recipes_are_explained(tmp_path, text, words):
@@ -86,6 +92,17 @@ def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path)
     recipe = cli.parse(Args, argv).overrides
     assert (recipe.optim.lr, recipe.optim.momentum, recipe.train.epochs) == (0.5, 0.8, 7)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
+
+
+def test_short_names_of_what_a_distillation_is_asked_for_most(tmp_path):
+    path = write(tmp_path, "task: distill\ndata: {views: 16}")
+    assert cli.load_recipe(path).distill.teacher_mode == "bank"
+    recipe = cli.parse(Args, ["--recipe", str(path), "--views", "4", "--teacher-mode", "online"]).overrides
+    assert (recipe.data.views, recipe.distill.teacher_mode) == (4, "online")
+    long = ["--recipe", str(path), "--data.views", "4", "--distill.teacher-mode", "online"]
+    assert cli.parse(Args, long).overrides == recipe
+    every_time_anew = cli.load_recipe(write(tmp_path, "task: distill\ndistill: {teacher_mode: online}"))
+    assert every_time_anew.data.views is None
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fpcn_dist import checkpoint
+from fpcn_dist import train as loop
 from fpcn_dist.checkpoint import read_checkpoint
 from fpcn_dist.config import Recipe
 from fpcn_dist.errors import UserError
+from fpcn_dist.metrics import read_metrics
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.tasks import Distill
 from fpcn_dist.train import train, train_together
@@ -119,6 +122,45 @@ def test_those_that_fail_are_named_and_the_others_go_on(tmp_path, rocks, student
     again = {runs[name]: students[name] for name in ("strict", "gentle")}
     assert train_together(again, rocks, ALONE) == {}
     assert_same({name: runs[name] for name in ("strict", "gentle")}, alone)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_its_student_alone(tmp_path, rocks, source, monkeypatch):
+    """The very last one, which is still being written when the steps are over."""
+    whole = checkpoint.write_checkpoint
+
+    def write(path: Path, state, info) -> None:
+        if "unlucky" in path.parts and info.step == 3:
+            raise UserError("file", path, "could not be written (No space left on device)", "free some space")
+        whole(path, state, info)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    recipes = {tmp_path / name: recipe("classify", train={"epochs": 1}) for name in ("unlucky", "lucky")}
+    failures = train_together(recipes, rocks, ALONE)
+    assert list(failures) == [tmp_path / "unlucky"] and "No space left on device" in failures[tmp_path / "unlucky"]
+    assert RunFolder(tmp_path / "unlucky").read_outcome()[0] == "failed"
+    assert RunFolder(tmp_path / "lucky").read_outcome() == ("finished", None)
+
+
+def test_a_file_that_turns_bad_is_in_the_records_of_all(tmp_path, rocks, monkeypatch):
+    """However often each of them logs."""
+    data = tmp_path / "rocks"
+    shutil.copytree(rocks, data)
+    recipes = {
+        tmp_path / name: recipe("classify", train={"log_every": every, "checkpoint_every": 6, "eval_every": 2})
+        for name, every in (("often", 1), ("seldom", 5))
+    }
+    attach = loop.attach_teacher
+
+    def damage_and_attach(chosen, output, manifest, ranks):
+        first = manifest.path(int(manifest.ids("train")[0]))
+        first.write_bytes(first.read_bytes()[:-200])
+        return attach(chosen, output, manifest, ranks)
+
+    monkeypatch.setattr(loop, "attach_teacher", damage_and_attach)
+    assert train_together(recipes, data, ALONE) == {}
+    replaced = [[e for e in read_metrics(run) if e["kind"] == "replaced"] for run in recipes]
+    assert [len(entries) for entries in replaced] == [1, 1]
+    assert replaced[0][0]["path"] == replaced[1][0]["path"] and replaced[0][0]["step"] < replaced[1][0]["step"] == 5
 
 
 def test_when_all_fail_the_rest_of_the_steps_is_left_out(tmp_path, rocks, source, monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fpcn_dist.config import DataConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.dali import Decoding, Request
-from fpcn_dist.data.loader import EvalLoader, TrainLoader
+from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.sampler import views
 from fpcn_dist.data.synthetic import generate
@@ -133,6 +133,62 @@ def test_evaluation_sees_each_image_once(manifest: Manifest, world_size: int, co
             assert torch.equal(batch.images, _decoded(manifest, batch.image_ids, batch.crops))
         seen += [i for batch in batches for i in batch.image_ids.tolist()]
     assert sorted(seen) == ids.tolist()
+
+
+def test_views_are_shown_in_turn(manifest: Manifest) -> None:
+    """With two views of each image, the third time that it is due shows the first again."""
+    config = CONFIG.model_copy(update={"views": 2})
+    endless, in_turn = _take(_train(manifest), 18), _take(_train(manifest, config), 18)
+    shown: dict[tuple[int, int], Tensor] = {}
+    repeated = 0
+    for free, batch in zip(endless, in_turn, strict=True):
+        assert torch.equal(batch.image_ids, free.image_ids) and torch.equal(batch.view_ids, free.view_ids % 2)
+        assert batch.crops.tolist() == views(5, batch.image_ids.numpy(), batch.view_ids.numpy(), CONFIG).tolist()
+        for image, *view in zip(batch.images, batch.image_ids.tolist(), batch.view_ids.tolist(), strict=True):
+            repeated += tuple(view) in shown
+            assert torch.equal(shown.setdefault(tuple(view), image), image)
+    assert max(batch.view_ids.max() for batch in endless) >= 3 and repeated > 50
+    assert all(_same(a, b) for a, b in zip(in_turn[7:9], _train(manifest, config, start_step=7), strict=False))
+
+
+def _labels_that_name_views(image_ids: np.ndarray, view_ids: np.ndarray) -> np.ndarray:
+    return np.stack([image_ids, view_ids], axis=1).astype(np.float32)
+
+
+def test_soft_labels_are_those_of_the_views_that_are_shown(fragile: Manifest) -> None:
+    """On each rank, in each part of a batch, and where an image stands in for one that turned bad."""
+    whole = _take(_train(fragile), 8)
+    loaders = [
+        TrainLoader(fragile, CONFIG, 5, rank=r, world_size=2, device=CPU, soft_labels=_labels_that_name_views)
+        for r in range(2)
+    ]
+    assert whole[0].teacher_logits is None and whole[0].split(3)[0].teacher_logits is None
+    for step, batch in enumerate(whole):
+        if step == 2:
+            _damage(fragile.path(int(whole[5].image_ids[0])), "cut short")
+        shares = [next(loader) for loader in loaders]
+        assert torch.equal(torch.cat([share.view_ids for share in shares]), batch.view_ids)
+        for part in [*shares, *shares[0].split(4), *shares[1].split(4)]:
+            assert part.teacher_logits is not None and part.teacher_logits.dtype == torch.float32
+            assert torch.equal(part.teacher_logits, torch.stack([part.image_ids, part.view_ids], dim=1).float())
+    assert len(loaders[0].replaced) == 1
+
+
+def test_given_views_come_in_order_and_are_those_of_training(manifest: Manifest) -> None:
+    batch = _take(_train(manifest), 5)[4]
+    image_ids, view_ids = batch.image_ids.numpy()[::-1][:10].copy(), batch.view_ids.numpy()[::-1][:10].copy()
+    loader = ViewLoader(manifest, CONFIG, 5, image_ids, view_ids, CPU)
+    found = list(loader)
+    assert [len(part) for part in found] == [4, 4, 2] and len(loader) == 3
+    backwards = {name: getattr(batch, name).flip(0)[:10] for name in COLUMNS}
+    assert _same(_joined(found), Batch(**backwards))
+
+
+def test_a_given_view_that_cannot_be_read_is_named(fragile: Manifest) -> None:
+    ids = fragile.ids("train")[:6]
+    _damage(fragile.path(int(ids[5])), "deleted")
+    with pytest.raises(UserError, match=f"image {fragile.path(int(ids[5]))}: cannot be read"):
+        list(ViewLoader(fragile, CONFIG, 5, ids, ids * 0, CPU))
 
 
 def test_evaluation_of_a_split_can_be_repeated(manifest: Manifest) -> None:
