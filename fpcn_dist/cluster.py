@@ -1,0 +1,115 @@
+"""The Ray cluster that commands run on: one that is there, or one of their own on this machine alone.
+
+Everything that imports ray goes through here, as Ray reads its settings from the environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from fpcn_dist.errors import UserError
+
+
+class Slots(NamedTuple):
+    """What a cluster offers for training: places that a rank can have to itself.
+
+    Attributes:
+        kind: "GPU", or "CPU" where no node has a GPU: then each node is a place.
+        count: how many places there are.
+        cpus: CPU cores that come with each of them.
+    """
+
+    kind: str
+    count: int
+    cpus: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What a rank asks of Ray."""
+        gpu = {"GPU": 1.0} if self.kind == "GPU" else {}
+        return gpu | {"CPU": float(self.cpus)}
+
+
+@contextlib.contextmanager
+def connect_ray(address: str | None) -> Iterator[Any]:
+    """The module ``ray``, connected.
+
+    Without an address a Ray of its own is started and ended again: it listens on the loopback interface only and
+    asks for a token, and no other Ray on this machine is touched. With one ("auto", or HOST:PORT) that cluster is
+    joined, with the token that the environment has (``RAY_AUTH_TOKEN``), and left as it was.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster at the address, or it refuses us.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("ray", None, "the package is not installed", "pip install 'fpcn-dist[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    with _local(address) if address is None else _remote(address) as ray:
+        yield ray
+
+
+@contextlib.contextmanager
+def _local(_: None) -> Iterator[Any]:
+    if "ray" not in sys.modules:  # else whoever imported it has chosen
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Ray's switch for desktops: every service on 127.0.0.1.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+
+    # Unix sockets below it may have names of at most 107 bytes.
+    folder = tempfile.mkdtemp(prefix="fpcn-", dir="/tmp")
+    try:
+        # "local": RAY_ADDRESS may name another cluster.
+        ray.init(
+            address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False,
+            configure_logging=False, _temp_dir=folder,
+        )  # fmt: skip
+        yield ray
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _remote(address: str) -> Iterator[Any]:
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = f"no Ray cluster can be joined there ({' '.join(str(error).split())[:200]})"
+        mend = "start one (ray start --head), set RAY_AUTH_TOKEN if it has a token, or leave --address out"
+        raise UserError("--address", address, reason, mend) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def find_slots(ray: Any) -> Slots:
+    """The places of the cluster as it is now.
+
+    Raises:
+        UserError: it has no node with a free CPU core.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        raise UserError("--address", None, "the cluster has no node with a CPU core", "add nodes to it")
+    with_gpus = [node for node in nodes if node.get("GPU")]
+    if with_gpus:
+        cpus = min(int(node["CPU"] // node["GPU"]) for node in with_gpus)
+        return Slots("GPU", sum(int(node["GPU"]) for node in with_gpus), cpus)
+    return Slots("CPU", len(nodes), min(int(node["CPU"]) for node in nodes))
