@@ -63,9 +63,11 @@ class Counting:
 
     def __init__(self, teacher: Teacher, fatal: int | None = None) -> None:
         self.teacher, self.fatal, self.batches = teacher, fatal, 0
+        self.sizes: set[int] = set()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.batches += 1
+        self.sizes.add(len(images))
         if self.batches == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.teacher(images)
@@ -98,6 +100,7 @@ def test_any_number_of_writers_leave_the_same_bytes(tmp_path, chosen, manifest, 
         missing = bank.missing()
         bank.write(counting, share=share, shares=shares, device=CPU)
         assert missing - bank.missing() == counting.batches == len(range(share, 11, shares))
+        assert counting.sizes == {12}  # as in a step: elsewhere, rounding depends on it
     assert content(bank) == content(whole)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from fpcn_dist import checkpoint
 from fpcn_dist import train as loop
@@ -80,6 +81,18 @@ def test_each_is_as_if_alone(alone, together):
         }
         scores = [json.loads((r / "evaluation.json").read_text()) for r in (run, alone[name])]
         assert scores[0] == scores[1]
+
+
+def test_a_backbone_that_is_frozen_at_first_thaws(together):
+    """Of the strict student alone, in the first of the two epochs of 3 steps."""
+
+    def first_layer(name: str, step: int) -> torch.Tensor:
+        weights = read_checkpoint(together[name] / f"checkpoints/step-{step:08d}.safetensors")[0].weights
+        return weights[next(key for key in weights if key.endswith("conv1.weight"))]
+
+    assert torch.equal(first_layer("strict", 2), first_layer("strict", 3))
+    assert not torch.equal(first_layer("strict", 3), first_layer("strict", 6))
+    assert not torch.equal(first_layer("gentle", 2), first_layer("gentle", 3))
 
 
 def test_the_teacher_in_the_step_serves_all(tmp_path, rocks, students, alone):
