@@ -1,36 +1,53 @@
-"""Classify photographs with the model of a finished run, and show where it looked."""
+"""Classify photographs with the model of a finished run, and show where it looked; without torch if it is ONNX."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+_words = [word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False) if before != "--output"]
+_model = next((word for word in _words if not word.startswith("-")), "")
 
-from fpcn_dist import cli
+if _model.lower().endswith(".onnx"):
+    # A field laptop has neither torch nor what the other commands import.
+    def main() -> None:
+        try:
+            from fpcn_dist import onnx_predict
+        except ModuleNotFoundError as error:
+            mend = "pip install onnxruntime numpy pillow, and in the checkout pip install --no-deps ."
+            print(f"error: package {error.name}: is not installed; {mend}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(onnx_predict.main(sys.argv[1:]))
 
+else:
+    import tyro
 
-@dataclass(frozen=True)
-class Args:
-    """Classify images: prints a table, writes predictions.json, predictions.csv and overlays/*.png."""
+    from fpcn_dist import cli
 
-    model: tyro.conf.Positional[Path]
-    """Run folder of train.py, or any folder with its model.safetensors and config.json."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them."""
-    output: Path = Path("predictions")
-    """Folder to write."""
+    @dataclass(frozen=True)
+    class Args:
+        """Classify images: prints a table, writes predictions.json, predictions.csv and overlays/*.png."""
 
+        model: tyro.conf.Positional[Path]
+        """Run folder of train.py, any folder with its model.safetensors and config.json, or export.py's MODEL.onnx."""
+        images: tyro.conf.Positional[tuple[Path, ...]]
+        """Image files, and folders to search for them."""
+        output: Path = Path("predictions")
+        """Folder to write."""
 
-def main() -> None:
-    args = cli.parse(Args)
-    import torch
+    def predict_with_torch() -> None:
+        args = cli.parse(Args)
+        import torch
 
-    from fpcn_dist.predict import predict
+        from fpcn_dist.predict import predict
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    predict(args.model, args.images, args.output, device=device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        predict(args.model, args.images, args.output, device=device)
+
+    def main() -> None:
+        cli.run(predict_with_torch)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

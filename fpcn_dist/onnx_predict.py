@@ -1,0 +1,347 @@
+"""Classify photographs with an exported ONNX model on a machine without PyTorch or GPU, such as a field laptop.
+
+Needs onnxruntime, numpy and pillow only: ``pip install onnxruntime numpy pillow`` and ``pip install --no-deps .``. The
+model carries its class names and its preprocessing (:class:`OnnxModel`), so the file is all there is to copy.
+
+Shape legend: B images of a batch, K classes, h x w cells of the feature map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fpcn_dist.errors import UserError
+
+FORMAT = 1
+"""Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model."""
+INPUT, LOGITS, MASK = "image", "logits", "mask"
+"""Input [B, 3, crop, crop] float32, normalised; outputs [B, K], and [B, h, w], which is 1 inside the region."""
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+MAX_PIXELS = 100_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_BATCH = 8
+_TABLE_ROWS = 40
+_EXPORT = "export one with launch/export.py RUN --format onnx"
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An exported model, ready to run on the CPU.
+
+    Attributes:
+        session: computes logits and mask.
+        classes: class names in label order.
+        resize: side in pixels that images are resized to, without keeping their aspect ratio.
+        crop: side in pixels of the central crop that the network sees.
+        mean, std: of red, green and blue, for pixels in [0, 1].
+        task: "contrast" (FPCN) or "classify" (the plain classifier).
+    """
+
+    session: onnxruntime.InferenceSession
+    classes: tuple[str, ...]
+    resize: int
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    task: str
+
+    def run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Normalised images [B, 3, crop, crop] to logits [B, K] and mask [B, h, w]."""
+        logits, mask = self.session.run([LOGITS, MASK], {INPUT: images})
+        return np.asarray(logits), np.asarray(mask)
+
+    def normalise(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """B images [crop, crop, 3] of grey levels to the network's input [B, 3, crop, crop]."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        images = (np.stack(pixels) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one file.
+
+    Attributes:
+        file: the file, as it was given or found in a given folder.
+        predicted: the most probable class.
+        probabilities: of every class, in label order; they sum to 1.
+        object_share: share of the image inside the region that the model looked at.
+    """
+
+    file: str
+    predicted: str
+    probabilities: dict[str, float]
+    object_share: float
+
+
+def open_session(model: str | bytes) -> onnxruntime.InferenceSession:
+    """A session on the CPU, from a path or from the bytes of a model, that prints nothing but errors."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def open_model(path: Path) -> OnnxModel:
+    """Load a model that launch/export.py wrote.
+
+    Raises:
+        UserError: no such file, not an ONNX file, or one that was not written by fpcn_dist or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("model", path, "is a folder" if path.is_dir() else "there is no such file", "give a model.onnx")
+    try:
+        session = open_session(str(path))
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        detail = " ".join(str(error).split())[:200]
+        raise UserError("model", path, f"is not an ONNX file that onnxruntime can load ({detail})", _EXPORT) from None
+    return describe(session, path)
+
+
+def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
+    """The model of ``session`` with what its metadata say; ``path`` names it in errors.
+
+    Raises:
+        UserError: the metadata are missing, of another format, or damaged.
+    """
+    metadata = session.get_modelmeta().custom_metadata_map
+    version = metadata.get("fpcn_dist_version")
+    if version is None:
+        reason = "was not written by fpcn_dist: it holds neither class names nor preprocessing"
+        raise UserError("model", path, reason, _EXPORT)
+    if metadata.get("format") != str(FORMAT):
+        reason = f"has format {metadata.get('format')} (fpcn_dist {version}), not {FORMAT}"
+        raise UserError("model", path, reason, f"install fpcn_dist {version}, or export the model again")
+    try:
+        model = OnnxModel(
+            session,
+            tuple(str(name) for name in json.loads(metadata["classes"])),
+            int(metadata["resize"]),
+            int(metadata["crop"]),
+            _three(metadata["mean"]),
+            _three(metadata["std"]),
+            metadata["task"],
+        )
+        _check_shapes(model)
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f"{type(error).__name__} {error}"
+        raise UserError("model", path, f"is damaged ({detail})", "export the model again") from None
+    return model
+
+
+def _three(text: str) -> tuple[float, ...]:
+    values = tuple(float(value) for value in json.loads(text))
+    if len(values) != 3:
+        raise ValueError(f"{len(values)} values for red, green and blue")
+    return values
+
+
+def _check_shapes(model: OnnxModel) -> None:
+    shapes = {node.name: node.shape for node in (*model.session.get_inputs(), *model.session.get_outputs())}
+    if not 0 < model.crop <= model.resize or shapes[INPUT][1:] != [3, model.crop, model.crop]:
+        raise ValueError(f"resize {model.resize} and crop {model.crop} do not fit the input {shapes[INPUT]}")
+    if shapes[LOGITS][1] != len(model.classes) or len(shapes[MASK]) != 3:
+        raise ValueError(f"{len(model.classes)} class names do not fit the output {shapes[LOGITS]}")
+
+
+def read_image(path: Path, resize: int, crop: int) -> NDArray[np.uint8]:
+    """Grey levels [crop, crop, 3] of the central crop, upright, as evaluation cuts it: :mod:`fpcn_dist.data.dali`.
+
+    Raises:
+        ValueError: the file is no readable image; says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large images and of oddities in files that it reads nevertheless.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                _check_size(image)
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        empty = path.stat().st_size == 0
+        known = "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
+        raise ValueError("the file is empty" if empty else known) from None
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        strerror = getattr(error, "strerror", None)
+        detail = f"cannot be read ({strerror})" if strerror else f"the image data are damaged ({error})"
+        raise ValueError(detail) from None
+    offset = round((resize - crop) / 2)
+    resized = rgb.resize((resize, resize), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((offset, offset, offset + crop, offset + crop)))
+
+
+def _check_size(image: Image.Image) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        size = f"{image.width} x {image.height} = {pixels:,} pixels"
+        raise ValueError(f"its header announces {size}, more than {MAX_PIXELS:,}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode; transparency is dropped, and of 16 bits the upper 8 are kept (Pillow would clip them)."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) * 255 // 65535).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """All files that ``paths`` name, each once, in the given order; folders are searched at any depth, by name.
+
+    Raises:
+        UserError: no paths, no such path, or a folder without images.
+    """
+    named: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError("images", path, "there is no such file or folder", "check the path")
+        files = list(_images_below(path)) if path.is_dir() else [path]
+        if not files:
+            raise UserError("images", path, "holds no images", f"images end in {', '.join(sorted(SUFFIXES))}")
+        for file in files:
+            named.setdefault(file.absolute(), file)
+    if not named:
+        raise UserError("images", None, "none were given", "name at least one file or folder")
+    return list(named.values())
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(place, name)
+
+
+def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction], list[tuple[Path, str]]]:
+    """Predictions for the files that are images, in order, and the other files with the reason."""
+    predictions, refused, batch = [], [], []
+    for index, file in enumerate(files):
+        try:
+            batch.append((file, read_image(file, model.resize, model.crop)))
+        except ValueError as error:
+            refused.append((file, str(error)))
+        if batch and (len(batch) == _BATCH or index == len(files) - 1):
+            predictions += _classify_batch(model, batch)
+            batch = []
+    return predictions, refused
+
+
+def _classify_batch(model: OnnxModel, batch: Sequence[tuple[Path, NDArray[np.uint8]]]) -> list[Prediction]:
+    logits_BK, mask_Bhw = model.run(model.normalise([pixels for _, pixels in batch]))
+    odds_BK = np.exp(logits_BK.astype(np.float64) - logits_BK.max(axis=1, keepdims=True))
+    probabilities_BK = odds_BK / odds_BK.sum(axis=1, keepdims=True)
+    shares_B = (mask_Bhw == 1).mean(axis=(1, 2))
+    return [
+        Prediction(
+            file=str(file),
+            predicted=model.classes[int(row.argmax())],
+            probabilities=dict(zip(model.classes, row.tolist(), strict=True)),
+            object_share=share,
+        )
+        for (file, _), row, share in zip(batch, probabilities_BK, shares_B.tolist(), strict=True)
+    ]
+
+
+def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Prediction]:
+    """Classify files, write predictions.json and predictions.csv to ``output``, print a table.
+
+    Files that are no readable images are listed and left out.
+
+    Args:
+        model_file: a model that launch/export.py wrote.
+        paths: image files, and folders that are searched for images at any depth.
+        output: folder for the results; made if missing.
+
+    Raises:
+        UserError: no model there, no such path, no image in a folder, not one readable image at all, or a folder that
+            cannot be written to.
+    """
+    model = open_model(model_file)
+    predictions, refused = classify(model, find_files(paths))
+    for file, reason in refused:
+        print(f"refused: {file}: {reason}")
+    if not predictions:
+        raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _replace(output / "predictions.json", json.dumps([asdict(one) for one in predictions], indent=2))
+        _replace(output / "predictions.csv", _csv(predictions, model.classes))
+    except OSError as error:
+        raise UserError("--output", output, str(error.strerror).lower(), "choose another folder") from None
+    print("\n".join(_table(predictions)))
+    print(f"Wrote {output}/predictions.json and predictions.csv.")
+    return predictions
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write ``path`` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _csv(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "predicted", *(f"probability {name}" for name in classes), "object_share"])
+    for one in predictions:
+        shown = (f"{one.probabilities[name]:.6f}" for name in classes)
+        rows.writerow([one.file, one.predicted, *shown, f"{one.object_share:.4f}"])
+    return text.getvalue()
+
+
+def _table(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """Lines: a head, the first predictions, and how often each class was found where not all are shown."""
+    rows = [("file", "class", "probability", "runner-up")]
+    for one in predictions[:_TABLE_ROWS]:
+        ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
+        runner_up = f"{ranked[1][0]} {100 * ranked[1][1]:.1f} %" if len(ranked) > 1 else ""
+        rows.append((one.file, one.predicted, f"{100 * ranked[0][1]:.1f} %", runner_up))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for file, name, probability, runner_up in rows:
+        line = f"{file:<{widths[0]}}  {name:<{widths[1]}}  {probability:>{widths[2]}}  {runner_up}"
+        yield line.rstrip()
+    if len(predictions) > _TABLE_ROWS:
+        counts = Counter(one.predicted for one in predictions).most_common()
+        found = ", ".join(f"{name} {number}" for name, number in counts)
+        yield f"{_TABLE_ROWS} of {len(predictions)} files shown; in all: {found}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``predict.py MODEL.onnx IMAGE...``; returns its exit status: 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description="Classify images: prints a table, writes predictions.json and predictions.csv."
+    )
+    parser.add_argument("model", type=Path, help="ONNX model of export.py")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, and folders to search for them")
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        predict(args.model, args.images, args.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
