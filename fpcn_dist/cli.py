@@ -96,6 +96,16 @@ def _recipe_path(argv: Sequence[str]) -> Path | None:
     return None
 
 
+def _switches_on(words: Sequence[str], switches: set[str]) -> list[str]:
+    """A switch may stand alone (``--profile``) as well as with its value (``--profile True``)."""
+    written = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        written.append(word)
+        if word in switches and following not in ("True", "False"):
+            written.append("True")
+    return written
+
+
 def parse(args_type: Callable[..., Args], argv: Sequence[str] | None = None) -> Args:
     """Parse the command line into ``args_type``, a dataclass whose docstring describes the command.
 
@@ -109,6 +119,7 @@ def parse(args_type: Callable[..., Args], argv: Sequence[str] | None = None) -> 
     words = sys.argv[1:] if argv is None else argv
     words = [word for word in words if not re.match(r"--local[-_]rank=", word)]
     fields = dataclasses.fields(args_type)  # type: ignore[arg-type]
+    words = _switches_on(words, {f"--{field.name.replace('_', '-')}" for field in fields if field.default is False})
     default: dict[str, Any] = {}
     if any(field.name == "overrides" for field in fields):
         path = _recipe_path(words)

@@ -62,7 +62,7 @@ class RunFolder:
         write_text(self.environment, json.dumps(_environment(ranks), indent=2) + "\n")
 
     def set_outcome(self, state: str, reason: str | None = None) -> None:
-        """Note how the run ended: "finished", or "failed" for ``reason``."""
+        """Note how the run ended: "finished"; or, for ``reason``, "diverged" (its loss) or "failed" (anything else)."""
         write_text(self.outcome, json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
 
     def read_outcome(self) -> tuple[str, str | None]:

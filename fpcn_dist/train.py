@@ -152,7 +152,8 @@ def _isolated(trainee: Trainee, trainees: Sequence[Trainee]):
     except Exception as error:
         if len(trainees) == 1 or (trainee.ranks.world_size > 1 and not isinstance(error, NotFinite)):
             raise
-        trainee.stop(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        state = "diverged" if isinstance(error, NotFinite) else "failed"
+        trainee.stop(state, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
 
 def _require_agreement(recipes: Sequence[Recipe]) -> Recipe:

@@ -128,12 +128,13 @@ class Trainee:
                 self.checkpoints.save(state, info, best=improved)
             self.best = accuracy if improved else self.best
 
-    def stop(self, failure: str) -> None:
-        """Take no further part, for ``failure``; gives the engine's memory free and leaves the reason in the folder."""
+    def stop(self, state: str, failure: str) -> None:
+        """Take no further part; gives the engine's memory free and leaves "diverged" or "failed" in the folder, and
+        why."""
         self.failure = failure
         self.close()
         if self.ranks.first:
-            self.run.set_outcome("failed", failure)
+            self.run.set_outcome(state, failure)
         del self.engine
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from fpcn_dist.tasks import build_task
 from fpcn_dist.teacher import open_teacher
 from fpcn_dist.train import train_together
 
+CPU = torch.device("cpu")
 _TIMED_IMAGES = 8
 _TIMED_STEPS = 3
 
@@ -94,7 +95,7 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
 def _use_threads(recipe: Recipe) -> None:
