@@ -103,7 +103,7 @@ def test_a_student_is_as_if_alone_on_these_ranks(ranks, folder):
 def test_a_loss_that_runs_away_stops_its_student_on_both(ranks, folder):
     for _, failures in ranks:
         assert list(failures) == ["wild"] and "is not finite" in failures["wild"]
-    assert RunFolder(folder / "together/wild").read_outcome() == ("failed", ranks[0][1]["wild"])
+    assert RunFolder(folder / "together/wild").read_outcome() == ("diverged", ranks[0][1]["wild"])
 
 
 def test_torchrun_gives_the_losses_of_one_process_and_those_among_others(runs, ranks, folder, teacher, single):
