@@ -99,7 +99,7 @@ def _recipe_path(argv: Sequence[str]) -> Path | None:
 def _switches_on(words: Sequence[str], switches: set[str]) -> list[str]:
     """A switch may stand alone (``--profile``) as well as with its value (``--profile True``)."""
     written = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         written.append(word)
         if word in switches and following not in ("True", "False"):
             written.append("True")

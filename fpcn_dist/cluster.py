@@ -10,6 +10,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -85,18 +86,33 @@ def _local(_: None) -> Iterator[Any]:
 def _remote(address: str) -> Iterator[Any]:
     if os.environ.get("RAY_AUTH_TOKEN"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _require_answer(address)
     import ray
 
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = f"no Ray cluster can be joined there ({' '.join(str(error).split())[:200]})"
-        mend = "start one (ray start --head), set RAY_AUTH_TOKEN if it has a token, or leave --address out"
-        raise UserError("--address", address, reason, mend) from error
+        raise _no_cluster(address, " ".join(str(error).split())[:200]) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray ends the whole process where nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, detail: str) -> UserError:
+    mend = "start one (ray start --head), set RAY_AUTH_TOKEN if it has a token, or leave --address out"
+    return UserError("--address", address, f"no Ray cluster can be joined there ({detail})", mend)
 
 
 def find_slots(ray: Any) -> Slots:

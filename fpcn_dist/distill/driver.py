@@ -228,9 +228,7 @@ def _write_bank(ray: Any, slots: Slots, recipe: Recipe, manifest: Manifest, outp
             shown = tenth
 
 
-def _finish(
-    recipe: Recipe, output: Path, students: Sequence[str], failures: dict[str, str], baselines: bool
-) -> None:
+def _finish(recipe: Recipe, output: Path, students: Sequence[str], failures: dict[str, str], baselines: bool) -> None:
     """Export the students, measure them beside the teacher, and say what is missing."""
     assert recipe.distill.teacher is not None
     problems = [f"{name}: {reason}" for name, reason in failures.items()]

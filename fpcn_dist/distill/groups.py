@@ -31,7 +31,9 @@ class _Rank:
         return worker.free_address(ray.util.get_node_ip_address())
 
     def train(self, *arguments: Any, **options: Any) -> dict[str, str]:
-        return worker.train_rank(*arguments, **options)
+        import ray
+
+        return worker.train_rank(*arguments, **options, node=ray.get_runtime_context().get_node_id())
 
 
 class RunningGroup:

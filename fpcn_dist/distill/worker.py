@@ -35,7 +35,7 @@ def free_address(node_ip: str) -> str:
 
 
 def train_rank(
-    recipes: Mapping[str, dict[str, Any]], data: str, *, rank: int, ranks: int, address: str, log: str
+    recipes: Mapping[str, dict[str, Any]], data: str, *, rank: int, ranks: int, address: str, log: str, node: str
 ) -> dict[str, str]:
     """One rank of a group; what :func:`train_together` returns. Its output goes to the file ``log``.
 
@@ -45,8 +45,10 @@ def train_rank(
         rank, ranks: this process among those of the group.
         address: HOST:PORT where they meet.
         log: file to append to.
+        node: what Ray calls the node that this is.
     """
     _write_output_to(log)
+    print(f"rank {rank} of {ranks} on {socket.gethostname()}, Ray node {node}", flush=True)
     host, port = address.rsplit(":", 1)
     # Ray shows each process its own GPU and no other: for torch it is the first of one.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
