@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import matplotlib
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -80,81 +82,114 @@ def draw_accuracy_against_cost(results: Results) -> str:
 
     A line joins what a student reached without the teacher and with it.
     """
-    rows = [row for row in results.students if row.cost is not None]
-    if not rows:
+    kinds = [_Kind("distilled", "o", _DISTILLED, _DISTILLED)]
+    points: list[_Point] = []
+    for row in results.students:
+        if row.cost is not None:
+            scores = [score.accuracy for score in (row.distilled, row.baseline) if score is not None]
+            points.append(_Point(row.name, row.cost.flops / 1e9, 100 * scores[0], 100 * scores[-1]))
+    if not points:
         return ""
-    named: list[tuple[float, float, str]] = []
+    teacher = results.teacher
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_xscale("log")
-        for row in rows:
-            assert row.cost is not None
-            cost = row.cost.flops / 1e9
-            found = [
-                (100 * score.accuracy, colour, face)
-                for score, colour, face in ((row.baseline, _BASELINE, "none"), (row.distilled, _DISTILLED, _DISTILLED))
-                if score is not None
-            ]
-            axes.plot([cost] * len(found), [accuracy for accuracy, _, _ in found], color=_BASELINE, linewidth=1)
-            for accuracy, colour, face in found:
-                axes.plot(cost, accuracy, "o", color=colour, markerfacecolor=face, markersize=6, clip_on=False)
-            named.append((cost, found[-1][0], row.name))
-        teacher = results.teacher
+        for point in points:
+            axes.plot([point.cost] * 2, [point.accuracy, point.other], color=_BASELINE, linewidth=1)
+        if results.baselines:
+            kinds.append(_Kind("baseline", "o", _BASELINE, "none"))
         if teacher.evaluation is not None:
-            cost, accuracy = teacher.cost.flops / 1e9, 100 * teacher.evaluation.accuracy
-            axes.plot(cost, accuracy, "D", color=_TEACHER, markersize=6, clip_on=False)
-            named.append((cost, accuracy, "teacher"))
-        for marker, colour, face, label in (
-            ("o", _DISTILLED, _DISTILLED, "distilled"),
-            ("o", _BASELINE, "none", "baseline"),
-            ("D", _TEACHER, _TEACHER, "teacher"),
-        ):
-            shown = {"baseline": results.baselines, "teacher": teacher.evaluation is not None}.get(label, True)
-            if shown:
-                axes.plot([], [], marker, color=colour, markerfacecolor=face, markersize=6, label=label)
+            kinds.append(_Kind("teacher", "D", _TEACHER, _TEACHER))
+            accuracy = 100 * teacher.evaluation.accuracy
+            points.append(_Point("teacher", teacher.cost.flops / 1e9, accuracy, accuracy))
+        for kind in kinds:
+            where = _marked(results, kind.label)
+            axes.plot(
+                [cost for cost, _ in where], [accuracy for _, accuracy in where], kind.marker, color=kind.colour,
+                markerfacecolor=kind.face, markersize=6, clip_on=False, label=kind.label,
+            )  # fmt: skip
         _scale(axes)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.0)
-        _name_points(figure, axes, named)
-        return _to_svg(figure, "cost", "accuracy over GFLOPs of " + ", ".join(name for _, _, name in named))
+        _write_names(figure, axes, points)
+        return _to_svg(figure, "cost", "accuracy over GFLOPs of " + ", ".join(point.name for point in points))
+
+
+class _Kind(NamedTuple):
+    """How one kind of result is drawn."""
+
+    label: str
+    marker: str
+    colour: str
+    face: str
+
+
+class _Point(NamedTuple):
+    """Where a name is written, and where the line from there ends."""
+
+    name: str
+    cost: float
+    accuracy: float
+    other: float
+
+
+def _marked(results: Results, kind: str) -> list[tuple[float, float]]:
+    """GFLOPs and accuracies in percent of the results of one kind."""
+    if kind == "teacher":
+        entries = [(results.teacher.cost, results.teacher.evaluation)]
+    else:
+        entries = [(row.cost, getattr(row, kind)) for row in results.students]
+    return [(cost.flops / 1e9, 100 * score.accuracy) for cost, score in entries if cost and score]
 
 
 def _scale(axes: Axes) -> None:
+    axes.set_xscale("log")
     axes.set_xlabel("GFLOPs of one image")
     axes.set_ylabel("accuracy, %")
-    axes.margins(x=0.2, y=0.12)
+    axes.margins(x=0.22, y=0.12)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     low, high = axes.get_ylim()
-    axes.set_ylim(max(0, low), min(high, 100) if high > low else None)
+    axes.set_ylim(max(0, low), min(100, high))
     axes.grid(True, linewidth=0.6)
 
 
-def _name_points(figure: Figure, axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, on the side where it covers least of what is there already."""
-    figure.draw_without_rendering()  # lays out; positions in pixels are known from here on
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([p[:2] for p in points])]
-    for cost, accuracy, name in sorted(points, key=lambda point: (-point[1], point[0])):
-        best: tuple[float, Bbox, dict] | None = None
-        for dx, dy, horizontal, vertical in (
-            (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"),
-            (6, 8, "left", "bottom"), (6, -8, "left", "top"), (-6, 8, "right", "bottom"), (-6, -8, "right", "top"),
-        ):  # fmt: skip
-            options = {"xytext": (dx, dy), "ha": horizontal, "va": vertical}
-            label = axes.annotate(name, (cost, accuracy), textcoords="offset points", fontsize=9, **options)
+_PLACES = (
+    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 6, "center", "bottom"), (0, -6, "center", "top"),
+    (5, 5, "left", "bottom"), (5, -5, "left", "top"), (-5, 5, "right", "bottom"), (-5, -5, "right", "top"),
+)  # fmt: skip
+"""Where a name may stand beside its point: an offset in typographic points, and the alignment."""
+
+
+def _write_names(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
+    """Write each name beside its point, where it covers least of what is there already."""
+    figure.draw_without_rendering()  # fixes where the axes are, hence all positions in pixels
+    taken = [box for point in points for box in _boxes(axes, point)]
+    for point in sorted(points, key=lambda point: (-point.accuracy, point.cost)):
+        covered: list[tuple[float, int, Annotation]] = []
+        for number, (dx, dy, horizontal, vertical) in enumerate(_PLACES):
+            label = axes.annotate(
+                point.name, (point.cost, point.accuracy), (dx, dy), textcoords="offset points", fontsize=8.5,
+                ha=horizontal, va=vertical, parse_math=False,
+            )  # fmt: skip
+            label.set_in_layout(False)
             box = label.get_window_extent()
-            label.remove()
-            inside = Bbox.intersection(box, figure.bbox)
-            hidden = box.width * box.height - (inside.width * inside.height if inside else 0)
-            overlaps = [Bbox.intersection(box, other) for other in taken]
-            hidden += sum(overlap.width * overlap.height for overlap in overlaps if overlap)
-            if best is None or hidden < best[0]:
-                best = hidden, box, options
-        assert best is not None
-        taken.append(best[1])
-        label = axes.annotate(
-            name, (cost, accuracy), textcoords="offset points", fontsize=9, parse_math=False, **best[2]
-        )
-        label.set_in_layout(False)
+            outside = _area(box) - _area(Bbox.intersection(box, axes.bbox))
+            covered.append((outside + sum(_area(Bbox.intersection(box, other)) for other in taken), number, label))
+        best = min(covered)[2]
+        taken.append(best.get_window_extent())
+        for _, _, label in covered:
+            if label is not best:
+                label.remove()
+
+
+def _boxes(axes: Axes, point: _Point) -> list[Bbox]:
+    """Pixels that both markers of a point and the line between them cover."""
+    ends = axes.transData.transform([(point.cost, point.accuracy), (point.cost, point.other)])
+    markers = [Bbox([end - 6, end + 6]) for end in ends]
+    return [*markers, Bbox([ends.min(axis=0) - (1, 0), ends.max(axis=0) + (1, 0)])]
+
+
+def _area(box: Bbox | None) -> float:
+    return box.width * box.height if box is not None else 0.0
