@@ -8,6 +8,9 @@ import tyro
 
 from fpcn_dist import cli
 from fpcn_dist.config import DataConfig
+from fpcn_dist.distill import STUDENTS
+
+RECIPES = Path(__file__).parent / "recipes"
 
 app = tyro.extras.SubcommandApp()
 
@@ -25,6 +28,28 @@ def loader(data: Path, images: int = 512, repeats: int = 5, config: DataConfig =
     from fpcn_dist.data.benchmark import loader_benchmark
 
     loader_benchmark(data, config, images=images, repeats=repeats)
+
+
+@app.command(name="distill")
+def distill(
+    data: Path, recipe: Path = RECIPES / "distill_small.yaml", students: str = STUDENTS,
+    epochs: int | None = None, teacher: Path | None = None,
+) -> None:  # fmt: skip
+    """Time of all students at once beside one after the other, each with its own teacher.
+
+    Args:
+        data: Image folder.
+        recipe: Recipe of a student.
+        students: Networks, separated by commas.
+        epochs: Instead of the recipe's.
+        teacher: Run folder; default: an untrained ResNet-101.
+    """
+    from fpcn_dist.distill.benchmark import distill_benchmark
+
+    loaded = cli.load_recipe(recipe)
+    if epochs is not None:
+        loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"epochs": epochs})})
+    distill_benchmark(data, loaded, students=students.split(","), teacher=teacher)
 
 
 if __name__ == "__main__":

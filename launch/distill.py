@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpcn_dist import cli
-
-STUDENTS = "resnet18,resnet34,resnet50,mobilenet_v1,mobilenet_v2,shufflenet_v2_x1_5"
+from fpcn_dist.distill import STUDENTS
 
 
 @dataclass(frozen=True)
