@@ -29,13 +29,14 @@ from rich.progress import track
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import ViewLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distributed import FIRST_RANK_TIMEOUT
 from fpcn_dist.errors import UserError
 from fpcn_dist.files import write_text
 from fpcn_dist.teacher import Teacher
 
 META, LOGITS, WRITTEN = "bank.json", "logits.f32", "written"
 _FORMAT = 1
+_PATIENCE = 1800.0
+"""Seconds that a chunk may take another rank: far longer than ranks wait for one another elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class SoftLabelBank:
             for chunk, batch in zip(todo, batches, strict=True):
                 values = teacher(batch.images).float().cpu().numpy()[: total - chunk * size]
                 try:
-                    os.pwrite(logits.fileno(), values.tobytes(), chunk * size * values[0].nbytes)
+                    _write_at(logits.fileno(), values.tobytes(), chunk * size * values[0].nbytes)
                     os.fsync(logits.fileno())
-                    os.pwrite(marks.fileno(), b"\1", chunk)
+                    _write_at(marks.fileno(), b"\1", chunk)
                 except OSError as error:
                     raise _cannot_write(self.folder, error) from error
 
@@ -124,16 +125,19 @@ class SoftLabelBank:
         return open(self.folder / name, "rb+")
 
     def wait(self) -> None:
-        """Wait until all shares are written, which may take far longer than ranks wait for one another elsewhere.
+        """Wait until all shares are written.
 
         Raises:
-            UserError: they are not after hours.
+            UserError: none of the others has written anything for a long time.
         """
-        deadline = time.monotonic() + FIRST_RANK_TIMEOUT.total_seconds()
-        while self.missing():
-            if time.monotonic() > deadline:
-                raise UserError("bank", self.folder, "was not completed by the other ranks", "see their messages")
+        missing, since = self.missing(), time.monotonic()
+        while missing:
             time.sleep(0.2)
+            if (now := self.missing()) < missing:
+                missing, since = now, time.monotonic()
+            if time.monotonic() - since > _PATIENCE:
+                reason = f"{missing} of its {self.chunks} chunks are missing, and nobody has written one for long"
+                raise UserError("bank", self.folder, reason, "see the other ranks' messages; the same command goes on")
 
     def __call__(self, image_ids: NDArray[np.int64], view_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [B, K] of B views."""
@@ -184,6 +188,13 @@ def prepare_bank(folder: Path, recipe: Recipe, manifest: Manifest) -> SoftLabelB
 def _bytes(bank: SoftLabelBank) -> int:
     images, views, classes = bank.shape
     return 4 * images * views * classes
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    """All of ``data``: the system may write less than it is asked to."""
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def _claim(path: Path, size: int) -> None:

@@ -57,13 +57,13 @@ def train_together(
         Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
 
     Raises:
-        UserError: see :func:`train`; what concerns a single recipe among several stops that one alone, as above.
+        UserError: see :func:`train`. Before the first step whatever is wrong with one recipe stops all of them.
     """
+    shared = _require_agreement(list(recipes.values()))
     runs = [RunFolder(output) for output in recipes]
     begun = ranks.on_first(lambda: start_runs(runs, list(recipes.values()), data, ranks, resume))
     chosen = [Recipe.model_validate(entry["recipe"]) for entry in begun]
     manifest = Manifest.load(runs[0].manifest)
-    shared = _require_agreement(chosen)
     soft_labels, teacher = attach_teacher(chosen, runs[0].path, manifest, ranks)
 
     start = min(entry["step"] for entry in begun)
