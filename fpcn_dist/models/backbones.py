@@ -6,6 +6,7 @@ Legend: B images, C channels and H x W cells of the feature map.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections import OrderedDict
 from typing import Any
 
@@ -20,22 +21,29 @@ from fpcn_dist.models import weights
 from fpcn_dist.models.norms import batch_norms, replace_norms
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-"""The names that stand for torchvision's networks; all others are timm's."""
+"""torchvision's, though timm has networks of the same names."""
+
+ALIASES = {"mobilenet_v1": "mobilenetv1_100"}
+"""Names of this project for networks of timm."""
+
+_IMAGENET_CLASSES = 1000
 
 
 def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "batch") -> Backbone:
     """The backbone called ``name``.
 
     Args:
-        name: one of :data:`RESNETS`, or a model of timm, with or without a tag.
+        name: one of :data:`RESNETS` or :data:`ALIASES`; a model of timm, with or without a tag; or a classifier of
+            torchvision whose name timm does not have.
         pretrained: ``True``: ImageNet weights from the hub or its cache; a path: a weights file of this network, its
             classifier included or not; ``False``: freshly initialised.
         norm: ``"batch"``: normalisation as published; ``"sync_batch"``: BatchNorm over all ranks; ``"frozen_batch"``:
             BatchNorm with its statistics and affine parameters as they were loaded; ``"group"``: GroupNorm instead.
 
     Raises:
-        UserError: unknown name, no weights to be had, weights of another network, a network without a 2-D feature map,
-            a network without BatchNorm where ``norm`` would replace it, GroupNorm with weights trained with BatchNorm.
+        UserError: unknown name, no weights to be had, weights of another network, a network of timm without a 2-D
+            feature map or of torchvision without a linear classifier, a network without BatchNorm where ``norm`` would
+            replace it, GroupNorm with weights trained with BatchNorm.
     """
     if norm == "group" and pretrained:
         raise UserError(
@@ -44,11 +52,16 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
         )  # fmt: skip
     if name in RESNETS:
         return ResNet(name, pretrained, norm)
-    known = {*timm.list_models(), *timm.list_pretrained()}
-    if name not in known:
-        close = difflib.get_close_matches(name, [*RESNETS, *known], n=1)
-        raise UserError("model.backbone", name, "there is no such network in timm", nearest(name, close or RESNETS))
-    return TimmNet(name, pretrained, norm)
+    timm_name = ALIASES.get(name, name)
+    timms = {*timm.list_models(), *timm.list_pretrained()}
+    if timm_name in timms:
+        return TimmNet(timm_name, pretrained, norm)
+    torchvisions = torchvision.models.list_models(module=torchvision.models)
+    if name in torchvisions:
+        return TorchvisionNet(name, pretrained, norm)
+    close = difflib.get_close_matches(name, [*RESNETS, *ALIASES, *torchvisions, *timms], n=1)
+    reason = "there is no such network in torchvision or timm"
+    raise UserError("model.backbone", name, reason, nearest(name, close or RESNETS))
 
 
 class Backbone(nn.Module):
@@ -110,6 +123,54 @@ class ResNet(Backbone):
         for module in (*stem, *blocks):
             companion = module(companion)
         return last_block(companion), companion
+
+
+# Their forward pass is their layers in turn, global average pooling, and one linear layer after a dropout at most.
+_WITH_FEATURE_MAP = (
+    torchvision.models.EfficientNet, torchvision.models.MNASNet, torchvision.models.MobileNetV2,
+    torchvision.models.RegNet, torchvision.models.ShuffleNetV2, torchvision.models.SwinTransformer,
+)  # fmt: skip
+
+
+class TorchvisionNet(Backbone):
+    """Any classifier of torchvision less its final linear layer.
+
+    Where that layer's input is more than the pooled feature map, it is the features, [B, C, 1, 1].
+    """
+
+    def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
+        # Of the networks that timm lacks, this one has auxiliary classifiers, normalises images in its own way, and
+        # warns unless told how to initialise. A trained model is built again without pretrained weights, so no option
+        # may depend on them.
+        own = {"aux_logits": False, "transform_input": True, "init_weights": True}
+        options = own if name == "googlenet" else {}
+        net = torchvision.models.get_model(name, weights=None, **options)
+        linears = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+        classifiers = [(key, layer) for key, layer in linears if layer.out_features == _IMAGENET_CLASSES]
+        if not classifiers:
+            raise UserError(
+                "model.backbone", name, "it has no linear layer at its end, which the classifier would replace",
+                "use another network, for example shufflenet_v2_x1_5",
+            )  # fmt: skip
+        classifier, layer = classifiers[-1]
+        if isinstance(net, _WITH_FEATURE_MAP):
+            after = ("avgpool", "fc", "classifier")
+            net = nn.Sequential(
+                OrderedDict(itertools.takewhile(lambda child: child[0] not in after, net.named_children()))
+            )
+        else:
+            net.set_submodule(classifier, nn.Identity())
+        if isinstance(pretrained, str):
+            weights.load_file(net, pretrained, ignored=[classifier, "aux1", "aux2"])
+        elif pretrained:
+            net.load_state_dict(weights.torchvision_weights(name), strict=False)
+        super().__init__(net, layer.in_features, norm)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, C, H, W], or [B, C, 1, 1]."""
+        self._check_device(images.device)
+        features = self.net(images)
+        return features if features.ndim == 4 else features[:, :, None, None]
 
 
 class TimmNet(Backbone):

@@ -85,9 +85,13 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
     released code takes.
 
     Raises:
-        UserError: not in the cache, and the hub is out of reach.
+        UserError: nobody published weights for the usual image size, or they are not in the cache and the hub is out
+            of reach.
     """
-    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    published = torchvision.models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
+    if published is None:
+        raise _unpublished(name)
+    url = published.url
     cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     with _hub(url):
         if not cached.exists():
@@ -107,7 +111,7 @@ def timm_model(name: str, *, published_weights: bool) -> nn.Module:
     published = timm.get_pretrained_cfg(name)
     repository = published.hf_hub_id if published else None
     if not repository:
-        raise UserError("model.pretrained", True, f"there are no published weights for {name}", _WAYS_OUT)
+        raise _unpublished(name)
     url = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
     cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
     with _hub(url):
@@ -116,6 +120,10 @@ def timm_model(name: str, *, published_weights: bool) -> nn.Module:
             return create(pretrained=True, pretrained_cfg_overlay={"file": cached, "custom_load": False})
         _reach(url)
         return create(pretrained=True)
+
+
+def _unpublished(name: str) -> UserError:
+    return UserError("model.pretrained", True, f"there are no published weights for {name}", _WAYS_OUT)
 
 
 def _reach(url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torchvision
 from torch import nn
 
 from fpcn_dist.errors import UserError
-from fpcn_dist.models import build_backbone
+from fpcn_dist.models import Classifier, build_backbone
 
 
 def images(count: int = 3, side: int = 64) -> torch.Tensor:
@@ -97,6 +98,8 @@ def test_timm_features_are_those_that_its_own_classifier_pools() -> None:
         ("mobilnetv2_100", "did you mean 'mobilenetv2_100'"),
         ("resnet-101", "did you mean 'resnet101'"),
         ("resnet18.a1_in2k", "did you mean 'resnet18.a1_in1k'"),
+        ("mobilenet_v4", "did you mean 'mobilenet_v"),
+        ("shuflenet_v2_x1_5", "did you mean 'shufflenet_v2_x1_5'"),
         ("?", "choose one of resnet101, resnet18, resnet34, resnet50"),
     ],
 )
@@ -106,6 +109,69 @@ def test_an_unknown_name_is_answered_with_the_nearest(name: str, advice: str) ->
     assert caught.value.field == "model.backbone"
     assert caught.value.value == name
     assert advice in caught.value.mend
+
+
+STUDENTS = {
+    "resnet18": (512, 2, torchvision.models.resnet18),
+    "resnet34": (512, 2, torchvision.models.resnet34),
+    "resnet50": (2048, 2, torchvision.models.resnet50),
+    "mobilenet_v1": (1024, 2, functools.partial(timm.create_model, "mobilenetv1_100")),
+    "mobilenet_v2": (1280, 2, torchvision.models.mobilenet_v2),
+    "shufflenet_v2_x1_5": (1024, 2, torchvision.models.shufflenet_v2_x1_5),
+}
+OTHERS = {
+    "googlenet": (1024, 1, functools.partial(torchvision.models.googlenet, aux_logits=False, init_weights=True)),
+    "mnasnet0_5": (1280, 2, torchvision.models.mnasnet0_5),
+    "mobilenet_v3_small": (1024, 1, torchvision.models.mobilenet_v3_small),
+    "regnet_x_400mf": (400, 2, torchvision.models.regnet_x_400mf),
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS | OTHERS)
+def test_students_are_the_published_networks_with_another_classifier(name: str) -> None:
+    channels, side, published = (STUDENTS | OTHERS)[name]
+    model = Classifier(name, 7)
+    features = model.backbone(images(2))
+    assert features.shape == (2, channels, side, side) and model.backbone.channels == channels
+    logits = model(images(2))
+    assert logits.shape == (2, 7)
+    logits.square().mean().backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+    expected = sum(parameter.numel() for parameter in published(num_classes=7).parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        ("mobilenet_v2", "classifier.1"),
+        ("shufflenet_v2_x1_5", "fc"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("mnasnet0_5", "classifier.1"),
+        ("regnet_x_400mf", "fc"),
+        ("swin_t", "head"),
+    ],
+)
+def test_torchvision_features_are_those_that_its_own_classifier_pools(name: str, classifier: str) -> None:
+    torch.manual_seed(0)
+    whole = torchvision.models.get_model(name).eval()
+    backbone = build_backbone(name).eval()
+    missing, unexpected = backbone.net.load_state_dict(whole.state_dict(), strict=False)
+    assert missing == [] and unexpected == [f"{classifier}.weight", f"{classifier}.bias"]
+    with torch.no_grad():
+        pooled = backbone(images()).mean((2, 3))
+        assert pooled.std() > 0
+        torch.testing.assert_close(whole.get_submodule(classifier)(pooled), whole(images()))
+
+
+def test_efficientnet_of_torchvision_has_a_feature_map() -> None:
+    with torch.device("meta"):
+        assert build_backbone("efficientnet_v2_s")(torch.zeros(2, 3, 64, 64)).shape == (2, 1280, 2, 2)
+
+
+def test_a_torchvision_network_without_a_linear_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model.backbone squeezenet1_1: it has no linear layer at its end.*; use an"):
+        build_backbone("squeezenet1_1")
 
 
 def test_a_transformer_without_a_feature_map_is_refused() -> None:
@@ -132,7 +198,7 @@ def test_frozen_batch_norm_never_changes(name: str) -> None:
     assert any("conv" in key for key in trained)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "shufflenet_v2_x1_5"])
 def test_group_norm_makes_images_independent_and_keeps_activations(name: str) -> None:
     published, backbone = build_backbone(name), build_backbone(name, norm="group")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())

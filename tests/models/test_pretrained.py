@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fpcn_dist.errors import UserError
 from fpcn_dist.models import FPCN, Classifier, build_backbone
-from fpcn_dist.models.weights import _reach
+from fpcn_dist.models.weights import _reach, torchvision_weights
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,22 @@ def test_timm_weights_come_back_from_a_file(name: str, tmp_path: Path) -> None:
     assert_loaded(build_backbone(name, pretrained=str(tmp_path / "weights.pth")).net, whole)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "shufflenet_v2_x1_5", "mobilenet_v3_small", "mnasnet0_5"])
+def test_torchvision_weights_come_back_from_a_file(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(42)
+    whole = torchvision.models.get_model(name).state_dict()
+    torch.save(whole, tmp_path / "weights.pth")
+    assert_loaded(build_backbone(name, pretrained=str(tmp_path / "weights.pth")).net, whole)
+
+
+def test_mobilenet_v1_takes_timms_weights(tmp_path: Path) -> None:
+    torch.manual_seed(42)
+    whole = timm.create_model("mobilenetv1_100").state_dict()
+    torch.save(whole, tmp_path / "weights.pth")
+    assert_loaded(build_backbone("mobilenet_v1", pretrained=str(tmp_path / "weights.pth")).net, whole)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "shufflenet_v2_x1_5"])
 def test_the_backbone_of_a_trained_model_starts_another(name: str, tmp_path: Path) -> None:
     trained = FPCN(name, 5, hidden=8)
     safetensors.torch.save_file(trained.state_dict(), tmp_path / "model.safetensors")
@@ -141,7 +156,7 @@ def test_weights_of_another_network_are_refused_with_examples(
 # --- hubs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mobilenet_v1", "mobilenet_v2"])
 def test_without_a_network_the_error_comes_soon_and_leaves_nothing(name: str, offline: Path) -> None:
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -164,6 +179,21 @@ def test_cached_torchvision_weights_need_no_network(offline: Path, resnet18: dic
     cache.mkdir(parents=True)
     torch.save(resnet18, cache / "resnet18-f37072fd.pth")
     assert_loaded(build_backbone("resnet18", pretrained=True).net, resnet18)
+
+
+def test_cached_weights_of_a_student_need_no_network(offline: Path) -> None:
+    cache = offline / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.manual_seed(42)
+    whole = torchvision.models.shufflenet_v2_x1_5().state_dict()
+    url = torchvision.models.ShuffleNet_V2_X1_5_Weights.IMAGENET1K_V1.url
+    torch.save(whole, cache / url.rpartition("/")[2])
+    assert_loaded(build_backbone("shufflenet_v2_x1_5", pretrained=True).net, whole)
+
+
+def test_torchvision_weights_for_another_image_size_are_none() -> None:
+    with pytest.raises(UserError, match=r"model.pretrained True: there are no published weights for vit_h_14; give"):
+        torchvision_weights("vit_h_14")
 
 
 def test_cached_timm_weights_need_no_network(offline: Path) -> None:
