@@ -68,7 +68,7 @@ class ModelConfig(Schema):
     """The network: backbone, region, head."""
 
     backbone: str = "resnet101"
-    """resnet18, resnet34, resnet50 or resnet101 (torchvision), or any timm model by name."""
+    """resnet18, 34, 50 or 101 (torchvision), mobilenet_v1, or any classifier of timm or torchvision by name."""
     pretrained: bool | str = True
     """true: ImageNet weights from the hub or its cache; a path: a weights file; false: from scratch."""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"

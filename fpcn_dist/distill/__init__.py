@@ -2,3 +2,5 @@
 
 STUDENTS = "resnet18,resnet34,resnet50,mobilenet_v1,mobilenet_v2,shufflenet_v2_x1_5"
 """The students of the paper's Table 4."""
+BASELINE = "-baseline"
+"""Ends the name of a run that trains a student without the teacher."""

@@ -19,6 +19,7 @@ from fpcn_dist.distributed import connect
 from fpcn_dist.export import save_model
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.models import build_model
+from fpcn_dist.onnx_export import export_onnx
 from fpcn_dist.train import train
 
 
@@ -26,8 +27,8 @@ def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], te
     """Run both sides once, one after the other, on the same images, views and steps; prints a table.
 
     The sequential side trains each student in this process with the teacher in each step (``teacher_mode`` "online"),
-    as one would without this driver. Both end with evaluated models and reports; only the driver's time also includes
-    starting Ray, measuring, and exporting.
+    as one would without this driver. Both end with evaluated and exported models and their reports; only the driver's
+    time also includes starting Ray, and measuring the cost of each network.
 
     Args:
         data: image folder.
@@ -53,6 +54,7 @@ def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], te
             for student in students:
                 model = recipe.model.model_copy(update={"backbone": student})
                 train(recipe.model_copy(update={"model": model, "distill": online}), data, root / student, ranks)
+                export_onnx(root / student)
         seconds["one after the other, teacher in each step"] = time.perf_counter() - began
         lines = [line for line in read_metrics(root / students[0]) if line["kind"] == "step"]
         batch_size = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class

@@ -22,7 +22,7 @@ from fpcn_dist.cli import load_recipe
 from fpcn_dist.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.distill import worker
+from fpcn_dist.distill import BASELINE, worker
 from fpcn_dist.distill.groups import RunningGroup
 from fpcn_dist.distill.live import LiveTable
 from fpcn_dist.distill.plan import Group, make_plan
@@ -30,11 +30,11 @@ from fpcn_dist.distill.table import write_results
 from fpcn_dist.errors import UserError
 from fpcn_dist.export import WEIGHTS
 from fpcn_dist.files import write_text
+from fpcn_dist.models import build_backbone
 from fpcn_dist.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.teacher import name_teacher, open_teacher
 
-BASELINE = "-baseline"
 _ATTEMPTS = 3
 """How often a run may fail without getting any further."""
 
@@ -79,7 +79,10 @@ def distill(
             recipe = recipe.model_copy(update={"distill": updated})
         runs = _run_recipes(recipe, students, baselines, threads=slots.cpus)
         failures, unfinished = _survey(output, runs)
-        costs = _measure(ray, slots, {name: runs[name] for name in unfinished}, len(manifest.classes), output, dry_run)
+        costs = dict.fromkeys(unfinished, 0.0)
+        if slots.count > 1:  # on a single place there is nothing to weigh up
+            todo = {name: runs[name] for name in unfinished}
+            costs = _measure(ray, slots, todo, len(manifest.classes), output, dry_run)
         batch_size = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class
         plan = make_plan(costs, slots.count, batch_size) if costs else []
         _show(plan, slots, skipped=len(runs) - len(unfinished))
@@ -104,10 +107,23 @@ def _checked(recipe: Recipe, students: Sequence[str]) -> Recipe:
     if twice or not students:
         reason = f"{twice[0]} is named twice" if twice else "no student is named"
         raise UserError("--students", ",".join(students) or None, reason, "name each student once")
+    for student in students:
+        _require_seeing(student, recipe)
     if recipe.distill.teacher is not None:
         absolute = str(Path(recipe.distill.teacher).resolve())
         recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": absolute})})
     return name_teacher(recipe)
+
+
+def _require_seeing(student: str, recipe: Recipe) -> None:
+    """Refuse an unknown network, or one that cannot see images of the recipe's size."""
+    backbone, size = build_backbone(student, norm=recipe.model.norm).eval(), recipe.data.crop
+    try:
+        with torch.inference_mode():
+            backbone(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = f"it cannot see images of {size} px ({' '.join(str(error).split())[:200]})"
+        raise UserError("--students", student, reason, "leave it out, or change data.crop, the teacher's too") from None
 
 
 def _make_folder(output: Path) -> None:
@@ -197,7 +213,9 @@ def _show(plan: Sequence[Group], slots: Slots, skipped: int) -> None:
     place = "GPU" if slots.kind == "GPU" else f"node of {slots.cpus} CPU core(s)"
     table = Table("group", "runs", f"ranks (one {place} each)", "s/step", title="Plan", title_justify="left")
     for number, group in enumerate(plan):
-        table.add_row(str(number), ", ".join(group.runs), str(group.ranks), f"{group.seconds:.3g}")
+        table.add_row(
+            str(number), ", ".join(group.runs), str(group.ranks), f"{group.seconds:.3g}" if group.seconds else "-"
+        )
     console = Console(soft_wrap=True)
     if plan:
         console.print(table)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist import __version__
+from fpcn_dist.distill import BASELINE
 from fpcn_dist.distill.measure import Cost, measure
 from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation
@@ -22,7 +23,6 @@ from fpcn_dist.report.distillation import build_distillation_report
 from fpcn_dist.teacher import weights_sha256
 
 FILE = "distillation.json"
-_BASELINE = "-baseline"
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,16 @@ class StudentRow:
     reasons: Mapping[str, str]
 
     @property
+    def runs(self) -> tuple[str, str]:
+        """Names of its run folders, with the teacher and without."""
+        return self.name, self.name + BASELINE
+
+    @property
     def gain(self) -> float | None:
-        """What the teacher added to the accuracy, in percentage points."""
+        """What the teacher added to the accuracy on the same images, in percentage points."""
         if self.distilled is None or self.baseline is None:
+            return None
+        if (self.distilled.split, self.distilled.images) != (self.baseline.split, self.baseline.images):
             return None
         return 100 * (self.distilled.accuracy - self.baseline.accuracy)
 
@@ -184,7 +191,7 @@ def _read_student(
     output: Path, name: str, reasons: Mapping[str, str], device: torch.device, baselines: bool
 ) -> StudentRow:
     cost, found, missing = None, {}, {}
-    for run in (name, name + _BASELINE) if baselines else (name,):
+    for run in (name, name + BASELINE) if baselines else (name,):
         try:
             evaluation = None if run in reasons else Evaluation.load(output / run)
             if evaluation is None:
@@ -196,7 +203,7 @@ def _read_student(
             found[run] = evaluation
         except UserError as error:  # one damaged folder must not hide what the others have learned
             missing[run] = str(error)
-    return StudentRow(name, cost, found.get(name), found.get(name + _BASELINE), missing)
+    return StudentRow(name, cost, found.get(name), found.get(name + BASELINE), missing)
 
 
 def _name(device: torch.device) -> str:

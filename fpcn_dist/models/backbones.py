@@ -70,14 +70,16 @@ class Backbone(nn.Module):
     Attributes:
         net: the network itself, under the names of its library, less what follows the feature map.
         channels: C.
+        has_map: whether the features still have places, or are one vector [B, C, 1, 1].
     """
 
     net: nn.Module
 
-    def __init__(self, net: nn.Module, channels: int, norm: str) -> None:
+    def __init__(self, net: nn.Module, channels: int, norm: str, *, has_map: bool = True) -> None:
         super().__init__()
         self.net = replace_norms(net, norm)
         self.channels = channels
+        self.has_map = has_map
         self.norm = norm
         self.train()
 
@@ -153,7 +155,8 @@ class TorchvisionNet(Backbone):
                 "use another network, for example shufflenet_v2_x1_5",
             )  # fmt: skip
         classifier, layer = classifiers[-1]
-        if isinstance(net, _WITH_FEATURE_MAP):
+        has_map = isinstance(net, _WITH_FEATURE_MAP)
+        if has_map:
             after = ("avgpool", "fc", "classifier")
             net = nn.Sequential(
                 OrderedDict(itertools.takewhile(lambda child: child[0] not in after, net.named_children()))
@@ -164,7 +167,7 @@ class TorchvisionNet(Backbone):
             weights.load_file(net, pretrained, ignored=[classifier, "aux1", "aux2"])
         elif pretrained:
             net.load_state_dict(weights.torchvision_weights(name), strict=False)
-        super().__init__(net, layer.in_features, norm)
+        super().__init__(net, layer.in_features, norm, has_map=has_map)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, C, H, W], or [B, C, 1, 1]."""
@@ -174,29 +177,36 @@ class TorchvisionNet(Backbone):
 
 
 class TimmNet(Backbone):
-    """Any network of timm that ends in a two-dimensional feature map."""
+    """Any network of timm. Of one that ends in tokens the features are its class token, or their mean without one."""
 
     net: Any
 
     def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
         net = weights.timm_model(name, published_weights=pretrained is True)
         features = _probe(net)
-        if features.ndim != 4:
-            raise UserError(
-                "model.backbone", name, f"its features have shape {list(features.shape)}, not [B, C, H, W]",
-                "use a convolutional network or a transformer that keeps the image's layout, for example swin",
-            )  # fmt: skip
-        channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        has_map = features.ndim == 4
+        if not has_map:
+            features = _one_token(net, features)
+        channels_last = has_map and getattr(net, "output_fmt", "NCHW") == "NHWC"
         removed = _remove_unused(net, features)
         if isinstance(pretrained, str):
             weights.load_file(net, pretrained, ignored=[*_classifiers(net), *removed])
-        super().__init__(net, features.shape[-1 if channels_last else 1], norm)
+        super().__init__(net, features.shape[-1 if channels_last else 1], norm, has_map=has_map)
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_device(images.device)
         features = self.net.forward_features(images)
+        if not self.has_map:
+            return _one_token(self.net, features)[:, :, None, None]
         return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+
+def _one_token(net: Any, features: Tensor) -> Tensor:
+    """[B, N, C] or [B, C] to [B, C]."""
+    if features.ndim == 2:
+        return features
+    return features[:, 0] if getattr(net, "num_prefix_tokens", 0) else features.mean(1)
 
 
 def _classifiers(net: Any) -> list[str]:

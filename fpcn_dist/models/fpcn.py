@@ -58,7 +58,8 @@ class FPCN(Classifier):
             defaults, except that ``pretrained`` is ``False`` here.
 
     Raises:
-        UserError: see :func:`build_backbone`; or ``companion`` with a network that is not one of torchvision's ResNets.
+        UserError: see :func:`build_backbone`; a region of a network without a feature map; or ``companion`` with a
+            network that is not one of torchvision's ResNets.
         pydantic.ValidationError: an option that does not exist, or has no such value.
     """
 
@@ -69,6 +70,11 @@ class FPCN(Classifier):
             raise UserError(
                 "model.companion", True, f"it is not known which block of {backbone} comes before the last",
                 "set model.companion to false, or use resnet18, resnet34, resnet50 or resnet101",
+            )  # fmt: skip
+        if config.region != "none" and not self.backbone.has_map:
+            raise UserError(
+                "model.backbone", backbone, "it gives no feature map in which a region could be found",
+                "use a network that keeps the image's layout (ResNets, swin, ...), or set model.region to 'none'",
             )  # fmt: skip
         self.config = config
         channels = self.backbone.channels

@@ -19,12 +19,12 @@ from matplotlib.transforms import Bbox
 from fpcn_dist import __version__
 from fpcn_dist.files import write_text
 from fpcn_dist.report.build import FILE
-from fpcn_dist.report.figures import _SERIES, _STYLE, _to_svg
+from fpcn_dist.report.figures import SERIES, STYLE, to_svg
 
 if TYPE_CHECKING:
     from fpcn_dist.distill.table import Results
 
-_DISTILLED, _TEACHER, _BASELINE = _SERIES[0], _SERIES[1], _SERIES[4]
+_DISTILLED, _TEACHER, _BASELINE = SERIES[0], SERIES[1], SERIES[4]
 
 
 def build_distillation_report(output: Path, results: Results) -> Path:
@@ -37,7 +37,7 @@ def build_distillation_report(output: Path, results: Results) -> Path:
         loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    reports = [name for row in results.students for name in (row.name, f"{row.name}-baseline")]
+    reports = [name for row in results.students for name in row.runs]
     html = templates.get_template("distillation.html.j2").render(
         title=output.resolve().name,
         subtitle=f"{len(results.students)} students of {results.teacher.folder}",
@@ -91,7 +91,7 @@ def draw_accuracy_against_cost(results: Results) -> str:
     if not points:
         return ""
     teacher = results.teacher
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         for point in points:
@@ -111,7 +111,7 @@ def draw_accuracy_against_cost(results: Results) -> str:
         _scale(axes)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.0)
         _write_names(figure, axes, points)
-        return _to_svg(figure, "cost", "accuracy over GFLOPs of " + ", ".join(point.name for point in points))
+        return to_svg(figure, "cost", "accuracy over GFLOPs of " + ", ".join(point.name for point in points))
 
 
 class _Kind(NamedTuple):

@@ -18,8 +18,8 @@ Curve = tuple[Sequence[float], Sequence[float]]
 _MOST_POINTS = 300
 # matplotlib wants colours; these are exchanged for the page's own, so that one drawing serves light, dark and paper.
 _TEXT, _GRID = "#010203", "#010204"
-_SERIES = ("#0102a1", "#0102a2", "#0102a3", "#0102a4", "#0102a5")
-_STYLE: dict[Any, Any] = {
+SERIES = ("#0102a1", "#0102a2", "#0102a3", "#0102a4", "#0102a5")
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fpcn",
     "font.size": 10,
@@ -53,10 +53,10 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
     curves = {label: curve for label, curve in curves.items() if len(curve[0])}
     if not curves:
         return ""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        for (label, curve), colour in zip(curves.items(), _SERIES, strict=False):
+        for (label, curve), colour in zip(curves.items(), SERIES, strict=False):
             epochs, values = _thin(curve)
             few = len(epochs) <= 30
             axes.plot(
@@ -73,7 +73,7 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
             figure.legend(
                 loc="outside upper left", ncols=4, frameon=False, handlelength=1.2, columnspacing=1.0, handletextpad=0.5
             )
-        return _to_svg(figure, name, ", ".join(curves))
+        return to_svg(figure, name, ", ".join(curves))
 
 
 def _thin(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ def _thin(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(epochs, starts) / lengths, np.add.reduceat(values, starts) / lengths
 
 
-def _to_svg(figure: Figure, name: str, label: str) -> str:
+def to_svg(figure: Figure, name: str, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
@@ -94,6 +94,6 @@ def _to_svg(figure: Figure, name: str, label: str) -> str:
     view_box = text.partition('viewBox="')[2].partition('"')[0]
     text = f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(label)}">' + text[text.index(">") + 1 :]
     text = text.replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
-    for number, colour in enumerate(_SERIES, start=1):
+    for number, colour in enumerate(SERIES, start=1):
         text = text.replace(colour, f"var(--series-{number})")
     return text
