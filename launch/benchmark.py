@@ -33,7 +33,7 @@ def loader(data: Path, images: int = 512, repeats: int = 5, config: DataConfig =
 @app.command(name="distill")
 def distill(
     data: Path, recipe: Path = RECIPES / "distill_small.yaml", students: str = STUDENTS,
-    epochs: int | None = None, teacher: Path | None = None,
+    epochs: int | None = None, views: int | None = None, teacher: Path | None = None,
 ) -> None:  # fmt: skip
     """Time of all students at once beside one after the other, each with its own teacher.
 
@@ -42,6 +42,7 @@ def distill(
         recipe: Recipe of a student.
         students: Networks, separated by commas.
         epochs: Instead of the recipe's.
+        views: Instead of the recipe's.
         teacher: Run folder; default: an untrained ResNet-101.
     """
     from fpcn_dist.distill.benchmark import distill_benchmark
@@ -49,6 +50,8 @@ def distill(
     loaded = cli.load_recipe(recipe)
     if epochs is not None:
         loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"epochs": epochs})})
+    if views is not None:
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"views": views})})
     distill_benchmark(data, loaded, students=students.split(","), teacher=teacher)
 
 
