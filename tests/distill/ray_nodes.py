@@ -6,6 +6,7 @@ python tests/distill/ray_nodes.py 3     # prints the address; then: "kill NODE_I
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 
@@ -31,6 +32,7 @@ def main() -> None:
             cluster.add_node(**node)
         print("done", flush=True)
     cluster.shutdown()
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 if __name__ == "__main__":
