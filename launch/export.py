@@ -29,7 +29,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,))
+    args = cli.parse(Args)
     if args.format == "onnx":
         try:
             from fpcn_dist.onnx_export import export_onnx

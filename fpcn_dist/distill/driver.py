@@ -162,12 +162,19 @@ def _survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list
     for name, recipe in runs.items():
         run = RunFolder(output / name)
         state, reason = run.read_outcome()
-        same = run.recipe.is_file() and load_recipe(run.recipe) == recipe
+        same = run.recipe.is_file() and _what_counts(load_recipe(run.recipe)) == _what_counts(recipe)
         if state == "diverged" and same:
             failures[name] = reason or state
         elif state != "finished" or not same:
             unfinished.append(name)
     return failures, unfinished
+
+
+def _what_counts(recipe: Recipe) -> Recipe:
+    """Without what may be another on another cluster, or after a folder has moved."""
+    data = recipe.data.model_copy(update={"threads": None})
+    distill = recipe.distill.model_copy(update={"teacher": None, "bank": None})
+    return recipe.model_copy(update={"data": data, "distill": distill})
 
 
 def _measure(
