@@ -47,11 +47,10 @@ def distill(
     """
     from fpcn_dist.distill.benchmark import distill_benchmark
 
-    loaded = cli.load_recipe(recipe)
-    if epochs is not None:
-        loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"epochs": epochs})})
-    if views is not None:
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"views": views})})
+    values = cli.load_recipe(recipe).model_dump()
+    values["train"]["epochs"] = values["train"]["epochs"] if epochs is None else epochs
+    values["data"]["views"] = values["data"]["views"] if views is None else views
+    loaded = cli.recipe_from_dict(values, recipe)
     distill_benchmark(data, loaded, students=students.split(","), teacher=teacher)
 
 

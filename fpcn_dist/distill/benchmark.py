@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fpcn_dist.config import ModelConfig, Recipe
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.distill.driver import distill
+from fpcn_dist.distill.driver import check_recipe, distill
 from fpcn_dist.distributed import connect
 from fpcn_dist.export import save_model
 from fpcn_dist.metrics import read_metrics
@@ -48,7 +48,9 @@ def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], te
         if teacher is None:
             teacher = root / "teacher"
             _untrained_teacher(teacher, recipe, manifest.classes)
-        online = recipe.distill.model_copy(update={"teacher": str(teacher.resolve()), "teacher_mode": "online"})
+        ours = recipe.distill.model_copy(update={"teacher": str(teacher.resolve()), "teacher_mode": "bank"})
+        recipe = check_recipe(recipe.model_copy(update={"distill": ours}), students)
+        online = recipe.distill.model_copy(update={"teacher_mode": "online"})
         seconds, began = {}, time.perf_counter()
         with connect() as ranks:
             for student in students:
@@ -60,9 +62,8 @@ def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], te
         batch_size = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class
         images = len(lines) * batch_size * len(students)
 
-        ours = recipe.distill.model_copy(update={"teacher": str(teacher), "teacher_mode": "bank"})
         began = time.perf_counter()
-        distill(recipe.model_copy(update={"distill": ours}), data, root / "together", students=students)
+        distill(recipe, data, root / "together", students=students)
         seconds["all at once, soft-label bank"] = time.perf_counter() - began
     _show(seconds, images, f"{len(students)} students, {recipe.train.epochs} epochs, {recipe.data.views} views")
     return seconds

@@ -66,7 +66,7 @@ def distill(
         UserError: teacher, data, students or cluster do not fit; names what does not. Or, once all others are trained,
             measured and exported: some runs did not come to their end, or a model cannot be exported.
     """
-    recipe = _checked(recipe, students)
+    recipe = check_recipe(recipe, students)
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
     print(open_teacher(recipe, manifest, worker.CPU), flush=True)
     if not dry_run:
@@ -95,8 +95,12 @@ def distill(
     _finish(recipe, output, students, failures, baselines)
 
 
-def _checked(recipe: Recipe, students: Sequence[str]) -> Recipe:
-    """``recipe`` with its teacher found; refuses what this driver cannot do."""
+def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
+    """``recipe`` with its teacher found.
+
+    Raises:
+        UserError: this driver cannot do it.
+    """
     if recipe.task != "distill":
         mend = "use launch/recipes/distill.yaml, or set task to 'distill'"
         raise UserError("task", recipe.task, "students are trained by task 'distill'", mend)
