@@ -55,12 +55,12 @@ def connect_ray(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    with _local(address) if address is None else _remote(address) as ray:
+    with _local() if address is None else _remote(address) as ray:
         yield ray
 
 
 @contextlib.contextmanager
-def _local(_: None) -> Iterator[Any]:
+def _local() -> Iterator[Any]:
     if "ray" not in sys.modules:  # else whoever imported it has chosen
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

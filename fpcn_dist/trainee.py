@@ -21,7 +21,6 @@ from fpcn_dist.flops import model_flops, peak_flops
 from fpcn_dist.keys import key
 from fpcn_dist.meter import StepMeter
 from fpcn_dist.metrics import MetricsLogger
-from fpcn_dist.models import Classifier
 from fpcn_dist.optim import learning_rate
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.schedule import Schedule
@@ -146,10 +145,6 @@ class Trainee:
         """Close the metrics, and wait until the last checkpoint is on the disk; does no harm twice."""
         self.logger.close()
         self.checkpoints.wait()
-
-    @property
-    def model(self) -> Classifier:
-        return self.engine.task.model
 
     @contextlib.contextmanager
     def _naming_last_checkpoint(self) -> Iterator[None]:
