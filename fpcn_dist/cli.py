@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 import yaml
@@ -30,11 +30,21 @@ _AGAIN = "start the same command again: it resumes from the last checkpoint"
 
 def _section(schema: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
     for name in path:
+        if str(name) not in schema.model_fields:
+            continue  # a key of a mapping, whose values the field before has described
         annotation = schema.model_fields[str(name)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        nested = [schema for schema in _types(annotation) if issubclass(schema, BaseModel)]
+        if not nested:
             break
-        schema = annotation
+        (schema,) = nested
     return schema
+
+
+def _types(annotation: Any) -> list[type]:
+    """The classes that an annotation is made of."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _types(part)]
 
 
 def _explain(error: ValidationError, source: object) -> UserError:

@@ -8,7 +8,7 @@ why each default was chosen where the paper is silent.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # its errors are shown to users, who need no link
 
@@ -53,7 +53,8 @@ class DataConfig(Schema):
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """How many files may turn unreadable while the run is under way before it stops."""
     threads: PositiveInt | None = None
-    """CPU threads of the data pipeline per rank; null shares the machine's cores between its ranks."""
+    """CPU threads per rank of the data pipeline and, without a GPU, of the network; null shares the machine's cores
+    between its ranks."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -204,6 +205,44 @@ class EngineConfig(Schema):
         return self
 
 
+class Dimension(Schema):
+    """What a recipe field may be in a search: one of some choices, or a number of a range."""
+
+    choices: list[Any] | None = None
+    """Values to choose from."""
+    low: float | None = None
+    """Least value of a range."""
+    high: float | None = None
+    """Largest value of a range."""
+    log: bool = False
+    """Whether a range is searched by orders of magnitude."""
+    also: list[float] = []
+    """Values tried beside a range, such as an exact 0 beside a logarithmic one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Dimension:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.also:
+                raise ValueError("choices and a range exclude each other; give choices alone, or low and high")
+            if len(self.choices) < 2:
+                raise ValueError(f"choices {self.choices} leave nothing to search; give two or more")
+        elif self.low is not None and self.high is not None:
+            if not self.low < self.high:
+                raise ValueError(f"low {self.low} is not below high {self.high}; exchange them")
+            if self.log and self.low <= 0:
+                raise ValueError(f"low {self.low} has no logarithm; raise it, and list 0 under also")
+        return self
+
+
+class SearchConfig(Schema):
+    """What tune/search.py varies. Training itself does not look at it."""
+
+    space: dict[str, Dimension | None] = {}
+    """Fields to search by their dotted names, beside those of the stage; null takes a field of the stage out."""
+    trials_per_teacher: PositiveInt = 4
+    """Stage joint: trials with other temperatures and alphas that each trained teacher is used for."""
+
+
 class Recipe(Schema):
     """Everything that decides what a run computes."""
 
@@ -221,6 +260,7 @@ class Recipe(Schema):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
+    search: Annotated[SearchConfig, tyro.conf.Suppress, tyro.conf.Fixed] = SearchConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
+from fpcn_dist.config import DataConfig
 from fpcn_dist.errors import UserError
 
+CPU = torch.device("cpu")
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 """How long a rank waits inside a collective for the others before it gives the run up."""
 FIRST_RANK_TIMEOUT = datetime.timedelta(hours=12)
@@ -127,14 +129,19 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def connect() -> Iterator[Ranks]:
+def connect(store: Store | None = None) -> Iterator[Ranks]:
     """Join the run that the environment describes; leave it at the end of the block.
 
     A process that no launcher started becomes the only rank of a group of one.
 
+    Args:
+        store: where the ranks meet; by default at the address that the environment names.
+
     Raises:
         UserError: more local ranks than GPUs, a rendezvous port in use, or no answer from the other ranks.
     """
+    global _turn
+    _turn = 0  # all ranks count from here, also where a process joins one run after another
     rank, world_size, local_rank, local_world_size = _environment()
     device = _device(local_rank, local_world_size)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -144,7 +151,8 @@ def connect() -> Iterator[Ranks]:
         if world_size == 1:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            where: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **where)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         if "EADDRINUSE" in str(error) or "in use" in str(error):
@@ -165,3 +173,14 @@ def connect() -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """Where a process computes that has been given one GPU, or none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+
+
+def use_threads(config: DataConfig, device: torch.device) -> None:
+    """Let a network on the CPU take the threads that the recipe grants a rank, not all of the machine's."""
+    if config.threads is not None and device.type == "cpu":
+        torch.set_num_threads(config.threads)

@@ -87,9 +87,10 @@ class RunFolder:
 
 
 def start_runs(
-    runs: Sequence[RunFolder], recipes: Sequence[Recipe], data: Path, ranks: Ranks, resume: str
+    runs: Sequence[RunFolder], recipes: Sequence[Recipe], data: Path | Manifest, ranks: Ranks, resume: str
 ) -> list[dict[str, Any]]:
-    """Check the data, settle where each run starts from, and describe it in its folder; for the first rank alone.
+    """Check the data unless they are, settle where each run starts from, and describe it in its folder; for the first
+    rank alone.
 
     Returns:
         For each run: ``checkpoint``, the path of the one to resume from or ``None``; its ``step``, else 0; and
@@ -101,10 +102,15 @@ def start_runs(
     for run in runs:
         run.create()
     recipes = [name_teacher(recipe) for recipe in recipes]
-    manifest = build_manifest(data.resolve(), recipes[0].data, recipes[0].seed)
+    manifest = data if isinstance(data, Manifest) else _check_data(data, recipes[0])
+    return [_start_run(run, recipe, manifest, ranks, resume) for run, recipe in zip(runs, recipes, strict=True)]
+
+
+def _check_data(data: Path, recipe: Recipe) -> Manifest:
+    manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
     if manifest.refused:
         Console(soft_wrap=True).print(refusal_table(manifest.refused))
-    return [_start_run(run, recipe, manifest, ranks, resume) for run, recipe in zip(runs, recipes, strict=True)]
+    return manifest
 
 
 def _start_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, resume: str) -> dict[str, Any]:

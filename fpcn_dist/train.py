@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distributed import Ranks
+from fpcn_dist.distributed import Ranks, use_threads
 from fpcn_dist.errors import NotFinite, UserError
 from fpcn_dist.metrics import Progress
 from fpcn_dist.profiler import profiled
@@ -19,6 +19,9 @@ from fpcn_dist.rundir import RunFolder, start_runs
 from fpcn_dist.schedule import Schedule
 from fpcn_dist.soft_labels import attach_teacher
 from fpcn_dist.trainee import Trainee
+
+Watch = Callable[[Path, float, float], None]
+"""Called on the first rank after each evaluation with run folder, epoch and validation accuracy."""
 
 
 def train(
@@ -42,7 +45,13 @@ def train(
 
 
 def train_together(
-    recipes: Mapping[Path, Recipe], data: Path, ranks: Ranks, *, resume: str = "auto", profile: bool = False
+    recipes: Mapping[Path, Recipe],
+    data: Path | Manifest,
+    ranks: Ranks,
+    *,
+    resume: str = "auto",
+    profile: bool = False,
+    watch: Watch | None = None,
 ) -> dict[Path, str]:
     """Train several recipes at once, on the same decoded batches, each as if it were trained alone.
 
@@ -51,7 +60,9 @@ def train_together(
 
     Args:
         recipes: by run folder; they agree in seed, data, epochs and teacher.
-        data, ranks, resume, profile: see :func:`train`.
+        data: the image folder; or a manifest, whose images are not checked again.
+        ranks, resume, profile: see :func:`train`.
+        watch: may end the training by raising.
 
     Returns:
         Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
@@ -64,6 +75,7 @@ def train_together(
     begun = ranks.on_first(lambda: start_runs(runs, list(recipes.values()), data, ranks, resume))
     chosen = [Recipe.model_validate(entry["recipe"]) for entry in begun]
     manifest = Manifest.load(runs[0].manifest)
+    use_threads(shared.data, ranks.device)
     soft_labels, teacher = attach_teacher(chosen, runs[0].path, manifest, ranks)
 
     start = min(entry["step"] for entry in begun)
@@ -110,7 +122,9 @@ def train_together(
                 reported = len(loader.replaced)
             for trainee in logging:
                 with _isolated(trainee, trainees):
-                    _log_point(trainee, done, progress, name="" if len(runs) == 1 else trainee.run.path.name)
+                    accuracy = _log_point(trainee, done, progress, name="" if len(runs) == 1 else trainee.run.path.name)
+                    if watch is not None and accuracy is not None and ranks.first:
+                        watch(trainee.run.path, done / trainee.schedule.per_epoch, accuracy)
             if not _active(trainees, step) and all(t.start <= step for t in trainees):
                 break
         for trainee in _active(trainees, total):
@@ -123,7 +137,8 @@ def train_together(
     return {trainee.run.path: trainee.failure for trainee in trainees if trainee.failure is not None}
 
 
-def _log_point(trainee: Trainee, done: int, progress: Progress, name: str) -> None:
+def _log_point(trainee: Trainee, done: int, progress: Progress, name: str) -> float | None:
+    """Record, evaluate and save as is due; gives the validation accuracy where that was measured."""
     schedule, prefix = trainee.schedule, f"{name}: " if name else ""
     progress.update(done, done / schedule.per_epoch, trainee.log(done), name=name)
     accuracy = None
@@ -134,6 +149,7 @@ def _log_point(trainee: Trainee, done: int, progress: Progress, name: str) -> No
         progress.print(f"{epoch}: validation accuracy {100 * accuracy:.1f} %, loss {scores.loss:.4f}")
     trainee.save(done, accuracy, at_save_point=schedule.saves(done))
     trainee.meter.restart_clock()
+    return accuracy
 
 
 def _active(trainees: Sequence[Trainee], step: int) -> list[Trainee]:

@@ -134,6 +134,8 @@ def test_help_tells_every_field():
         [sys.executable, ROOT / "launch/train.py", "--help"], check=True, capture_output=True, text=True
     ).stdout
     for section, fields in Recipe.model_fields.items():
+        if section == "search":
+            continue  # a mapping of any depth: it is written in the recipe file alone
         nested = getattr(fields.annotation, "model_fields", {})
         for name in nested:
             assert f"--{section}.{name.replace('_', '-')}" in shown

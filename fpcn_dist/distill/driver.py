@@ -17,16 +17,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.bank import prepare_bank
 from fpcn_dist.cli import load_recipe
-from fpcn_dist.cluster import Slots, connect_ray, find_slots
+from fpcn_dist.cluster import Slots, connect_ray, find_slots, task_result
+from fpcn_dist.cluster.live import LiveTable
 from fpcn_dist.config import Recipe
-from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.distill import BASELINE, worker
+from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.distill.groups import RunningGroup
-from fpcn_dist.distill.live import LiveTable
 from fpcn_dist.distill.plan import Group, make_plan
 from fpcn_dist.distill.table import write_results
+from fpcn_dist.distributed import CPU
 from fpcn_dist.errors import UserError
 from fpcn_dist.export import WEIGHTS
 from fpcn_dist.files import write_text
@@ -68,7 +69,7 @@ def distill(
     """
     recipe = check_recipe(recipe, students)
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    print(open_teacher(recipe, manifest, worker.CPU), flush=True)
+    print(open_teacher(recipe, manifest, CPU), flush=True)
     if not dry_run:
         _make_folder(output)
         manifest.save(output / "manifest.json")
@@ -89,9 +90,9 @@ def distill(
         if dry_run:
             return
         if plan and recipe.distill.teacher_mode == "bank":
-            _write_bank(ray, slots, recipe, manifest, output)
+            write_bank(ray, slots, recipe, manifest, output)
         if plan:
-            failures |= _Driver(ray, slots, runs, data, output).run(plan)
+            failures |= _Driver(ray, slots, runs, output).run(plan)
     _finish(recipe, output, students, failures, baselines)
 
 
@@ -195,29 +196,14 @@ def _measure(
         name: f"{recipe.model.backbone}, crop {recipe.data.crop}, {recipe.train.precision}, {slots.bundle}"
         for name, recipe in runs.items()
     }
-    measure = ray.remote(worker.step_seconds).options(**_options(slots), max_retries=2)
+    measure = ray.remote(worker.step_seconds).options(**slots.options, max_retries=2)
     pending = {keys[name]: recipe for name, recipe in runs.items() if keys[name] not in known}
     tasks = {key: measure.remote(recipe.model_dump(), classes) for key, recipe in pending.items()}
     for key, task in tasks.items():
-        known[key] = _result(ray, task)
+        known[key] = task_result(ray, task)
     if tasks and not dry_run:
         write_text(path, json.dumps(known, indent=2) + "\n")
     return {name: known[key] for name, key in keys.items()}
-
-
-def _options(slots: Slots) -> dict[str, Any]:
-    bundle = slots.bundle
-    return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
-
-
-def _result(ray: Any, task: Any) -> Any:
-    """Of a task; a user's mistake is raised as what it is."""
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
 
 
 def _show(plan: Sequence[Group], slots: Slots, skipped: int) -> None:
@@ -234,29 +220,6 @@ def _show(plan: Sequence[Group], slots: Slots, skipped: int) -> None:
     console.print(f"{used} of {slots.count} place(s) used; {skipped} run(s) at their end already", highlight=False)
 
 
-def _write_bank(ray: Any, slots: Slots, recipe: Recipe, manifest: Manifest, output: Path) -> None:
-    """All places write a share each."""
-    assert recipe.distill.bank is not None
-    bank = prepare_bank(Path(recipe.distill.bank), recipe, manifest)
-    if not bank.missing():
-        return
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"threads": max(1, slots.cpus)})})
-    # What a killed process leaves undone, its next attempt does.
-    write = ray.remote(worker.write_share).options(**_options(slots), max_retries=_ATTEMPTS)
-    common = recipe.model_dump(), str(bank.folder), str(output / "manifest.json")
-    log = str(output / "logs" / "bank.log")
-    tasks = [write.remote(*common, share, slots.count, log) for share in range(slots.count)]
-    total, shown = bank.chunks, -1
-    while tasks:
-        done, tasks = ray.wait(tasks, num_returns=1, timeout=1.0)
-        for task in done:
-            _result(ray, task)
-        tenth = 10 * (total - bank.missing()) // total
-        if tenth != shown:
-            print(f"soft labels: {10 * tenth} %", flush=True)
-            shown = tenth
-
-
 def _finish(recipe: Recipe, output: Path, students: Sequence[str], failures: dict[str, str], baselines: bool) -> None:
     """Export the students, measure them beside the teacher, and say what is missing."""
     assert recipe.distill.teacher is not None
@@ -267,7 +230,7 @@ def _finish(recipe: Recipe, output: Path, students: Sequence[str], failures: dic
                 export_onnx(output / student)
         except UserError as error:
             problems.append(f"{student} is trained but not exported: {error}")
-    device = torch.device("cuda") if torch.cuda.is_available() else worker.CPU
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
     write_results(output, students, Path(recipe.distill.teacher), failures, device, baselines=baselines)
     if problems:
         mend = f"see {output / 'logs'}; the same command goes on with them"
@@ -290,8 +253,8 @@ class _Progress:
 class _Driver:
     """Runs groups side by side until each run is finished or given up."""
 
-    def __init__(self, ray: Any, slots: Slots, runs: dict[str, Recipe], data: Path, output: Path) -> None:
-        self.ray, self.slots, self.runs, self.data, self.output = ray, slots, runs, data.resolve(), output.resolve()
+    def __init__(self, ray: Any, slots: Slots, runs: dict[str, Recipe], output: Path) -> None:
+        self.ray, self.slots, self.runs, self.output = ray, slots, runs, output.resolve()
         self.progress = {name: _Progress() for name in runs}
         self.failures: dict[str, str] = {}
         self.queue: deque[Group] = deque()
@@ -323,7 +286,7 @@ class _Driver:
     def _start(self, group: Group) -> RunningGroup:
         recipes = {str(self.output / name): self.runs[name].model_dump() for name in group.runs}
         log = str(self.output / "logs" / f"{'+'.join(group.runs)[:100]}-rank{{rank}}.log")
-        return RunningGroup(self.ray, group, self.slots, recipes, str(self.data), log)
+        return RunningGroup(self.ray, group, self.slots, recipes, str(self.output / "manifest.json"), log)
 
     def _ended(self, running: Sequence[RunningGroup]) -> list[RunningGroup]:
         """Those of which a rank has ended; waits a second for one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fpcn_dist.cluster import Slots
+from fpcn_dist.cluster.ranks import Rendezvous
 from fpcn_dist.distill import worker
 from fpcn_dist.distill.plan import Group
 from fpcn_dist.errors import UserError
@@ -25,15 +26,21 @@ class GroupResult(NamedTuple):
 class _Rank:
     """A rank; an actor, so that the end of its process or node is noticed."""
 
+    def __init__(self) -> None:
+        self.meeting: Rendezvous | None = None
+
     def address(self) -> str:
+        """Where the others can meet this one, the first."""
         import ray
 
-        return worker.free_address(ray.util.get_node_ip_address())
+        self.meeting = Rendezvous(ray.util.get_node_ip_address())
+        return self.meeting.address
 
-    def train(self, *arguments: Any, **options: Any) -> dict[str, str]:
+    def train(self, *arguments: Any, meeting: str, **options: Any) -> dict[str, str]:
         import ray
 
-        return worker.train_rank(*arguments, **options, node=ray.get_runtime_context().get_node_id())
+        node = ray.get_runtime_context().get_node_id()
+        return worker.train_rank(*arguments, **options, meeting=self.meeting or meeting, node=node)
 
 
 class RunningGroup:
@@ -44,22 +51,21 @@ class RunningGroup:
         group: runs and ranks.
         slots: what a place is.
         recipes: nested dictionaries, by run folder.
-        data: the image folder.
+        manifest: file of the checked images.
         log: path of each rank's output, with ``{rank}`` in it.
     """
 
     def __init__(
-        self, ray: Any, group: Group, slots: Slots, recipes: dict[str, dict[str, Any]], data: str, log: str
+        self, ray: Any, group: Group, slots: Slots, recipes: dict[str, dict[str, Any]], manifest: str, log: str
     ) -> None:
         from ray.util.placement_group import placement_group
 
         self._ray, self.group, self._slots = ray, group, slots
-        self._recipes, self._data, self._log = recipes, data, log
+        self._recipes, self._manifest, self._log = recipes, manifest, log
         self._placement = placement_group([slots.bundle] * group.ranks, strategy="PACK")
         self.placed = self._placement.ready()
         self.tasks: list[Any] = []
         self._actors: list[Any] = []
-        self._failure: BaseException | None = None
 
     def start_when_placed(self) -> bool:
         """Start the ranks if there is a place for each, and they are not running yet; tells whether it did."""
@@ -82,7 +88,7 @@ class RunningGroup:
         address = self._actors[0].address.remote()
         self.tasks = [
             actor.train.remote(
-                self._recipes, self._data, rank=rank, ranks=self.group.ranks, address=address,
+                self._recipes, self._manifest, rank=rank, world_size=self.group.ranks, meeting=address,
                 log=self._log.format(rank=rank),
             )
             for rank, actor in enumerate(self._actors)

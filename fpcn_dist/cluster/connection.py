@@ -38,6 +38,11 @@ class Slots(NamedTuple):
         gpu = {"GPU": 1.0} if self.kind == "GPU" else {}
         return gpu | {"CPU": float(self.cpus)}
 
+    @property
+    def options(self) -> dict[str, float]:
+        """The same as options of a remote function."""
+        return {"num_cpus": self.bundle["CPU"], "num_gpus": self.bundle.get("GPU", 0.0)}
+
 
 @contextlib.contextmanager
 def connect_ray(address: str | None) -> Iterator[Any]:
@@ -129,3 +134,13 @@ def find_slots(ray: Any) -> Slots:
         cpus = min(int(node["CPU"] // node["GPU"]) for node in with_gpus)
         return Slots("GPU", sum(int(node["GPU"]) for node in with_gpus), cpus)
     return Slots("CPU", len(nodes), min(int(node["CPU"]) for node in nodes))
+
+
+def task_result(ray: Any, task: Any) -> Any:
+    """What a remote function gave; a user's mistake in it is raised as what it is."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
