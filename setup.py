@@ -36,7 +36,7 @@ setup(
         "cuda12": ["nvidia-dali-cuda120>=2.0,<3"],
         "cuda13": ["nvidia-dali-cuda130>=2.0,<3"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja>=1.11"],
-        "ray": ["ray>=2.50,<3"],
+        "ray": ["ray[tune]>=2.50,<3", "optuna>=5.0,<6"],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.
         "export": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"],
         "dev": [

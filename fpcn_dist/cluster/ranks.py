@@ -57,7 +57,7 @@ def join(rank: int, world_size: int, meeting: Rendezvous | str) -> Iterator[Rank
 
 def describe_rank(rank: int, world_size: int, node: str) -> str:
     """Where this is, for the log."""
-    return f"rank {rank} of {world_size} on {socket.gethostname()}, Ray node {node}"
+    return f"rank {rank} of {world_size}: process {os.getpid()} on {socket.gethostname()}, Ray node {node}"
 
 
 def write_output_to(log: str) -> None:

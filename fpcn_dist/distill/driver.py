@@ -100,7 +100,18 @@ def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
     """``recipe`` with its teacher found.
 
     Raises:
-        UserError: this driver cannot do it.
+        UserError: there is none, or see :func:`check_students`.
+    """
+    check_students(recipe, students)
+    if recipe.distill.teacher is not None:
+        absolute = str(Path(recipe.distill.teacher).resolve())
+        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": absolute})})
+    return name_teacher(recipe)
+
+
+def check_students(recipe: Recipe, students: Sequence[str]) -> None:
+    """Raises:
+    UserError: these students cannot be trained together by this recipe.
     """
     if recipe.task != "distill":
         mend = "use launch/recipes/distill.yaml, or set task to 'distill'"
@@ -114,10 +125,6 @@ def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
         raise UserError("--students", ",".join(students) or None, reason, "name each student once")
     for student in students:
         _require_seeing(student, recipe)
-    if recipe.distill.teacher is not None:
-        absolute = str(Path(recipe.distill.teacher).resolve())
-        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": absolute})})
-    return name_teacher(recipe)
 
 
 def _require_seeing(student: str, recipe: Recipe) -> None:

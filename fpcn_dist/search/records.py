@@ -1,4 +1,4 @@
-"""What is known of every trial of a search: search.json, results.csv, and the best of them."""
+"""What is known of every trial of a search: results.json, results.csv, and the best of them."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,8 @@ from fpcn_dist.metrics import read_metrics
 from fpcn_dist.rundir import RunFolder
 from tests.distilling import make_teacher
 from tests.launching import ROOT, TINY, environment, losses
-
-NODES = Path(__file__).with_name("ray_nodes.py")
-CLUSTER_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": "0" * 32,
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on the loopback interface
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
+from tests.ray_cluster import ENVIRONMENT as CLUSTER
+from tests.ray_cluster import Order, node_of, ray_cluster, wait_for
 
 
 class Command:
@@ -78,21 +68,6 @@ def undisturbed(command) -> tuple[Path, str]:
     """Two students and their baselines on this machine alone, and what the command printed."""
     process = command.start("undisturbed", "--students", "resnet18,mobilenet_v2", "--baselines")
     return command.folder / "undisturbed", command.finish(process)
-
-
-def wait_for(
-    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, timeout: float = 120
-) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
-def node_of(log: Path) -> str:
-    """Ray's name for the node where a group ran last."""
-    return re.findall(r"Ray node (\w+)", log.read_text())[-1]
 
 
 def test_one_command_trains_measures_and_exports(undisturbed, command):
@@ -148,26 +123,9 @@ def test_a_student_that_raises_is_retried_alone(undisturbed, command):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[str, Callable[[str], None]]]:
-    """Address of a Ray cluster of three nodes, and a function that gives it an order."""
-    process = subprocess.Popen(
-        [sys.executable, str(NODES), "3"], env=environment() | CLUSTER_ENVIRONMENT,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdin and process.stdout
-    lines = iter(process.stdout.readline, "")
-
-    def order(line: str) -> None:
-        assert process.stdin
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        assert "done" in [next(lines).strip()]
-
-    with process:
-        address = next(line.strip() for line in lines if re.fullmatch(r"[\d.]+:\d+\s*", line))
-        yield address, order
-        process.stdin.close()
-        process.wait(timeout=60)
+def cluster() -> Iterator[tuple[str, Order]]:
+    with ray_cluster(3) as started:
+        yield started
 
 
 def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_alone(command, cluster):
@@ -179,7 +137,7 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
     (output / "costs.json").write_text(json.dumps({f"{name}, crop 32, fp32, {place}": 1.0 for name in names}))
     # Long enough to be at work at the same time, however unevenly a busy machine starts them.
     options = ["--students", ",".join(names), "--address", address, "--train.epochs", "12"]
-    process = command.start("nodes", *options, **CLUSTER_ENVIRONMENT)
+    process = command.start("nodes", *options, **CLUSTER)
     wait_for((output / "resnet18/checkpoints/step-00000004.safetensors").is_file, process)
     log = output / "logs/resnet18-rank0.log"
     lost = node_of(log)
@@ -203,7 +161,7 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
 
 def test_more_nodes_than_students_make_groups_of_several_ranks(command, cluster):
     options = ["--students", "resnet18", "--address", cluster[0], "--distill.teacher-mode", "online"]
-    command.finish(command.start("ranks", *options, **CLUSTER_ENVIRONMENT))
+    command.finish(command.start("ranks", *options, **CLUSTER))
     output = command.folder / "ranks"
     assert len(list((output / "logs").glob("resnet18-rank*.log"))) == 3
     assert json.loads((output / "resnet18/environment.json").read_text())["world_size"] == 3

@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on this machine, in a process of its own that obeys lines on its standard input.
 
-python tests/distill/ray_nodes.py 3     # prints the address; then: "kill NODE_ID", "add"
+python tests/ray_nodes.py 3     # prints the address; then: "kill NODE_ID", "add"
 """
 
 from __future__ import annotations
