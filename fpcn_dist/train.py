@@ -25,7 +25,7 @@ Watch = Callable[[Path, float, float], None]
 
 
 def train(
-    recipe: Recipe, data: Path, output: Path, ranks: Ranks, *, resume: str = "auto", profile: bool = False
+    recipe: Recipe, data: Path | Manifest, output: Path, ranks: Ranks, *, resume: str = "auto", profile: bool = False
 ) -> None:
     """Train ``recipe`` on the image folder ``data`` and leave model, metrics and report in ``output``.
 

@@ -104,7 +104,7 @@ def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resum
             param_space=_parameters(request, plan),
             tune_config=_tune_config(request, plan, places),
             run_config=tune.RunConfig(
-                name=_TUNE, storage_path=str(plan.output), callbacks=[recorder], verbose=0,
+                name=_TUNE, storage_path=str(plan.output), callbacks=[recorder], verbose=0, stop={"epoch": plan.epochs},
                 failure_config=tune.FailureConfig(max_failures=_ATTEMPTS),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             ),

@@ -74,8 +74,8 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
             meeting = Rendezvous(ray.util.get_node_ip_address())
             with _peers(plan, number, settings, meeting.address):
                 _train(plan, number, settings, rank=0, meeting=meeting, watch=reporter)
-        clear_checkpoints(plan, number)
         reporter.report(float(plan.epochs))
+        clear_checkpoints(plan, number)
     except SystemExit:  # Tune has ended it
         if not plan.population:  # there it may only be interrupted
             clear_checkpoints(plan, number)
