@@ -1,0 +1,32 @@
+"""Look whether this machine, or these ranks, are fit for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fpcn_dist import cli
+
+
+@dataclass(frozen=True)
+class Args:
+    """Check packages, GPUs, decoding, kernels, disk and network; under a launcher also how the ranks reach each other.
+
+    Prints a line for each check: ok, warning or problem, with how to mend it. Exit status 1 if there is a problem.
+    """
+
+    data: Path | None = None
+    """Image folder to look at as well: classes, images, files that cannot be used."""
+    output: Path | None = None
+    """Where runs are to go; default: runs/ where it exists, else the current folder."""
+
+
+def main() -> None:
+    args = cli.parse(Args)
+    from fpcn_dist.doctor.examination import examine
+
+    raise SystemExit(examine(args.output, args.data))
+
+
+if __name__ == "__main__":
+    cli.run(main)
