@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fpcn_dist.config import Recipe
-from fpcn_dist.errors import UserError, nearest
+from fpcn_dist.errors import Preempted, UserError, nearest
 
 Args = TypeVar("Args")
 Overrides = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -156,6 +156,8 @@ def _readable_exit() -> Iterator[None]:
         yield
     except UserError as error:
         _leave(f"{prefix}error: {error}", 2)
+    except Preempted as reason:
+        _leave(f"{reason}" if rank == 0 else "", reason.status)
     except KeyboardInterrupt:
         _leave(f"{prefix}interrupted", 130)
     except OSError as error:
@@ -174,6 +176,7 @@ def _readable_exit() -> Iterator[None]:
 
 
 def _leave(message: str, status: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

@@ -153,7 +153,7 @@ def connect(store: Store | None = None) -> Iterator[Ranks]:
         else:
             where: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **where)
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -29,6 +30,18 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """A loss or a gradient ran away; every rank finds that out at the same time."""
+
+
+class Preempted(Exception):
+    """A run has stopped at the end of a step because it was told to; its checkpoint is on the disk.
+
+    Attributes:
+        status: exit status: 75, EX_TEMPFAIL; but 0 under torchrun, which starts all ranks again for any other.
+    """
+
+    def __init__(self, signal: str, step: int) -> None:
+        self.status = 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
+        super().__init__(f"stopped by {signal} after step {step}, with a checkpoint; the same command goes on from it")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

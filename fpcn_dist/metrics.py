@@ -84,6 +84,11 @@ class MetricsLogger:
         """Record that the image at ``path`` turned unreadable, and another was drawn in its place."""
         self._write("replaced", step, {}, path=path, reason=reason)
 
+    def log_checkpoint(self, step: int, stall: float) -> None:
+        """Record for how many seconds training stood still for the checkpoint after ``step`` steps: as long as the last
+        one was still being written, and this one was copied from the device."""
+        self._write("checkpoint", step, {"checkpoint_stall": stall})
+
     def close(self) -> None:
         if self._file is not None and self._tensorboard is not None:
             self._file.close()

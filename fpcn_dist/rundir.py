@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distributed import Ranks
 from fpcn_dist.errors import UserError
 from fpcn_dist.files import write_text
+from fpcn_dist.lock import locked
 from fpcn_dist.teacher import name_teacher
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "deepspeed", "timm")
@@ -55,11 +57,19 @@ class RunFolder:
             reason = f"the folder holds other files ({', '.join(sorted(strangers)[:3])}) and no run"
             raise UserError("--output", self.path, reason, "choose a new or empty folder")
 
-    def describe(self, recipe: Recipe, manifest: Manifest, ranks: Ranks) -> None:
+    def describe(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, *, first_world_size: int) -> None:
         """Write recipe, manifest and environment."""
         write_text(self.recipe, dump_recipe(recipe))
         manifest.save(self.manifest)
-        write_text(self.environment, json.dumps(_environment(ranks), indent=2) + "\n")
+        environment = _environment(ranks) | {"first_world_size": first_world_size}
+        write_text(self.environment, json.dumps(environment, indent=2) + "\n")
+
+    def first_world_size(self) -> int | None:
+        """Ranks that the run was started with; ``None`` where that is not known."""
+        try:
+            return json.loads(self.environment.read_text(encoding="utf-8"))["first_world_size"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def set_outcome(self, state: str, reason: str | None = None) -> None:
         """Note how the run ended: "finished"; or, for ``reason``, "diverged" (its loss) or "failed" (anything else)."""
@@ -84,6 +94,23 @@ class RunFolder:
         if not self.recipe.is_file() or not self.manifest.is_file():
             raise UserError("RUN", self.path, "holds no run (recipe.yaml, manifest.json)", "give a folder of train.py")
         return load_recipe(self.recipe), Manifest.load(self.manifest)
+
+
+@contextlib.contextmanager
+def owning(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the run folder, and be the only run that writes to it for the length of the block. Collective.
+
+    Raises:
+        UserError: it cannot be made, holds something else, or another run that is alive is writing to it.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            RunFolder(output).create()
+            held.enter_context(locked(output))
+
+        ranks.on_first(take)
+        yield
 
 
 def start_runs(
@@ -118,16 +145,30 @@ def _start_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks,
     if resume == "never":
         checkpoints.clear()
     checkpoint = Path(resume) if resume not in ("auto", "never") else checkpoints.newest()
-    step = 0
+    step, before = 0, ranks.world_size
     if checkpoint is not None:
         _, info = read_checkpoint(checkpoint)
         require_same_recipe(recipe, info, checkpoint)
         _require_same_data(manifest, info, checkpoint, run)
         step = info.step
         print(f"resuming from step {step} ({checkpoint})", flush=True)
-    run.describe(recipe, manifest, ranks)
+        before = run.first_world_size() or before
+        recipe = _in_parts_as_large(recipe, before, ranks, len(manifest.classes))
+    run.describe(recipe, manifest, ranks, first_world_size=before)
     run.outcome.unlink(missing_ok=True)
     return {"checkpoint": checkpoint and str(checkpoint), "step": step, "recipe": recipe.model_dump()}
+
+
+def _in_parts_as_large(recipe: Recipe, ranks_before: int, ranks: Ranks, classes: int) -> Recipe:
+    """``recipe`` cut into more parts where fewer ranks share the batch, so that a part needs no more memory."""
+    batch_size = (recipe.data.classes_per_batch or classes) * recipe.data.images_per_class
+    share, largest = batch_size // ranks.world_size, batch_size // ranks_before // recipe.train.micro_batches
+    parts = next((p for p in range(1, share + 1) if share % p == 0 and share // p <= largest), share)
+    if ranks.world_size >= ranks_before or parts <= recipe.train.micro_batches:
+        return recipe
+    now = f"{ranks.world_size} rank(s) where there were {ranks_before}"
+    print(f"{now}: each cuts its share of a batch into {parts} parts", flush=True)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batches": parts})})
 
 
 def _require_same_data(manifest: Manifest, info: CheckpointInfo, checkpoint: Path, run: RunFolder) -> None:

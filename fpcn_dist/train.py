@@ -11,11 +11,12 @@ from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distributed import Ranks, use_threads
-from fpcn_dist.errors import NotFinite, UserError
+from fpcn_dist.errors import NotFinite, Preempted, UserError
 from fpcn_dist.metrics import Progress
+from fpcn_dist.preemption import Preemption
 from fpcn_dist.profiler import profiled
 from fpcn_dist.results import finish_run
-from fpcn_dist.rundir import RunFolder, start_runs
+from fpcn_dist.rundir import RunFolder, owning, start_runs
 from fpcn_dist.schedule import Schedule
 from fpcn_dist.soft_labels import attach_teacher
 from fpcn_dist.trainee import Trainee
@@ -25,7 +26,14 @@ Watch = Callable[[Path, float, float], None]
 
 
 def train(
-    recipe: Recipe, data: Path | Manifest, output: Path, ranks: Ranks, *, resume: str = "auto", profile: bool = False
+    recipe: Recipe,
+    data: Path,
+    output: Path,
+    ranks: Ranks,
+    *,
+    resume: str = "auto",
+    profile: bool = False,
+    preemption: Preemption | None = None,
 ) -> None:
     """Train ``recipe`` on the image folder ``data`` and leave model, metrics and report in ``output``.
 
@@ -37,11 +45,15 @@ def train(
         resume: ``"auto"`` goes on from the newest whole checkpoint in ``output``, if there is one; ``"never"`` begins
             again; anything else is the path of a checkpoint.
         profile: write a trace of a few early steps to ``output``/profile/.
+        preemption: whose signals end the training after a step.
 
     Raises:
-        UserError: whatever is wrong with the data, the recipe, the folder or a checkpoint; a loss that is not finite.
+        UserError: whatever is wrong with the data, the recipe, the folder or a checkpoint; a loss that is not finite;
+            another process that is writing to the folder.
+        Preempted: a signal has ended it.
     """
-    train_together({output: recipe}, data, ranks, resume=resume, profile=profile)
+    with owning(output, ranks):
+        train_together({output: recipe}, data, ranks, resume=resume, profile=profile, preemption=preemption)
 
 
 def train_together(
@@ -52,6 +64,7 @@ def train_together(
     resume: str = "auto",
     profile: bool = False,
     watch: Watch | None = None,
+    preemption: Preemption | None = None,
 ) -> dict[Path, str]:
     """Train several recipes at once, on the same decoded batches, each as if it were trained alone.
 
@@ -61,14 +74,14 @@ def train_together(
     Args:
         recipes: by run folder; they agree in seed, data, epochs and teacher.
         data: the image folder; or a manifest, whose images are not checked again.
-        ranks, resume, profile: see :func:`train`.
+        ranks, resume, profile, preemption: see :func:`train`.
         watch: may end the training by raising.
 
     Returns:
         Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
 
     Raises:
-        UserError: see :func:`train`. Before the first step whatever is wrong with one recipe stops all of them.
+        UserError, Preempted: see :func:`train`. Before the first step whatever is wrong with one recipe stops all.
     """
     shared = _require_agreement(list(recipes.values()))
     runs = [RunFolder(output) for output in recipes]
@@ -113,7 +126,8 @@ def train_together(
             tick()
 
             done = step + 1
-            logging = [trainee for trainee in _active(trainees, step) if trainee.schedule.logs(done)]
+            stop = preemption.agreed() if preemption is not None else None
+            logging = [trainee for trainee in _active(trainees, step) if stop or trainee.schedule.logs(done)]
             if logging:
                 for replaced in ranks.gather(loader.replaced[reported:]):
                     progress.print(f"warning: {replaced.path} {replaced.reason}; another image is shown in its place")
@@ -122,9 +136,12 @@ def train_together(
                 reported = len(loader.replaced)
             for trainee in logging:
                 with _isolated(trainee, trainees):
-                    accuracy = _log_point(trainee, done, progress, name="" if len(runs) == 1 else trainee.run.path.name)
+                    name = "" if len(runs) == 1 else trainee.run.path.name
+                    accuracy = _log_point(trainee, done, progress, name, save=stop is not None)
                     if watch is not None and accuracy is not None and ranks.first:
                         watch(trainee.run.path, done / trainee.schedule.per_epoch, accuracy)
+            if stop is not None and done < total:
+                raise Preempted(stop, done)
             if not _active(trainees, step) and all(t.start <= step for t in trainees):
                 break
         for trainee in _active(trainees, total):
@@ -137,7 +154,7 @@ def train_together(
     return {trainee.run.path: trainee.failure for trainee in trainees if trainee.failure is not None}
 
 
-def _log_point(trainee: Trainee, done: int, progress: Progress, name: str) -> float | None:
+def _log_point(trainee: Trainee, done: int, progress: Progress, name: str, *, save: bool) -> float | None:
     """Record, evaluate and save as is due; gives the validation accuracy where that was measured."""
     schedule, prefix = trainee.schedule, f"{name}: " if name else ""
     progress.update(done, done / schedule.per_epoch, trainee.log(done), name=name)
@@ -147,7 +164,7 @@ def _log_point(trainee: Trainee, done: int, progress: Progress, name: str) -> fl
         accuracy = scores.accuracy
         epoch = f"{prefix}epoch {done / schedule.per_epoch:g}"
         progress.print(f"{epoch}: validation accuracy {100 * accuracy:.1f} %, loss {scores.loss:.4f}")
-    trainee.save(done, accuracy, at_save_point=schedule.saves(done))
+    trainee.save(done, accuracy, at_save_point=save or schedule.saves(done))
     trainee.meter.restart_clock()
     return accuracy
 

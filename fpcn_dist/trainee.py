@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,12 +120,14 @@ class Trainee:
         """Write a checkpoint if it is time, or if ``accuracy`` is the best so far. Collective."""
         improved = accuracy is not None and (self.best is None or accuracy > self.best)
         if at_save_point or improved:
+            began = time.perf_counter()
             # However slow the disk is: collectives have short patience.
             self.ranks.on_first(self.checkpoints.wait)
             state = self.engine.state(done)
             info = CheckpointInfo(done, self.recipe.model_dump(), self.manifest.hash, self.manifest.classes, accuracy)
             if self.ranks.first:
                 self.checkpoints.save(state, info, best=improved)
+            self.logger.log_checkpoint(done, time.perf_counter() - began)
             self.best = accuracy if improved else self.best
 
     def stop(self, state: str, failure: str) -> None:

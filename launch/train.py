@@ -28,12 +28,15 @@ class Args:
 def main() -> None:
     args = cli.parse(Args)
     from fpcn_dist.distributed import connect
+    from fpcn_dist.preemption import Preemption
     from fpcn_dist.train import train
 
     recipe = args.overrides
     output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
-    with connect() as ranks:
-        train(recipe, args.data, output, ranks, resume=args.resume, profile=args.profile)
+    with connect() as ranks, Preemption(ranks) as preemption:
+        train(
+            recipe, args.data, output, ranks, resume=args.resume, profile=args.profile, preemption=preemption
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ given again, the others go on from their checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import deque
@@ -31,6 +32,7 @@ from fpcn_dist.distributed import CPU
 from fpcn_dist.errors import UserError
 from fpcn_dist.export import WEIGHTS
 from fpcn_dist.files import write_text
+from fpcn_dist.lock import locked
 from fpcn_dist.models import build_backbone
 from fpcn_dist.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.rundir import RunFolder
@@ -70,10 +72,12 @@ def distill(
     recipe = check_recipe(recipe, students)
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
     print(open_teacher(recipe, manifest, CPU), flush=True)
-    if not dry_run:
-        _make_folder(output)
-        manifest.save(output / "manifest.json")
-    with connect_ray(address) as ray:
+    with contextlib.ExitStack() as held:
+        if not dry_run:
+            _make_folder(output)
+            held.enter_context(locked(output))
+            manifest.save(output / "manifest.json")
+        ray = held.enter_context(connect_ray(address))
         slots = _limited(find_slots(ray), gpus)
         if recipe.distill.bank is None:
             updated = recipe.distill.model_copy(update={"bank": str((output / "bank").resolve())})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,11 @@ def _tiles(
         tiles.append({"name": "last step", "value": f"{last['step']:,}", "note": f"epoch {last['epoch']:.4g}"})
         seconds = metrics[-1]["time"] - metrics[0]["time"]
         tiles.append({"name": "time", "value": _duration(seconds), "note": "first to last log entry"})
+    stalls = [line["checkpoint_stall"] for line in metrics if line["kind"] == "checkpoint"]
+    if stalls:
+        note = f"median of {len(stalls):,}, longest {1000 * max(stalls):,.0f} ms"
+        value = f"{1000 * statistics.median(stalls):,.0f} ms"
+        tiles.append({"name": "stall per checkpoint", "value": value, "note": note})
     return tiles
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,6 +20,7 @@ from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.distributed import CPU
 from fpcn_dist.errors import UserError
 from fpcn_dist.files import write_text
+from fpcn_dist.lock import locked
 from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.request import Request, checked, make_plan
 from fpcn_dist.search.resources import Bundle, require_places, trial_bundles
@@ -54,11 +56,13 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
         print(open_teacher(recipe, manifest, CPU), flush=True)
     # Of the space, too, before anything is started.
     make_plan(request, output, len(manifest.classes), [{"CPU": 1.0}])
-    with connect_ray(address) as ray:
+    with connect_ray(address) as ray, contextlib.ExitStack() as held:
         slots = find_slots(ray)
         bundles = trial_bundles(slots, recipe.data.threads, workers=request.workers, gpus=request.gpus)
         places = require_places([node["Resources"] for node in ray.nodes() if node["Alive"]], bundles)
-        _prepare_folder(output, request, manifest, resume)
+        _make_folder(output)
+        held.enter_context(locked(output))
+        _describe_folder(output, request, manifest, resume)
         plan = make_plan(request, output, len(manifest.classes), bundles)
         if request.stage == "student" and recipe.distill.teacher_mode == "bank":
             assert plan.student is not None
@@ -162,18 +166,25 @@ def _name_of_folder(trial: Any) -> str:
     return trial.trial_id
 
 
-def _prepare_folder(output: Path, request: Request, manifest: Manifest, resume: bool) -> None:
-    """A new folder; or the one of the same search, where it is to be resumed.
+def _make_folder(output: Path) -> None:
+    try:
+        (output / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"the folder cannot be made ({error.strerror})"
+        raise UserError("--output", output, reason, "choose another folder") from None
+
+
+def _describe_folder(output: Path, request: Request, manifest: Manifest, resume: bool) -> None:
+    """Write what is searched into a new folder, or see that it is what the folder holds, where that is resumed.
 
     Raises:
-        UserError: it cannot be made, holds something else, or a search that was asked for otherwise.
+        UserError: it holds something else, or a search that was asked for otherwise.
     """
     path = output / _DESCRIPTION
     now = json.loads(json.dumps(_describe(request, manifest)))
     try:
-        (output / "logs").mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        strangers = [p.name for p in output.iterdir() if p.name not in ("logs", _DESCRIPTION)]
+        strangers = [p.name for p in output.iterdir() if p.name not in ("logs", _DESCRIPTION) and p.name[0] != "."]
     except (OSError, ValueError) as error:
         raise UserError("--output", output, f"cannot be used ({error})", "choose another folder") from None
     if before is None:

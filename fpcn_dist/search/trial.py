@@ -41,7 +41,7 @@ from fpcn_dist.rundir import RunFolder
 from fpcn_dist.search.plan import Plan, run_folders
 from fpcn_dist.search.space import Settings
 from fpcn_dist.teacher import name_teacher
-from fpcn_dist.train import train, train_together
+from fpcn_dist.train import train_together
 
 # Read by Tune in this process: how long it waits for an ended trial's thread before it uses the process again.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
@@ -124,7 +124,7 @@ def _train(
         if plan.stage == "joint":
             teacher = plan.teacher_folder(settings)
             if ranks.on_first(lambda: RunFolder(teacher).read_outcome()[0]) != "finished":
-                train(plan.teacher_recipe(settings), manifest, teacher, ranks)
+                train_together({teacher: plan.teacher_recipe(settings)}, manifest, ranks)
         failures = train_together(plan.runs(number, settings), manifest, ranks, watch=watch)
     for run, reason in failures.items():
         raise UserError("student", run.name, reason, "see its log")

@@ -1,0 +1,177 @@
+"""One writer for a folder: a lock that lives as long as its owner, on any file system that renames atomically.
+
+The owner rewrites the lock every few seconds. Who finds it owned waits until it is seen to be alive, and is then
+refused; or until it has not moved for long enough, and then takes it over. No clocks of different machines are
+compared, and an owner on this machine, or in an earlier start of this batch job, is known to be dead at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fpcn_dist.errors import UserError
+
+FILE = ".lock"
+_BEAT, _PATIENCE = 5.0, 60.0
+"""Seconds between two signs of life, and without any after which an owner is dead."""
+_LOST = 4
+"""Exit status of an owner that finds its folder taken over."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) -> Iterator[None]:
+    """Own ``folder``, which exists, for the length of the block.
+
+    An owner that was believed dead (suspended, or cut off from the storage) and finds another in its place ends its
+    process at once: two writers would spoil what they write.
+
+    Args:
+        folder: what to own.
+        beat, patience: seconds between signs of life, and without any until an owner is taken for dead.
+
+    Raises:
+        UserError: another process that is alive owns it, or the lock cannot be written.
+    """
+    path, token = folder / FILE, secrets.token_hex(8)
+    _acquire(path, token, patience)
+    ended = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(path, token, beat, ended), daemon=True, name="lock")
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
+        if (found := _read(path)) is not None and found["token"] == token:
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path, token: str, patience: float) -> None:
+    while not _create(path, token):
+        found = _read(path)
+        if found is None or (not _is_dead(found) and not _stays_still(path, found, patience)):
+            continue
+        # Of several that find it dead, one moves it out of the way; what it moved must be what it had looked at.
+        grave = path.with_name(f"{FILE}-{token}")
+        try:
+            os.rename(path, grave)
+        except FileNotFoundError:
+            continue
+        moved = _read(grave)
+        if moved is not None and moved["token"] != found["token"]:
+            with contextlib.suppress(FileExistsError):
+                os.link(grave, path)
+        grave.unlink()
+
+
+def _create(path: Path, token: str) -> bool:
+    """Whether the lock was free, and is ours now."""
+    draft = path.with_name(f"{FILE}-{token}-new")
+    try:
+        draft.write_text(json.dumps(_describe(token, beats=0)), encoding="utf-8")
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        reason = f"cannot be locked ({error.strerror or error})"
+        raise UserError("--output", path.parent, reason, "free some space there or choose another folder") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _describe(token: str, beats: int) -> dict[str, Any]:
+    return {
+        "token": token, "host": socket.gethostname(), "namespace": _namespace(), "process": os.getpid(),
+        "started": _start_of(os.getpid()), "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)), "beats": beats,
+    }  # fmt: skip
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
+
+
+def _start_of(process: int) -> str | None:
+    """When a process of this machine began, in ticks; a number that is used again has another."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+        return stat.rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The lock; ``None`` where there is none (any more)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {"token": "", "host": "?", "process": "?", "beats": -1}  # of a disk that lost its end: never moves
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether its owner is known to be gone."""
+    if (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace()):
+        return _start_of(owner["process"]) != owner["started"]
+    # SLURM starts a job again when all of its last start has ended.
+    own = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return owner.get("job") is not None and owner["job"] == own[0] and owner["restart"] < own[1]
+
+
+def _stays_still(path: Path, owner: dict[str, Any], patience: float) -> bool:
+    """Wait for a sign of life of ``owner``; whether there was none.
+
+    Raises:
+        UserError: there was one.
+    """
+    deadline, told = time.monotonic() + patience, False
+    while time.monotonic() < deadline:
+        found = _read(path)
+        if found is None or found["token"] != owner["token"]:
+            return False  # it has changed hands
+        if found["beats"] != owner["beats"] or _runs_here(found):
+            who = f"process {owner['process']} on {owner['host']}"
+            if owner.get("job"):
+                who += f", batch job {owner['job']}"
+            mend = "wait for it, stop it, or choose another --output"
+            raise UserError("--output", path.parent, f"another run is writing to it ({who})", mend)
+        if not told:
+            print(f"{path.parent} was last used by process {owner['process']} on {owner['host']}: "
+                  f"waiting up to {patience:.0f} s to see whether it is alive", flush=True)  # fmt: skip
+            told = True
+        time.sleep(min(0.2, patience / 10))
+    return True
+
+
+def _runs_here(owner: dict[str, Any]) -> bool:
+    same = (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace())
+    return same and _start_of(owner["process"]) == owner["started"]
+
+
+def _keep(path: Path, token: str, beat: float, ended: threading.Event) -> None:
+    """Give signs of life until the block has ended."""
+    beats = 0
+    while not ended.wait(beat):
+        found = _read(path)
+        if found is None or found["token"] != token:
+            print(
+                f"error: {path.parent} has been taken over by another run; this one ends", file=sys.stderr, flush=True
+            )
+            os._exit(_LOST)
+        beats += 1
+        draft = path.with_name(f"{FILE}-{token}")
+        with contextlib.suppress(OSError):  # a full disk must not end a run that may need no more of it
+            draft.write_text(json.dumps(_describe(token, beats)), encoding="utf-8")
+            os.replace(draft, path)

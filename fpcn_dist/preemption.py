@@ -1,0 +1,68 @@
+"""Leaving in good order before the machine is taken away: a signal to any rank, and all stop after the same step."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from fpcn_dist.distributed import Ranks
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+"""SIGUSR1 is what batch scripts ask SLURM to send before a time limit; SIGTERM ends what is preempted at once."""
+
+
+class Preemption:
+    """Notes signals, and lets all ranks know of those that any of them has got.
+
+    Signals are noted while its ``with`` block runs; they must be installed by a process's main thread.
+
+    Args:
+        ranks: this process among all.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._signal = ranks, 0
+        self._agreement: tuple[dist.Work, torch.Tensor] | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Preemption:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        with contextlib.suppress(RuntimeError):  # of a rank that is lost, and reported elsewhere
+            self._conclude()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def agreed(self) -> str | None:
+        """The name of a signal that some rank had got before its last step; the same on all ranks. Collective, once a
+        step.
+
+        Ranks agree while the next step is computed, so nobody waits for it.
+        """
+        if self._ranks.group is None:
+            found = self._signal
+        else:
+            found = self._conclude()
+            # On the CPU, where the group is gloo's, so that no GPU is waited for.
+            mine = torch.tensor(self._signal, dtype=torch.int32)
+            work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True)
+            assert work is not None
+            self._agreement = work, mine
+        return signal.Signals(found).name if found else None
+
+    def _conclude(self) -> int:
+        agreement, self._agreement = self._agreement, None
+        if agreement is None:
+            return 0
+        work, largest = agreement
+        work.wait()
+        return int(largest)
