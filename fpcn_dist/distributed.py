@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from fpcn_dist.config import DataConfig
 from fpcn_dist.errors import UserError
@@ -128,6 +128,19 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _own_store() -> Store | None:
+    """A part of torchrun's store for this start of the ranks: it outlives them, with the addresses of those that died.
+
+    ``None`` elsewhere, and over several nodes, which count starts each for itself: there torchrun must be told to give
+    each start a store of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
+        return None
+    shared = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    return PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", shared)
+
+
 @contextlib.contextmanager
 def connect(store: Store | None = None) -> Iterator[Ranks]:
     """Join the run that the environment describes; leave it at the end of the block.
@@ -151,6 +164,7 @@ def connect(store: Store | None = None) -> Iterator[Ranks]:
         if world_size == 1:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
+            store = store or _own_store()
             where: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **where)
     except (RuntimeError, ValueError) as error:

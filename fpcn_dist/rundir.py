@@ -49,7 +49,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            strangers = [] if self.recipe.exists() else [p.name for p in self.path.iterdir() if p.name[0] != "."]
+            found = [] if self.recipe.exists() else self.path.iterdir()
+            strangers = [p.name for p in found if p.name[0] != "." and p.name != "logs"]  # that is a launcher's
         except OSError as error:
             reason = f"the folder cannot be made ({error.strerror})"
             raise UserError("--output", self.path, reason, "choose another folder") from None

@@ -9,6 +9,8 @@ import tyro
 from fpcn_dist import cli
 from fpcn_dist.config import DataConfig
 from fpcn_dist.distill import STUDENTS
+from fpcn_dist.errors import UserError
+from fpcn_dist.scaling.model import Inputs
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,6 +54,25 @@ def distill(
     values["data"]["views"] = values["data"]["views"] if views is None else views
     loaded = cli.recipe_from_dict(values, recipe)
     distill_benchmark(data, loaded, students=students.split(","), teacher=teacher)
+
+
+@app.command(name="scaling")
+def scaling(ranks: str = "1,2,4,8", images: int = 42, measure: bool = True, model: Inputs = Inputs()) -> None:  # noqa: B008
+    """Bytes that ranks send and memory that they need, measured here; and the time of a step on up to 1,024 GPUs.
+
+    Args:
+        ranks: Numbers of gloo ranks to start on this machine, separated by commas.
+        images: Images of each of these ranks.
+        measure: Measure at all; else only compute.
+        model: What the time of a step is computed from; docs/scaling.md names the sources.
+    """
+    from fpcn_dist.scaling.benchmark import scaling_benchmark
+
+    try:
+        sizes = [int(size) for size in ranks.split(",")]
+    except ValueError:
+        raise UserError("--ranks", ranks, "are numbers separated by commas", "give for example 1,2,4,8") from None
+    scaling_benchmark(model, ranks=sizes, images=images, measure=measure)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class DDPEngine:
             with warnings.catch_warnings():  # torch 2.14 deprecates the name that 2.11 knows alone
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.module = DistributedDataParallel(self.task, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if self.one_pass:
+                _settle_buckets(self.module)
 
     def forward(self, batch, step, **halves):
         if self.one_pass or not isinstance(self.module, DistributedDataParallel):
@@ -95,3 +97,19 @@ class DDPEngine:
 
     def close(self) -> None:
         self.module = self.task
+
+
+def _settle_buckets(module: DistributedDataParallel) -> None:
+    """Let DDP lay out its buckets before the first step. Collective.
+
+    It sums all gradients in one bucket until a backward pass has shown in which order they come, and in several from
+    then on, which rounds otherwise. The first step of a resumed run would so differ from the same step of one that
+    was never interrupted. Here gradients of zero come in the order of the layers, the last one first.
+    """
+    module.reducer.prepare_for_forward()
+    module.reducer.prepare_for_backward([])
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    torch.stack([0.0 * parameter.sum() for parameter in parameters]).sum().backward()
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.zero_()

@@ -1,0 +1,149 @@
+"""The batch scripts as they are shipped, on a real SLURM of two nodes: trained, told to stop, cut off, come back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from fpcn_dist.metrics import read_metrics
+from tests.cluster.slurm import ENDED, MISSING, SlurmCluster
+from tests.launching import ROOT, Runs, environment, losses
+
+pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), pytest.mark.timeout(600)]
+
+TRAIN = ROOT / "launch/slurm/train.sbatch"
+EPOCHS = ["--train.epochs", "8"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
+
+
+class Jobs:
+    """Submits the scripts as a user does, from the root of the checkout."""
+
+    def __init__(self, cluster: SlurmCluster, runs: Runs) -> None:
+        self.cluster, self.runs = cluster, runs
+
+    def train(self, output: Path, *overrides: str, nodes: str = "2", options: tuple[str, ...] = ()) -> str:
+        argv = self.runs.train_argv(output, *overrides)[1:]
+        return self.submit(TRAIN, argv, output.name, nodes=nodes, options=options)
+
+    def submit(
+        self, script: Path, argv: list[str], name: str, *, nodes: str = "2", options: tuple[str, ...] = ()
+    ) -> str:
+        for node in self.cluster.nodes:  # what the last job left must have ended
+            self.cluster.wait_node(node, "idle")
+        env = {"FPCN_RANKS_PER_NODE": "2", "FPCN_HOOK": str(self.hook()), "OMP_NUM_THREADS": "1"}
+        out = f"--output={self.cluster.folder}/{name}.out"
+        return self.cluster.submit(script, *argv, options=[f"--nodes={nodes}", out, *options], env=env, cwd=ROOT)
+
+    def hook(self) -> Path:
+        """What a cluster's users write: here, where python is, and which interface joins the nodes."""
+        path = self.runs.folder / "hook.sh"
+        bin_dir = environment()["PATH"].partition(":")[0]
+        path.write_text(f"export PATH={bin_dir}:$PATH GLOO_SOCKET_IFNAME=eth0\n")
+        return path
+
+    def finish(self, job: str, timeout: float = 240) -> dict[str, str]:
+        fields = self.cluster.wait(job, timeout=timeout)
+        assert fields["JobState"] == "COMPLETED", self.cluster.output(job)
+        return fields
+
+    def until(self, job: str, condition: Callable[[], object], timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.cluster.job(job)["JobState"] not in ENDED, self.cluster.output(job)
+            assert time.monotonic() < deadline, self.cluster.output(job)[-6000:]
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, runs) -> Jobs:
+    return Jobs(cluster, runs)
+
+
+def steps(run: Path) -> int:
+    return len([line for line in read_metrics(run) if line["kind"] == "step"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs) -> Path:
+    """Two nodes with two ranks each, to the end."""
+    output = jobs.runs.folder / "slurm-undisturbed"
+    jobs.finish(jobs.train(output, *EPOCHS))
+    return output
+
+
+def same(run: Path, undisturbed: Path) -> bool:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, undisturbed))
+    return losses(run) == losses(undisturbed) and all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_job_trains_over_its_nodes(jobs, undisturbed):
+    shown = (jobs.cluster.folder / "slurm-undisturbed.out").read_text()
+    assert "2 node(s) x 2 rank(s), meeting at node1:" in shown and "test accuracy" in shown
+    assert "Traceback" not in shown and "ended with status 0" in shown
+    assert len(losses(undisturbed)) == 24
+    assert (undisturbed / "report.html").is_file()
+
+
+def test_told_to_stop_it_comes_back_as_the_same_job(jobs, undisturbed):
+    output = jobs.runs.folder / "slurm-warned"
+    job = jobs.train(output, *EPOCHS, "--train.log-every", "100", "--train.checkpoint-every", "100")
+    jobs.until(job, lambda: steps(output) >= 3)
+    jobs.cluster.signal(job, "USR1", batch=True)
+    jobs.until(job, lambda: jobs.cluster.job(job)["Restarts"] == "1")
+    reached = steps(output)
+    assert 3 <= reached < 24 and (output / f"checkpoints/step-{reached:08d}.safetensors").is_file()
+    fields = jobs.finish(job)
+    assert fields["JobId"] == job and fields["Restarts"] == "1"
+    shown = jobs.cluster.output(job)
+    assert "queued again" in shown and f"resuming from step {reached}" in shown
+    assert same(output, undisturbed)
+
+
+def test_a_killed_rank_costs_no_job(jobs, undisturbed):
+    output = jobs.runs.folder / "slurm-killed-rank"
+    job = jobs.train(output, *EPOCHS)
+    jobs.until(job, lambda: steps(output) >= 4)
+    jobs.cluster.run(
+        "bash", "-c", f"kill -9 $(pgrep -f '[p]ython.*-u launch/train.py.*{output.name}' | head -n 1)", node=2
+    )
+    assert jobs.finish(job)["Restarts"] == "0"
+    assert "resuming from step" in jobs.cluster.output(job)
+    assert same(output, undisturbed)
+
+
+def test_the_time_limit_warns_before_it_ends_a_job(jobs, undisturbed):
+    output = jobs.runs.folder / "slurm-limit"
+    # The warning comes up to a minute before it is asked for; a minute is the shortest limit.
+    job = jobs.train(output, "--train.epochs", "2000", options=("--time=1", "--signal=B:USR1@50"))
+    jobs.until(job, lambda: jobs.cluster.job(job)["Restarts"] == "1")
+    assert steps(output) >= 1
+    newest = max((output / "checkpoints").glob("step-*"))
+    assert int(newest.stem.removeprefix("step-")) == steps(output)
+    jobs.cluster.cancel(job)
+    jobs.cluster.wait(job)
+
+
+def test_a_node_without_power_is_done_without(jobs, undisturbed):
+    output = jobs.runs.folder / "slurm-lost-node"
+    job = jobs.train(output, *EPOCHS, nodes="1-2")
+    jobs.until(job, lambda: steps(output) >= 4)
+    jobs.cluster.kill_node(2)
+    try:
+        fields = jobs.finish(job)
+        shown = jobs.cluster.output(job)
+        assert int(fields["Restarts"]) >= 1 and fields["NodeList"] == "node1", shown
+        assert "2 rank(s) where there were 4: each cuts its share of a batch into 2 parts" in shown
+        assert losses(output) == pytest.approx(losses(undisturbed), rel=1e-4)
+    finally:
+        jobs.cluster.start_node(2)
+        jobs.cluster.wait_node(2, "idle")
