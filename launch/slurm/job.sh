@@ -6,8 +6,9 @@ if [ -z "${FPCN_HOOK:-}" ] && [ -f launch/slurm/hook.sh ]; then FPCN_HOOK=launch
 if [ -n "${FPCN_HOOK:-}" ]; then source "$FPCN_HOOK"; elif [ -d .venv ]; then source .venv/bin/activate; fi
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Two jobs on one node must not meet: a port of its own for each, below those that the system hands out by itself.
-port=$((10000 + SLURM_JOB_ID % 20000))
+# Two jobs on one node must not meet: a port of its own for each, above those of Ray's workers and below those that the
+# system hands out by itself.
+port=$((20000 + SLURM_JOB_ID % 10000))
 gpus=${SLURM_GPUS_ON_NODE:-0}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 per_node=(--nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
@@ -38,7 +39,9 @@ on_warning() {
 trap on_warning USR1
 
 # What a job has reached; one that fails is queued again as long as that changes, so that no error goes on for ever.
-progress() { ls "$output/checkpoints" 2>/dev/null | sha256sum; }
+progress() {
+    find "$output" \( -name 'step-*.safetensors' -o -name outcome.json \) -printf '%p %T@\n' 2>/dev/null | sort | sha256sum
+}
 
 # Wait for process $1, however often a signal interrupts the waiting, and end the job as it ended; or queue it again.
 finish() {
