@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from fpcn_dist.metrics import read_metrics
+from fpcn_dist.rundir import RunFolder
+from fpcn_dist.search.records import load_results
 from tests.cluster.slurm import ENDED, MISSING, SlurmCluster
-from tests.launching import ROOT, Runs, environment, losses
+from tests.distilling import make_teacher
+from tests.launching import ROOT, TINY, Runs, environment, losses
 
 pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), pytest.mark.timeout(600)]
 
@@ -147,3 +152,39 @@ def test_a_node_without_power_is_done_without(jobs, undisturbed):
     finally:
         jobs.cluster.start_node(2)
         jobs.cluster.wait_node(2, "idle")
+
+
+def test_a_search_over_the_nodes_of_a_job_is_told_to_stop_and_comes_back(jobs):
+    output = jobs.runs.folder / "slurm-search"
+    argv = ["--recipe", str(jobs.runs.recipe), "--data", str(jobs.runs.data), "--stage", "teacher", "--trials", "4"]
+    argv += ["--scheduler", "none", "--workers-per-trial", "2", "--train.epochs", "8", "--output", str(output)]
+    job = jobs.submit(ROOT / "launch/slurm/tune.sbatch", argv, output.name)
+    jobs.until(job, lambda: list(output.glob("trials/*/checkpoints/step-*8.safetensors")))
+    jobs.cluster.signal(job, "USR1", batch=True)
+    assert jobs.finish(job)["Restarts"] == "1"
+    results = load_results(output)
+    assert results is not None and [trial.state for trial in results.trials] == ["finished"] * 4
+    assert "resuming from step" in "".join(path.read_text() for path in (output / "logs").glob("trial-*"))
+    hosts = {
+        host for log in (output / "logs").glob("trial-*") for host in re.findall(r"on (\w+), Ray", log.read_text())
+    }
+    assert hosts == {"node1", "node2"}
+    shown = jobs.cluster.output(job)
+    assert "Ray on 2 node(s)" in shown and "best recipe" in shown and "Traceback" not in shown
+
+
+def test_a_distillation_over_the_nodes_of_a_job_and_its_exit_status(jobs, tmp_path):
+    teacher, recipe, output = make_teacher(tmp_path / "teacher"), tmp_path / "student.yaml", tmp_path / "students"
+    values = yaml.safe_load(TINY) | {"task": "distill", "name": "students"}
+    values["data"]["views"] = 2
+    recipe.write_text(yaml.safe_dump(values))
+    argv = ["--recipe", str(recipe), "--data", str(jobs.runs.data), "--teacher", str(teacher), "--output", str(output)]
+    script = ROOT / "launch/slurm/distill.sbatch"
+    job = jobs.submit(script, [*argv, "--students", "resnet18,mobilenet_v2"], "slurm-distill")
+    jobs.finish(job)
+    assert (output / "distillation.json").is_file()
+    assert all(RunFolder(output / name).read_outcome()[0] == "finished" for name in ("resnet18", "mobilenet_v2"))
+    wrong = jobs.submit(script, [*argv, "--students", "resnet19"], "slurm-distill-wrong")
+    fields = jobs.cluster.wait(wrong, timeout=120)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
+    assert "did you mean" in jobs.cluster.output(wrong)
