@@ -21,7 +21,7 @@ from tests.launching import ROOT, TINY, Runs, environment, losses
 pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), pytest.mark.timeout(600)]
 
 TRAIN = ROOT / "launch/slurm/train.sbatch"
-EPOCHS = ["--train.epochs", "8"]
+EPOCHS = ["--train.epochs", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_job_trains_over_its_nodes(jobs, undisturbed):
     shown = (jobs.cluster.folder / "slurm-undisturbed.out").read_text()
     assert "2 node(s) x 2 rank(s), meeting at node1:" in shown and "test accuracy" in shown
     assert "Traceback" not in shown and "ended with status 0" in shown
-    assert len(losses(undisturbed)) == 24
+    assert len(losses(undisturbed)) == 18
     assert (undisturbed / "report.html").is_file()
 
 
@@ -106,7 +106,7 @@ def test_told_to_stop_it_comes_back_as_the_same_job(jobs, undisturbed):
     jobs.cluster.signal(job, "USR1", batch=True)
     jobs.until(job, lambda: jobs.cluster.job(job)["Restarts"] == "1")
     reached = steps(output)
-    assert 3 <= reached < 24 and (output / f"checkpoints/step-{reached:08d}.safetensors").is_file()
+    assert 3 <= reached < 18 and (output / f"checkpoints/step-{reached:08d}.safetensors").is_file()
     fields = jobs.finish(job)
     assert fields["JobId"] == job and fields["Restarts"] == "1"
     shown = jobs.cluster.output(job)
@@ -156,14 +156,14 @@ def test_a_node_without_power_is_done_without(jobs, undisturbed):
 
 def test_a_search_over_the_nodes_of_a_job_is_told_to_stop_and_comes_back(jobs):
     output = jobs.runs.folder / "slurm-search"
-    argv = ["--recipe", str(jobs.runs.recipe), "--data", str(jobs.runs.data), "--stage", "teacher", "--trials", "4"]
+    argv = ["--recipe", str(jobs.runs.recipe), "--data", str(jobs.runs.data), "--stage", "teacher", "--trials", "2"]
     argv += ["--scheduler", "none", "--workers-per-trial", "2", "--train.epochs", "8", "--output", str(output)]
     job = jobs.submit(ROOT / "launch/slurm/tune.sbatch", argv, output.name)
     jobs.until(job, lambda: list(output.glob("trials/*/checkpoints/step-*8.safetensors")))
     jobs.cluster.signal(job, "USR1", batch=True)
     assert jobs.finish(job)["Restarts"] == "1"
     results = load_results(output)
-    assert results is not None and [trial.state for trial in results.trials] == ["finished"] * 4
+    assert results is not None and [trial.state for trial in results.trials] == ["finished"] * 2
     assert "resuming from step" in "".join(path.read_text() for path in (output / "logs").glob("trial-*"))
     hosts = {
         host for log in (output / "logs").glob("trial-*") for host in re.findall(r"on (\w+), Ray", log.read_text())
@@ -184,7 +184,7 @@ def test_a_distillation_over_the_nodes_of_a_job_and_its_exit_status(jobs, tmp_pa
     jobs.finish(job)
     assert (output / "distillation.json").is_file()
     assert all(RunFolder(output / name).read_outcome()[0] == "finished" for name in ("resnet18", "mobilenet_v2"))
-    wrong = jobs.submit(script, [*argv, "--students", "resnet19"], "slurm-distill-wrong")
+    wrong = jobs.submit(script, [*argv, "--students", "resnet19"], "slurm-distill-wrong", nodes="1")
     fields = jobs.cluster.wait(wrong, timeout=120)
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
     assert "did you mean" in jobs.cluster.output(wrong)
