@@ -184,10 +184,12 @@ class CheckpointFolder:
     def _write(self, state: TrainingState, info: CheckpointInfo, best: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(info.step)
-        write_checkpoint(path, state, info)
-        if best:
-            with replacing(self.folder / BEST) as temporary:
-                os.link(path, temporary)
+        if best:  # first, as a run that ended in between would go on from this step without evaluating it again
+            write_checkpoint(self.folder / BEST, state, info)
+            with replacing(path) as temporary:
+                os.link(self.folder / BEST, temporary)
+        else:
+            write_checkpoint(path, state, info)
         for step in self.steps()[: -self.keep]:
             self.path(step).unlink(missing_ok=True)
 

@@ -14,6 +14,19 @@ from torch import Tensor
 from fpcn_dist.errors import UserError
 
 
+def make_folder(path: Path) -> None:
+    """Make an output folder, with all above it; one that is there already is left as it is.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"the folder cannot be made ({error.strerror})"
+        raise UserError("--output", path, reason, "choose another folder") from None
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; what was written there becomes ``path`` when the block ends well.

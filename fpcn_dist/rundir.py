@@ -23,7 +23,7 @@ from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distributed import Ranks
 from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.files import make_folder, write_text
 from fpcn_dist.lock import locked
 from fpcn_dist.teacher import name_teacher
 
@@ -47,13 +47,9 @@ class RunFolder:
         Raises:
             UserError: it cannot be made, or it holds files but no run.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            found = [] if self.recipe.exists() else self.path.iterdir()
-            strangers = [p.name for p in found if p.name[0] != "." and p.name != "logs"]  # that is a launcher's
-        except OSError as error:
-            reason = f"the folder cannot be made ({error.strerror})"
-            raise UserError("--output", self.path, reason, "choose another folder") from None
+        make_folder(self.path)
+        found = [] if self.recipe.exists() else self.path.iterdir()
+        strangers = [p.name for p in found if p.name[0] != "." and p.name != "logs"]  # that is a launcher's
         if strangers:
             reason = f"the folder holds other files ({', '.join(sorted(strangers)[:3])}) and no run"
             raise UserError("--output", self.path, reason, "choose a new or empty folder")

@@ -31,7 +31,7 @@ from fpcn_dist.distill.table import write_results
 from fpcn_dist.distributed import CPU
 from fpcn_dist.errors import UserError
 from fpcn_dist.export import WEIGHTS
-from fpcn_dist.files import write_text
+from fpcn_dist.files import make_folder, write_text
 from fpcn_dist.lock import locked
 from fpcn_dist.models import build_backbone
 from fpcn_dist.onnx_export import FP32_FILE, export_onnx
@@ -74,7 +74,8 @@ def distill(
     print(open_teacher(recipe, manifest, CPU), flush=True)
     with contextlib.ExitStack() as held:
         if not dry_run:
-            _make_folder(output)
+            make_folder(output)
+            (output / "logs").mkdir(exist_ok=True)
             held.enter_context(locked(output))
             manifest.save(output / "manifest.json")
         ray = held.enter_context(connect_ray(address))
@@ -140,14 +141,6 @@ def _require_seeing(student: str, recipe: Recipe) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = f"it cannot see images of {size} px ({' '.join(str(error).split())[:200]})"
         raise UserError("--students", student, reason, "leave it out, or change data.crop, the teacher's too") from None
-
-
-def _make_folder(output: Path) -> None:
-    try:
-        (output / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"the folder cannot be made ({error.strerror})"
-        raise UserError("--output", output, reason, "choose another folder") from None
 
 
 def _limited(slots: Slots, gpus: int | None) -> Slots:

@@ -19,7 +19,7 @@ from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.distributed import CPU
 from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.files import make_folder, write_text
 from fpcn_dist.lock import locked
 from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.request import Request, checked, make_plan
@@ -60,7 +60,8 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
         slots = find_slots(ray)
         bundles = trial_bundles(slots, recipe.data.threads, workers=request.workers, gpus=request.gpus)
         places = require_places([node["Resources"] for node in ray.nodes() if node["Alive"]], bundles)
-        _make_folder(output)
+        make_folder(output)
+        (output / "logs").mkdir(exist_ok=True)
         held.enter_context(locked(output))
         _describe_folder(output, request, manifest, resume)
         plan = make_plan(request, output, len(manifest.classes), bundles)
@@ -164,14 +165,6 @@ def _tune_config(request: Request, plan: Plan, places: int) -> Any:
 
 def _name_of_folder(trial: Any) -> str:
     return trial.trial_id
-
-
-def _make_folder(output: Path) -> None:
-    try:
-        (output / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"the folder cannot be made ({error.strerror})"
-        raise UserError("--output", output, reason, "choose another folder") from None
 
 
 def _describe_folder(output: Path, request: Request, manifest: Manifest, resume: bool) -> None:
