@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -159,4 +160,42 @@ cli.run(folder.wait)
     assert "could not be written" in done.stderr and "free some space" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(os.listdir(tmp_path)) == [BEST, "step-00000001.safetensors"]
+    assert read_checkpoint(tmp_path / BEST)[1].step == 1
+
+
+def test_a_slow_disk_holds_training_up_only_where_it_is_slower_than_the_steps_between(tmp_path, monkeypatch):
+    def slowly(*args) -> None:
+        time.sleep(0.5)
+        write_checkpoint(*args)
+
+    monkeypatch.setattr("fpcn_dist.checkpoint.write_checkpoint", slowly)
+    with CheckpointFolder(tmp_path, keep=2) as folder:
+        stalls = []
+        for step, pause in ((1, 0.0), (2, 0.7), (3, 0.0)):
+            time.sleep(pause)
+            began = time.perf_counter()
+            folder.save(state(step), info(step), best=False)
+            stalls.append(time.perf_counter() - began)
+        # The third finds the second still on its way.
+        assert stalls[0] < 0.25 and stalls[1] < 0.25 and 0.25 < stalls[2] < 2
+    assert folder.steps() == [2, 3]
+
+
+def test_a_writer_that_is_killed_leaves_the_last_checkpoint_whole(tmp_path):
+    program = f"""
+import os, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from pathlib import Path
+import test_checkpoint as t
+folder = t.CheckpointFolder(Path({str(tmp_path)!r}), keep=3)
+folder.save(t.state(1), t.info(1), best=True)
+folder.wait()
+os.replace = lambda *_: os._exit(9)  # the disk has the data, but not the name
+folder.save(t.state(2), t.info(2), best=True)
+folder.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    folder = CheckpointFolder(tmp_path, keep=3)
+    assert folder.newest() == folder.path(1) and folder.best_accuracy() is None
     assert read_checkpoint(tmp_path / BEST)[1].step == 1
