@@ -62,6 +62,7 @@ def importance(results: SearchResults) -> dict[str, float]:
         return {}
     tried = {name: [t.settings[name] for t in trials if name in t.settings] for name in results.fields}
     distributions = {name: _distribution(values) for name, values in tried.items()}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -99,6 +99,28 @@ def test_a_job_trains_over_its_nodes(jobs, undisturbed):
     assert (undisturbed / "report.html").is_file()
 
 
+def srun(jobs: Jobs, tasks: int, *argv: str) -> str:
+    """What a script prints that srun starts itself, on two nodes."""
+    python = environment()["PATH"].partition(":")[0] + "/python"
+    command = ["srun", "--nodes=2", f"--ntasks-per-node={tasks}", python, *argv]
+    env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+    return jobs.cluster.run(*command, cwd=ROOT, env=env, timeout=200).stdout
+
+
+def test_srun_starts_ranks_without_a_script(jobs, undisturbed):
+    output = jobs.runs.folder / "slurm-srun"
+    assert "test accuracy" in srun(jobs, 2, *jobs.runs.train_argv(output, *EPOCHS))
+    assert same(output, undisturbed)
+
+
+def test_the_doctor_looks_at_all_nodes(jobs):
+    shown = srun(jobs, 1, "launch/doctor.py", "--data", str(jobs.runs.data))
+    assert "0 problem(s)" in shown and {"node1: ok", "node2: ok"} <= set(
+        re.findall(r"^node\d: ok", shown, re.MULTILINE)
+    )
+    assert "rendezvous: 2 ranks on 2 node(s) sum right by gloo" in shown
+
+
 def test_told_to_stop_it_comes_back_as_the_same_job(jobs, undisturbed):
     output = jobs.runs.folder / "slurm-warned"
     job = jobs.train(output, *EPOCHS, "--train.log-every", "100", "--train.checkpoint-every", "100")
