@@ -38,6 +38,9 @@ on_warning() {
 }
 trap on_warning USR1
 
+# Whether work that ended without an error has come to its end.
+finished() { true; }
+
 # What a job has reached; one that fails is queued again as long as that changes, so that no error goes on for ever.
 progress() {
     find "$output" \( -name 'step-*.safetensors' -o -name outcome.json \) -printf '%p %T@\n' 2>/dev/null | sort | sha256sum
@@ -50,6 +53,8 @@ finish() {
     while kill -0 "$1" 2>/dev/null; do wait "$1"; status=$?; done
     if [ $told = 1 ] && { [ $status = 0 ] || [ $status = 75 ] || [ $status -gt 128 ]; }; then
         again "stopped"
+    elif [ $status = 75 ] || { [ $status = 0 ] && ! finished; }; then
+        again "stopped by a signal"
     elif [ $status != 0 ] && [ "$(progress)" != "$before" ]; then
         again "failed with status $status, but got further"
     fi
