@@ -136,18 +136,6 @@ def test_told_to_stop_it_comes_back_as_the_same_job(jobs, undisturbed):
     assert same(output, undisturbed)
 
 
-def test_a_killed_rank_costs_no_job(jobs, undisturbed):
-    output = jobs.runs.folder / "slurm-killed-rank"
-    job = jobs.train(output, *EPOCHS)
-    jobs.until(job, lambda: steps(output) >= 4)
-    jobs.cluster.run(
-        "bash", "-c", f"kill -9 $(pgrep -f '[p]ython.*-u launch/train.py.*{output.name}' | head -n 1)", node=2
-    )
-    assert jobs.finish(job)["Restarts"] == "0"
-    assert "resuming from step" in jobs.cluster.output(job)
-    assert same(output, undisturbed)
-
-
 def test_the_time_limit_warns_before_it_ends_a_job(jobs, undisturbed):
     output = jobs.runs.folder / "slurm-limit"
     # The warning comes up to a minute before it is asked for; a minute is the shortest limit.
