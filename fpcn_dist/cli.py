@@ -23,7 +23,7 @@ Args = TypeVar("Args")
 Overrides = Annotated[Recipe, tyro.conf.arg(name="")]
 """Type of a field of an argument dataclass that lets every recipe field be overridden by its dotted name."""
 
-_LOST_RANK = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|recvvalue|socket", re.IGNORECASE)
+_LOST_RANK = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset)|timed out|recvvalue|socket", re.IGNORECASE)
 
 _AGAIN = "start the same command again: it resumes from the last checkpoint"
 

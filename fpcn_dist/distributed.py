@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,8 @@ class Ranks:
 
 
 _turn = 0
+_PARTING = 1.0
+"""Seconds that the end of a group which has lost a rank may take."""
 
 
 def _environment() -> tuple[int, int, int, int]:
@@ -182,11 +185,29 @@ def connect(store: Store | None = None) -> Iterator[Ranks]:
             f"rank {rank} could not reach the other {world_size - 1} rank(s) there",
             "start all ranks with the same MASTER_ADDR and MASTER_PORT, reachable from each of them",
         ) from error
+    patience = None
     try:
         yield Ranks(rank, world_size, local_rank, local_world_size, device)
+    except RuntimeError:
+        patience = _PARTING
+        raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave(patience)
+
+
+def _leave(patience: float | None) -> None:
+    """Destroy the group, in the background where that takes longer than ``patience`` seconds.
+
+    It waits for all collectives: after a rank is lost, perhaps for one with a rank that lives, but waits for this one.
+    """
+    if not dist.is_initialized():
+        return
+    if patience is None:
+        dist.destroy_process_group()
+        return
+    destruction = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    destruction.start()
+    destruction.join(patience)
 
 
 def own_device() -> torch.device:

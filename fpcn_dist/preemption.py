@@ -33,9 +33,11 @@ class Preemption:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        if kind is not None and issubclass(kind, RuntimeError):
+            return  # a rank is lost, and another may wait for this one to end before it answers
         with contextlib.suppress(RuntimeError):  # of a rank that is lost, and reported elsewhere
             self._conclude()
 

@@ -25,6 +25,7 @@ slurmctld -D -c >&2 &
 _NODE = 'slurmd -D -N "$(hostname)" &'
 
 # MessageTimeout bounds how long the controller waits for a node that says nothing, SlurmdTimeout when it gives it up.
+# KillWait is below MessageTimeout, or an order to end a step is sent again, and ends that of the requeued job.
 # A requeued job starts when the credential of its first start has expired, by default after two minutes.
 _CONFIG = """
 ClusterName=throwaway
@@ -47,7 +48,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=8
 MessageTimeout=5
-KillWait=5
+KillWait=2
 NodeName=node[1-{nodes}] CPUs={cpus} RealMemory={memory}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
