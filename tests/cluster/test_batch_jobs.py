@@ -37,7 +37,7 @@ class Jobs:
         self.cluster, self.runs = cluster, runs
 
     def train(self, output: Path, *overrides: str, nodes: str = "2", options: tuple[str, ...] = ()) -> str:
-        argv = self.runs.train_argv(output, *overrides)[1:]
+        argv = self.runs.train_argv(output, "--train.keep-checkpoints", "2", *overrides)[1:]
         return self.submit(TRAIN, argv, output.name, nodes=nodes, options=options)
 
     def submit(

@@ -24,6 +24,8 @@ from tests.launching import ROOT, TINY, Runs, command, environment, losses
 from tests.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.ray_cluster import Order, node_of, ray_cluster, wait_for
 
+pytestmark = pytest.mark.timeout(600)
+
 VALUES: dict[str, Any] = yaml.safe_load(TINY)
 STUDENT = VALUES | {"task": "distill", "name": "student", "data": VALUES["data"] | {"views": 2}}
 
@@ -52,7 +54,7 @@ class Command:
 
     def finish(self, process: subprocess.Popen[str]) -> str:
         try:
-            shown, _ = process.communicate(timeout=280)
+            shown, _ = process.communicate(timeout=500)
         finally:
             process.kill()
         assert process.returncode == 0, shown
