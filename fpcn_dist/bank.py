@@ -29,7 +29,7 @@ from rich.progress import track
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import ViewLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import Outage, UserError
 from fpcn_dist.files import write_text
 from fpcn_dist.teacher import Teacher
 
@@ -205,7 +205,7 @@ def _claim(path: Path, size: int) -> None:
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
     reason = f"cannot be written ({error.strerror or error})"
-    return UserError("bank", folder, reason, "free some space there or choose another --output or distill.bank")
+    return Outage("bank", folder, reason, "free some space there or choose another --output or distill.bank")
 
 
 def _require_same(folder: Path, key: BankKey) -> None:

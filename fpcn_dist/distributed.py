@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from fpcn_dist.config import DataConfig
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import Outage, UserError
 
 CPU = torch.device("cpu")
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
@@ -73,7 +73,8 @@ class Ranks:
             try:
                 outcome[0] = compute()
             except UserError as error:
-                outcome[1] = [error.field, None if error.value is None else str(error.value), error.reason, error.mend]
+                value = None if error.value is None else str(error.value)
+                outcome[1] = [isinstance(error, Outage), error.field, value, error.reason, error.mend]
             store.set(key, "done")
         else:
             store.wait([key], FIRST_RANK_TIMEOUT)
@@ -81,7 +82,8 @@ class Ranks:
         dist.broadcast_object_list(payload, src=0)
         result, failure = json.loads(payload[0])
         if failure is not None:
-            raise UserError(*failure)
+            outage, *parts = failure
+            raise (Outage if outage else UserError)(*parts)
         return result
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -179,7 +181,7 @@ def connect(store: Store | None = None) -> Iterator[Ranks]:
                 f"the rendezvous port of {address} is already in use",
                 "start with another --master-port, or stop the run that holds it",
             ) from error
-        raise UserError(
+        raise Outage(
             "rendezvous",
             address,
             f"rank {rank} could not reach the other {world_size - 1} rank(s) there",

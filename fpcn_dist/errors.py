@@ -28,6 +28,10 @@ class UserError(Exception):
         return type(self), (self.field, self.value, self.reason, self.mend)
 
 
+class Outage(UserError):
+    """A disk, the network or another rank failed: the same again may go well."""
+
+
 class NotFinite(UserError):
     """A loss or a gradient ran away; every rank finds that out at the same time."""
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import Outage, UserError
 
 
 def make_folder(path: Path) -> None:
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(folder)
     except OSError as error:
         reason = f"could not be written ({error.strerror or error})"
-        raise UserError("file", path, reason, "free some space there or choose another --output folder") from error
+        raise Outage("file", path, reason, "free some space there or choose another --output folder") from error
     finally:
         temporary.unlink(missing_ok=True)
 

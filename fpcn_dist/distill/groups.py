@@ -8,7 +8,7 @@ from fpcn_dist.cluster import Slots
 from fpcn_dist.cluster.ranks import Rendezvous
 from fpcn_dist.distill import worker
 from fpcn_dist.distill.plan import Group
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import Outage, UserError
 
 
 class GroupResult(NamedTuple):
@@ -104,7 +104,7 @@ class RunningGroup:
             self._ray.get(self.tasks, timeout=120)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
-                return GroupResult(str(error.cause), for_good=True)
+                return GroupResult(str(error.cause), for_good=not isinstance(error.cause, Outage))
             return GroupResult(str(error.cause or error).strip().splitlines()[-1], for_good=False)
         except self._ray.exceptions.GetTimeoutError:
             return GroupResult("a rank did not end with the others", for_good=False)

@@ -100,7 +100,9 @@ def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resum
     placed = tune.with_resources(trainable, tune.PlacementGroupFactory(bundles))
     path = plan.output / _TUNE
     if resume and tune.Tuner.can_restore(str(path)):
-        tuner = tune.Tuner.restore(str(path), placed, resume_unfinished=True, param_space=_parameters(request, plan))
+        tuner = tune.Tuner.restore(
+            str(path), placed, resume_unfinished=True, resume_errored=True, param_space=_parameters(request, plan)
+        )
         callbacks: Any = tuner._local_tuner.get_run_config().callbacks  # pyright: ignore
         (recorder,) = [callback for callback in callbacks if isinstance(callback, Recorder)]
         recorder.plan = plan  # the folder may have moved

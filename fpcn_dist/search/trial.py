@@ -34,7 +34,7 @@ from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distill.measure import measure
 from fpcn_dist.distributed import own_device, use_threads
-from fpcn_dist.errors import UserError
+from fpcn_dist.errors import Outage, UserError
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.models import build_model
 from fpcn_dist.rundir import RunFolder
@@ -83,7 +83,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     except Exception as error:
         reason = _reason(error)
         if reason is None:
-            raise  # a lost process or node: Tune tries again
+            raise  # a lost process, node or disk: Tune tries again
         print(f"error: {reason}", flush=True)
         clear_checkpoints(plan, number)
         _report_failure(reason, reporter, began)
@@ -176,7 +176,7 @@ def _peers(plan: Plan, number: int, settings: Settings, address: str) -> Iterato
 def _reason(error: BaseException) -> str | None:
     """Why another attempt would end like this one; ``None`` where it might not."""
     if isinstance(error, UserError):
-        return str(error)
+        return None if isinstance(error, Outage) else str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return f"out of memory ({' '.join(str(error).split())[:200]})"
     return None
