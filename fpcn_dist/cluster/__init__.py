@@ -1,4 +1,4 @@
-"""Training on a Ray cluster: how it is joined, how processes that Ray placed become ranks, what they show meanwhile."""
+"""Training on a Ray cluster: how it is joined, and how processes that Ray placed become ranks."""
 
 from fpcn_dist.cluster.connection import Slots, connect_ray, find_slots, task_result
 

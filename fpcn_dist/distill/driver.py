@@ -20,12 +20,12 @@ from rich.table import Table
 
 from fpcn_dist.cli import load_recipe
 from fpcn_dist.cluster import Slots, connect_ray, find_slots, task_result
-from fpcn_dist.cluster.live import LiveTable
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.distill import BASELINE, worker
 from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.distill.groups import RunningGroup
+from fpcn_dist.distill.live import LiveTable
 from fpcn_dist.distill.plan import Group, make_plan
 from fpcn_dist.distill.table import write_results
 from fpcn_dist.distributed import CPU

@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fpcn_dist import __version__
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation
-from fpcn_dist.files import write_text
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.report.figures import draw_curves, read_curves
+from fpcn_dist.report.page import write_page
 from fpcn_dist.report.samples import FOLDER, read_samples
 
-FILE = "report.html"
 _SPLITS = ("train", "val", "test")
 _LARGEST_MATRIX = 25
 """Classes up to which the whole confusion matrix is shown; beyond, the pairs most often confused."""
@@ -48,11 +45,9 @@ def build_report(run_dir: Path) -> Path:
     samples = [(sample, _data_uri(run_dir / FOLDER / sample.file)) for sample in read_samples(run_dir)]
     replaced = [line for line in metrics if line["kind"] == "replaced"]
 
-    templates = Environment(
-        loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    html = templates.get_template("template.html.j2").render(
+    return write_page(
+        run_dir,
+        "template.html.j2",
         title=run_dir.resolve().name,
         subtitle=str(manifest.root) if manifest else "",
         tiles=_tiles(evaluation, manifest, metrics),
@@ -70,10 +65,7 @@ def build_report(run_dir: Path) -> Path:
         recipe_text=recipe_text,
         command=_command(environment),
         environment=_flatten({name: value for name, value in environment.items() if name != "command"}),
-        version=__version__,
     )
-    write_text(run_dir / FILE, html)
-    return run_dir / FILE
 
 
 def _read(path: Path) -> str:

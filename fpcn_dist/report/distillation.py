@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,10 +15,8 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from fpcn_dist import __version__
-from fpcn_dist.files import write_text
-from fpcn_dist.report.build import FILE
 from fpcn_dist.report.figures import SERIES, STYLE, to_svg
+from fpcn_dist.report.page import FILE, write_page
 
 if TYPE_CHECKING:
     from fpcn_dist.distill.table import Results
@@ -33,12 +30,10 @@ def build_distillation_report(output: Path, results: Results) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    templates = Environment(
-        loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     reports = [name for row in results.students for name in row.runs]
-    html = templates.get_template("distillation.html.j2").render(
+    return write_page(
+        output,
+        "distillation.html.j2",
         title=output.resolve().name,
         subtitle=f"{len(results.students)} students of {results.teacher.folder}",
         tiles=_tiles(results),
@@ -46,10 +41,7 @@ def build_distillation_report(output: Path, results: Results) -> Path:
         # Markup: the SVG comes from matplotlib, which escapes its labels.
         plot=Markup(draw_accuracy_against_cost(results)),
         links={name: quote(f"{name}/{FILE}") for name in reports if (output / name / FILE).is_file()},
-        version=__version__,
     )
-    write_text(output / FILE, html)
-    return output / FILE
 
 
 def _tiles(results: Results) -> list[dict[str, str]]:

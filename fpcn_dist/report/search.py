@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fpcn_dist import __version__
-from fpcn_dist.files import write_text
 from fpcn_dist.report import search_figures as figures
-from fpcn_dist.report.build import FILE
+from fpcn_dist.report.page import FILE, write_page
 from fpcn_dist.search.space import NUM_PAIRS
 
 if TYPE_CHECKING:
@@ -33,12 +30,10 @@ def build_search_report(output: Path, results: SearchResults, *, title: str) -> 
     Raises:
         UserError: it cannot be written.
     """
-    templates = Environment(
-        loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     best = results.best
-    html = templates.get_template("search.html.j2").render(
+    return write_page(
+        output,
+        "search.html.j2",
         title=title,
         subtitle=f"search of {'teacher and student' if results.stage == 'joint' else 'a ' + results.stage}",
         tiles=_tiles(results),
@@ -58,10 +53,7 @@ def build_search_report(output: Path, results: SearchResults, *, title: str) -> 
         rows=[(trial, _cells(results, trial, _columns(results))) for trial in _sorted(results)],
         failed=[trial for trial in results.trials if trial.state == "failed"],
         links={trial.number: _links(output, trial.number) for trial in results.trials},
-        version=__version__,
     )
-    write_text(output / FILE, html)
-    return output / FILE
 
 
 def _tiles(results: SearchResults) -> list[dict[str, str]]:
