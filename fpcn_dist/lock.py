@@ -59,8 +59,17 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
 def _acquire(path: Path, token: str, patience: float) -> None:
     while not _create(path, token):
         found = _read(path)
-        if found is None or (not _is_dead(found) and not _stays_still(path, found, patience)):
+        alive = _lives(found) if found else None
+        if found and alive is None:
+            alive = _moves(path, found, patience)
+        if found is None or alive is None:
             continue
+        if alive:
+            who = f"process {found['process']} on {found['host']}"
+            if found.get("job"):
+                who += f", batch job {found['job']}"
+            mend = "wait for it, stop it, or choose another --output"
+            raise UserError("--output", path.parent, f"another run is writing to it ({who})", mend)
         # Of several that find it dead, one moves it out of the way; what it moved must be what it had looked at.
         grave = path.with_name(f"{FILE}-{token}")
         try:
@@ -121,43 +130,28 @@ def _read(path: Path) -> dict[str, Any] | None:
         return {"token": "", "host": "?", "process": "?", "beats": -1}  # of a disk that lost its end: never moves
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether its owner is known to be gone."""
+def _lives(owner: dict[str, Any]) -> bool | None:
+    """Whether an owner is alive; ``None`` where that cannot be known from here."""
     if (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace()):
-        return _start_of(owner["process"]) != owner["started"]
+        return _start_of(owner["process"]) == owner["started"]
     # SLURM starts a job again when all of its last start has ended.
-    own = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return owner.get("job") is not None and owner["job"] == own[0] and owner["restart"] < own[1]
+    job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return False if job is not None and owner.get("job") == job and owner["restart"] < restart else None
 
 
-def _stays_still(path: Path, owner: dict[str, Any], patience: float) -> bool:
-    """Wait for a sign of life of ``owner``; whether there was none.
-
-    Raises:
-        UserError: there was one.
-    """
-    deadline, told = time.monotonic() + patience, False
+def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
+    """Whether an owner gives a sign of life in time; ``None`` where the lock has changed hands, or is gone."""
+    where = f"process {owner['process']} on {owner['host']}"
+    print(f"{path.parent} was last used by {where}: waiting up to {patience:.0f} s to see whether it lives", flush=True)
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = _read(path)
         if found is None or found["token"] != owner["token"]:
-            return False  # it has changed hands
-        if found["beats"] != owner["beats"] or _runs_here(found):
-            who = f"process {owner['process']} on {owner['host']}"
-            if owner.get("job"):
-                who += f", batch job {owner['job']}"
-            mend = "wait for it, stop it, or choose another --output"
-            raise UserError("--output", path.parent, f"another run is writing to it ({who})", mend)
-        if not told:
-            print(f"{path.parent} was last used by process {owner['process']} on {owner['host']}: "
-                  f"waiting up to {patience:.0f} s to see whether it is alive", flush=True)  # fmt: skip
-            told = True
+            return None
+        if found["beats"] != owner["beats"]:
+            return True
         time.sleep(min(0.2, patience / 10))
-    return True
-
-
-def _runs_here(owner: dict[str, Any]) -> bool:
-    same = (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace())
-    return same and _start_of(owner["process"]) == owner["started"]
+    return False
 
 
 def _keep(path: Path, token: str, beat: float, ended: threading.Event) -> None:

@@ -115,8 +115,10 @@ def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
 
 
 def check_students(recipe: Recipe, students: Sequence[str]) -> None:
-    """Raises:
-    UserError: these students cannot be trained together by this recipe.
+    """Refuse students that cannot be trained together by this recipe.
+
+    Raises:
+        UserError: names what does not fit.
     """
     if recipe.task != "distill":
         mend = "use launch/recipes/distill.yaml, or set task to 'distill'"

@@ -196,7 +196,7 @@ def _measure(ranks: Ranks, images: int, own_network: bool) -> dict[str, Any]:
     engine = build_engine(RECIPE, build_task(RECIPE, CLASSES, ranks.group), ranks)
     watch(engine)
     batch = _batch(images, ranks.rank)
-    for step in range(_WARM_UP):  # DDP arranges its buckets anew after the first
+    for step in range(_WARM_UP):
         _train(engine, batch, step)
     exchanges = []
     for ring in (False, True) if ranks.group is not None else (False,):

@@ -83,8 +83,6 @@ def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resum
     # A killed driver forgets at most a second; trials keep their records themselves.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
     # What a user must know of it, the recorder says.

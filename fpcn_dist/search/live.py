@@ -17,9 +17,11 @@ _BEST = 5
 
 
 class TrialTable:
-    """Args:
-    epochs: of a whole trial.
-    console: where to draw; standard output by default.
+    """What is shown of a search, between :meth:`start` and :meth:`stop`.
+
+    Args:
+        epochs: of a whole trial.
+        console: where to draw; standard output by default.
     """
 
     def __init__(self, epochs: int, console: Console | None = None) -> None:

@@ -141,6 +141,11 @@ class _Prefixed:
         return self._trial.suggest_float(self._prefix + name, low, high, log=log)
 
 
+def number_of(config: dict[str, Any], trial_id: str) -> int:
+    """Of a trial of Tune's. Those of a population have none of their own, as settings wander; Tune counts them."""
+    return config["number"] if "number" in config else int(trial_id.rpartition("_")[2])
+
+
 def run_folders(folder: Path) -> Iterator[Path]:
     """Of the runs of a trial: its own folder, or those one below it."""
     for recipe in [*folder.glob("recipe.yaml"), *sorted(folder.glob("*/recipe.yaml"))]:

@@ -10,7 +10,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from fpcn_dist.search.live import TrialTable
-from fpcn_dist.search.plan import Plan
+from fpcn_dist.search.plan import Plan, number_of
 from fpcn_dist.search.records import SearchResults, TrialRecord, load_results, save_results
 
 _BETWEEN_WRITES = 2.0
@@ -32,7 +32,7 @@ class Recorder(tune.Callback):
         self._earlier: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._written = 0.0
-        self._table: TrialTable | None = None
+        self._table = TrialTable(plan.epochs)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune stores its callbacks; what they know lies in results.json.
@@ -45,13 +45,11 @@ class Recorder(tune.Callback):
         before = load_results(self.plan.output)
         self.records = {trial.number: trial for trial in before.trials} if before else {}
         self._earlier = {number: record.seconds for number, record in self.records.items()}
-        self._table = TrialTable(self.plan.epochs)
         self._table.start()
 
     def close(self) -> None:
         """Stop drawing; write what is known."""
-        if self._table is not None:
-            self._table.stop()
+        self._table.stop()
         self._write()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
@@ -94,21 +92,16 @@ class Recorder(tune.Callback):
         self._note(replace(self._record(trial), state="failed", reason=reason), now=True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        if self._table is not None:
-            self._table.refresh(list(self.records.values()))
+        self._table.refresh(list(self.records.values()))
 
-    def results(self, importance: dict[str, float] | None = None) -> SearchResults:
+    def results(self) -> SearchResults:
         """All that is known."""
         objectives = ("accuracy", "latency") if self.plan.latency else ("accuracy",)
         trials = tuple(self.records[number] for number in sorted(self.records))
-        return SearchResults(
-            self.plan.stage, objectives, self.plan.epochs, trials, self.plan.log_fields, importance or {}
-        )
+        return SearchResults(self.plan.stage, objectives, self.plan.epochs, trials, self.plan.log_fields)
 
     def _record(self, trial: Trial) -> TrialRecord:
-        # A population's trials have no number of their own, as settings wander; Tune counts them in their ids.
-        number = trial.config.get("number", None)
-        number = int(trial.trial_id.rpartition("_")[2]) if number is None else number
+        number = number_of(trial.config, trial.trial_id)
         if number not in self.records:
             settings = trial.config["settings"]
             self.records[number] = TrialRecord(number, settings, self.plan.count_pairs(settings))
@@ -116,8 +109,7 @@ class Recorder(tune.Callback):
 
     def _note(self, record: TrialRecord, *, now: bool = False) -> None:
         self.records[record.number] = record
-        if self._table is not None:
-            self._table.note(record)
+        self._table.note(record)
         if now or time.monotonic() - self._written > _BETWEEN_WRITES:
             self._write()
 

@@ -161,8 +161,10 @@ class Space:
         return changed
 
     def require_mutable(self) -> None:
-        """Raises:
-        UserError: a field cannot change while a network is trained.
+        """Refuse fields that cannot change while a network is trained.
+
+        Raises:
+            UserError: there is one.
         """
         for name in self.dimensions:
             if not name.startswith(_MUTABLE):

@@ -38,7 +38,7 @@ from fpcn_dist.errors import Outage, UserError
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.models import build_model
 from fpcn_dist.rundir import RunFolder
-from fpcn_dist.search.plan import Plan, run_folders
+from fpcn_dist.search.plan import Plan, number_of, run_folders
 from fpcn_dist.search.space import Settings
 from fpcn_dist.teacher import name_teacher
 from fpcn_dist.train import train_together
@@ -54,10 +54,10 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     """The first rank of a trial; Tune calls it, again and again where a process or a node is lost.
 
     Args:
-        config: ``number`` (in population-based training that of Tune's trial) and ``settings``.
+        config: see :func:`number_of`, and ``settings``.
         plan: of the search.
     """
-    number, settings = config["number"] if "number" in config else _index_of_trial(), config["settings"]
+    number, settings = number_of(config, tune.get_context().get_trial_id()), config["settings"]
     reporter = None
     write_output_to(str(plan.log(number, 0)))
     print(describe_rank(0, plan.workers, ray.get_runtime_context().get_node_id()), flush=True)
@@ -97,10 +97,6 @@ def clear_checkpoints(plan: Plan, number: int) -> None:
     """Of a trial that has ended: what is left of it is its model, if it has finished, and its records."""
     for run in run_folders(plan.folder(number)):
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-
-
-def _index_of_trial() -> int:
-    return int(tune.get_context().get_trial_id().rpartition("_")[2], 10)
 
 
 def _clear_foreign(recipes: dict[Path, Recipe]) -> None:
