@@ -49,6 +49,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, "COLUMNS": "160"}
 
 
+def start(argv: list[str], folder: Path, **env: str) -> subprocess.Popen[str]:
+    """A command under way in ``folder``, with further variables; all that it prints in one stream."""
+    return subprocess.Popen(
+        argv, env=environment() | env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 500) -> str:
+    """Wait for a command of :func:`start`, which must succeed; gives what it printed."""
+    try:
+        shown, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, shown
+    return shown
+
+
 class Runs:
     """Starts commands and reads what they leave."""
 

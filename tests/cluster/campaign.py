@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # as a script, this has only its own folder there
 
 from fpcn_dist.data.synthetic import generate  # noqa: E402
 from tests.cluster.slurm import ENDED, MISSING, SlurmCluster  # noqa: E402
-from tests.launching import environment, losses  # noqa: E402
+from tests.launching import TINY, environment, losses  # noqa: E402
 
 TRAIN = ROOT / "launch/slurm/train.sbatch"
 STEPS_PER_FAULT, STEPS_PER_EPOCH = 30, 3
@@ -43,32 +44,17 @@ IN_FLIGHT = 3
 """Steps that may still be completed by ranks that a fault has ended, or will."""
 HANG = 120.0
 STORAGE_MIB = 128
-RECIPE = """
-name: campaign
-data:
-  {resize: 40, crop: 32, classes_per_batch: null, images_per_class: 4, val_fraction: 0.2, test_fraction: 0.2,
-  threads: 1}
-model: {backbone: test_resnet, pretrained: false, norm: frozen_batch, hidden: 32}
-optim: {lr: 0.001, warmup_epochs: 1}
-train: {log_every: 1, checkpoint_every: 1, eval_every: 10, keep_checkpoints: 4}
-"""
+_TINY = yaml.safe_load(TINY)
+RECIPE = _TINY | {
+    "name": "campaign",
+    "model": _TINY["model"] | {"backbone": "test_resnet"},
+    "train": _TINY["train"] | {"checkpoint_every": 1, "eval_every": 10},
+}
+"""A network of which a step takes a tenth of a second on two shared cores."""
 
 
 class CampaignFailure(Exception):
     """The run did not survive a fault, or not unharmed."""
-
-
-class Cluster(SlurmCluster):
-    """Where a process that does not heed SIGTERM is killed before the controller stops waiting for that.
-
-    Else SLURM sends the order to end a step again a minute later, to the step that has its number by then: that of the
-    same job, queued again. On other clusters, a job that is queued again does not start so soon.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        config = self.folder / "slurm.conf"
-        config.write_text(config.read_text().replace("KillWait=5", "KillWait=2"))
 
 
 class Training:
@@ -311,8 +297,10 @@ def report(recoveries: list[Recovery]) -> str:
 
 
 def compare(run: Training, undisturbed: Training) -> None:
-    """Raises:
-    CampaignFailure: the two differ.
+    """See that two runs are the same, in losses and weights.
+
+    Raises:
+        CampaignFailure: they differ.
     """
     ours, theirs = losses(run.output), losses(undisturbed.output)
     if ours != theirs:
@@ -335,13 +323,13 @@ def campaign(folder: Path, kinds: list[str], chance: random.Random) -> str:
     storage.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={STORAGE_MIB}m", "tmpfs", storage], check=True)
     generate(folder / "rocks", images_per_class=24, seed=7, min_side=96, max_side=128)
-    (folder / "campaign.yaml").write_text(RECIPE)
+    (folder / "campaign.yaml").write_text(yaml.safe_dump(RECIPE))
     hook = folder / "hook.sh"
     bin_dir = Path(sys.executable).parent
     hook.write_text(f"export PATH={bin_dir}:$PATH GLOO_SOCKET_IFNAME=eth0\n")
     epochs = max(1, len(kinds) * STEPS_PER_FAULT // STEPS_PER_EPOCH)
     argv = ["--recipe", str(folder / "campaign.yaml"), "--data", str(folder / "rocks"), "--train.epochs", str(epochs)]
-    with Cluster(folder / "cluster") as cluster:
+    with SlurmCluster(folder / "cluster") as cluster:
         undisturbed = Training(cluster, folder / "undisturbed", argv, hook)
         seconds = undisturbed.finish(timeout=900)
         print(f"undisturbed: {epochs * STEPS_PER_EPOCH} steps in {seconds:.0f} s", flush=True)

@@ -18,7 +18,7 @@ from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.rundir import RunFolder
 from tests.distilling import make_teacher
-from tests.launching import ROOT, TINY, environment, losses
+from tests.launching import ROOT, TINY, environment, finish, losses, start
 from tests.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.ray_cluster import Order, node_of, ray_cluster, wait_for
 
@@ -47,15 +47,7 @@ class Command:
         ]
 
     def start(self, output: str, *options: str, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.argv(output, *options), env=environment() | env, cwd=self.folder,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def finish(self, process: subprocess.Popen[str]) -> str:
-        shown, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, shown
-        return shown
+        return start(self.argv(output, *options), self.folder, **env)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,7 @@ def command(tmp_path_factory, rocks) -> Command:
 def undisturbed(command) -> tuple[Path, str]:
     """Two students and their baselines on this machine alone, and what the command printed."""
     process = command.start("undisturbed", "--students", "resnet18,mobilenet_v2", "--baselines")
-    return command.folder / "undisturbed", command.finish(process)
+    return command.folder / "undisturbed", finish(process)
 
 
 def test_one_command_trains_measures_and_exports(undisturbed, command):
@@ -89,7 +81,7 @@ def test_the_same_command_again_skips_what_is_finished(undisturbed, command):
     output, _ = undisturbed
     before = (output / "resnet18/metrics.jsonl").read_bytes()
     again = command.start("undisturbed", "--students", "resnet18,mobilenet_v2", "--baselines")
-    assert "4 run(s) at their end already" in command.finish(again)
+    assert "4 run(s) at their end already" in finish(again)
     assert (output / "resnet18/metrics.jsonl").read_bytes() == before
 
 
@@ -99,7 +91,7 @@ def test_a_killed_driver_goes_on_from_the_checkpoints(undisturbed, command):
     wait_for((output / "resnet18/checkpoints/step-00000004.safetensors").is_file, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    command.finish(command.start("killed", *options))
+    finish(command.start("killed", *options))
     (log,) = (output / "logs").glob("*+*.log")
     assert "resuming from step" in log.read_text()
     for name in ("resnet18", "mobilenet_v2"):
@@ -115,7 +107,7 @@ def test_a_student_that_raises_is_retried_alone(undisturbed, command):
     wait_for(run.outcome.is_file, process)
     assert run.read_outcome()[0] == "failed"
     run.checkpoints.unlink()
-    assert "waiting to try again" in command.finish(process)
+    assert "waiting to try again" in finish(process)
     assert (output / "logs/mobilenet_v2-rank0.log").is_file()
     assert not (output / "logs/resnet18-rank0.log").is_file()
     for name in ("resnet18", "mobilenet_v2"):
@@ -143,7 +135,7 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
     lost = node_of(log)
     order(f"kill {lost}")
     order("add")
-    shown = command.finish(process)
+    shown = finish(process)
     first_nodes = {re.findall(r"Ray node (\w+)", (output / f"logs/{n}-rank0.log").read_text())[0] for n in names}
     assert len(first_nodes) == 3
     spans = []
@@ -161,14 +153,14 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
 
 def test_more_nodes_than_students_make_groups_of_several_ranks(command, cluster):
     options = ["--students", "resnet18", "--address", cluster[0], "--distill.teacher-mode", "online"]
-    command.finish(command.start("ranks", *options, **CLUSTER))
+    finish(command.start("ranks", *options, **CLUSTER))
     output = command.folder / "ranks"
     assert len(list((output / "logs").glob("resnet18-rank*.log"))) == 3
     assert json.loads((output / "resnet18/environment.json").read_text())["world_size"] == 3
 
 
 def test_dry_run_prints_the_plan_alone(command):
-    shown = command.finish(command.start("dry", "--students", "resnet18", "--dry-run"))
+    shown = finish(command.start("dry", "--students", "resnet18", "--dry-run"))
     assert "Plan" in shown and "resnet18" in shown
     assert not (command.folder / "dry").exists()
 

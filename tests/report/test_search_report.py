@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
@@ -19,6 +18,7 @@ from fpcn_dist.report import search_figures as figures
 from fpcn_dist.report.search import build_search_report
 from fpcn_dist.search.records import SearchResults, TrialRecord
 from tests.report import browser
+from tests.report.chart import Chart
 from tests.report.test_report import Page
 
 needs_browser = pytest.mark.skipif(browser.BINARY is None, reason=browser.MISSING)
@@ -113,38 +113,6 @@ def _rows(page: Page, heading: str) -> list[list[str]]:
     table = page.html.split(f"<h2>{heading}</h2>")[1].split("<tbody>")[1].split("</tbody>")[0]
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in table.split("</tr>")[:-1]]
     return [[" ".join(re.sub(r"<[^>]*>", "", cell).split()) for cell in row] for row in cells]
-
-
-class Chart:
-    """What matplotlib drew: texts with their places, lines, and marks as (x, y, colour, whether filled)."""
-
-    def __init__(self, svg: str) -> None:
-        root = ElementTree.fromstring(svg.replace("xlink:", ""))
-        self.texts = [
-            ("".join(node.itertext()).strip(), float(node.get("x", "nan")))
-            for node in root.iter()
-            if node.tag.endswith("text")
-        ]
-        self.names = [text for text, _ in self.texts]
-        axes = next(node for node in root.iter() if node.get("id", "").endswith("axes_1"))
-        drawn = [node for node in axes if "line2d" in node.get("id", "")]
-        uses = [node for group in drawn for node in group.iter() if node.tag.endswith("use")]
-        self.marks, self.rings = [], 0
-        for node in uses:
-            style = node.get("style", "")
-            colour = re.search(r"stroke: var\(--series-(\d)\)", style)
-            if colour:
-                place = float(node.get("x", "nan")), float(node.get("y", "nan"))
-                self.marks.append((*place, int(colour[1]), f"fill: var(--series-{colour[1]})" in style))
-            else:
-                self.rings += "currentColor" in style
-        # Markers are defined inside <defs>, which hang below the groups.
-        paths = [(node.get("d", ""), node.get("style", "")) for group in drawn for node in group if "path" in node.tag]
-        self.lines = [
-            (int(colour[1]), len(re.findall("[ML]", path)), "dash" in style, float(path.split()[1]))
-            for path, style in paths
-            if (colour := re.search(r"stroke: var\(--series-(\d)\)", style))
-        ]
 
 
 def test_everything_is_told(tmp_path: Path, results: SearchResults) -> None:

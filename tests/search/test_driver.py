@@ -20,7 +20,7 @@ from fpcn_dist.cli import load_recipe
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.search.records import SearchResults, TrialRecord, load_results
 from tests.distilling import make_teacher
-from tests.launching import ROOT, TINY, Runs, command, environment, losses
+from tests.launching import ROOT, TINY, Runs, command, environment, finish, losses, start
 from tests.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.ray_cluster import Order, node_of, ray_cluster, wait_for
 
@@ -47,18 +47,7 @@ class Command:
         return [sys.executable, str(ROOT / "tune/search.py"), *named, *options]
 
     def start(self, *args: Any, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.argv(*args), env=environment() | env, cwd=self.folder, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def finish(self, process: subprocess.Popen[str]) -> str:
-        try:
-            shown, _ = process.communicate(timeout=500)
-        finally:
-            process.kill()
-        assert process.returncode == 0, shown
-        return shown
+        return start(self.argv(*args), self.folder, **env)
 
     def results(self, output: str) -> SearchResults:
         found = load_results(self.folder / output)
@@ -75,7 +64,7 @@ def search(tmp_path_factory, rocks) -> Command:
 def teacher(search) -> tuple[Path, str]:
     """A search of the teacher stage, and what it printed."""
     recipe = search.recipe("tiny", VALUES)
-    return search.folder / "teacher", search.finish(search.start("teacher", recipe, "teacher", "--trials", "4"))
+    return search.folder / "teacher", finish(search.start("teacher", recipe, "teacher", "--trials", "4"))
 
 
 def log_of(output: Path, trial: TrialRecord, rank: int = 0) -> Path:
@@ -135,7 +124,7 @@ def test_a_search_is_not_overwritten_nor_resumed_as_another(teacher, search):
 def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
     taught = make_teacher(search.folder / "taught")
     recipe = search.recipe("student", STUDENT, train=STUDENT["train"] | {"epochs": 1})
-    shown = search.finish(
+    shown = finish(
         search.start(
             "students", recipe, "student", "--distill.teacher", str(taught), "--trials", "2", "--scheduler", "none",
             "--students", "resnet18,mobilenet_v2", "--multi-objective", "accuracy,latency",
@@ -163,7 +152,7 @@ def test_joint_trials_share_teachers(search):
     short = {"train": VALUES["train"] | {"epochs": 1}}
     recipe = search.recipe("joint", VALUES, **short, search={"trials_per_teacher": 3})
     student = search.recipe("joint-student", STUDENT, **short)
-    search.finish(
+    finish(
         search.start("joint", recipe, "joint", "--student-recipe", str(student), "--trials", "4", "--scheduler", "none")
     )
     output, results = search.folder / "joint", search.results("joint")
@@ -185,7 +174,7 @@ def test_a_population_hands_weights_on(search):
     # So that some do well and some badly.
     space = {"contrast.pairs": None, "contrast.num_pairs": None, "optim.lr": {"low": 1e-7, "high": 1e-3, "log": True}}
     recipe = search.recipe("population", VALUES, search={"space": space})
-    search.finish(search.start("population", recipe, "teacher", "--trials", "4", "--scheduler", "pbt"))
+    finish(search.start("population", recipe, "teacher", "--trials", "4", "--scheduler", "pbt"))
     output, results = search.folder / "population", search.results("population")
     assert [(trial.state, trial.epoch) for trial in results.trials] == [("finished", 4.0)] * 4
     moved = [trial for trial in results.trials if _settings_in(log_of(output, trial))[0] != trial.settings]
@@ -226,7 +215,7 @@ def test_memory_processes_and_the_driver_may_be_lost(search):
     process.communicate()
     before = {n: (output / f"trials/{n:05d}/metrics.jsonl").read_bytes() for n in finished()}
     interrupted = at_work()
-    shown = search.finish(search.start(*options, "--resume"))
+    shown = finish(search.start(*options, "--resume"))
 
     results = search.results("lost")
     assert len(results.trials) == 6
@@ -261,7 +250,7 @@ def test_a_trial_over_two_nodes_outlives_one_of_them(search, cluster):
     assert lost != node_of(first)
     order("add")
     order(f"kill {lost}")
-    search.finish(process)
+    finish(process)
     results = search.results("nodes")
     assert [trial.state for trial in results.trials] == ["finished"] * 2
     assert "resuming from step" in first.read_text()
