@@ -77,8 +77,8 @@ def recipe_from_dict(values: Any, source: object) -> Recipe:
         raise _explain(error, source) from None
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file.
+def load_recipe(path: Path, argument: str = "--recipe") -> Recipe:
+    """Read a recipe file; ``argument`` names the one that gave it in errors.
 
     Raises:
         UserError: no such file, not YAML, or not a valid recipe.
@@ -87,9 +87,9 @@ def load_recipe(path: Path) -> Recipe:
         return recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), path)
     except OSError as error:
         reason = (error.strerror or "cannot be read").lower()
-        raise UserError("--recipe", path, reason, "give a file of launch/recipes/") from None
+        raise UserError(argument, path, reason, "give a file of launch/recipes/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("--recipe", path, f"is not YAML ({' '.join(str(error).split())})", "correct the file") from None
+        raise UserError(argument, path, f"is not YAML ({' '.join(str(error).split())})", "correct the file") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from fpcn_kernels._pair_torch import side_loss
 from fpcn_kernels.row_shards import PassingRows
 from torch.utils.flop_counter import FlopCounterMode
 
+from fpcn_dist.errors import UserError
 from fpcn_dist.flops import model_flops
 from fpcn_dist.models import FPCN
 from fpcn_dist.scaling.benchmark import scaling_benchmark, scenarios
@@ -181,3 +182,17 @@ def test_the_command_prints_tables_and_one_line_of_figures(capsys):
     *_, line = capsys.readouterr().out.splitlines()
     assert json.loads(line) == json.loads(json.dumps(figures))
     assert [step["gpus"] for step in figures["model"]["3 classes"]["steps"]][-1] == 1024
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gpus_per_node", 0, r"--model\.gpus-per-node 0: is not above 0; leave it out for 8, or give your own"),
+        ("compute_efficiency", -1.0, r"--model\.compute-efficiency -1\.0: is not above 0"),
+        ("network_us", -1.0, r"--model\.network-us -1\.0: is negative"),
+        ("pair_ns", math.nan, r"--model\.pair-ns nan: is negative"),
+    ],
+)
+def test_inputs_that_no_machine_has(field, value, message):
+    with pytest.raises(UserError, match=message):
+        replace(Inputs(), **{field: value})

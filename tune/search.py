@@ -51,11 +51,11 @@ def main() -> None:
     def split(text: str) -> tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
 
-    recipe = args.overrides
+    recipe, student = args.overrides, args.student_recipe and cli.load_recipe(args.student_recipe, "--student-recipe")
     output = args.output or Path("runs") / f"search-{recipe.name}-{args.data.resolve().name}"
     request = Request(
-        recipe, args.stage, args.student_recipe and cli.load_recipe(args.student_recipe), split(args.students),
-        args.trials, args.scheduler, split(args.multi_objective), args.workers_per_trial, args.gpus_per_trial,
+        recipe, args.stage, student, split(args.students), args.trials, args.scheduler, split(args.multi_objective),
+        args.workers_per_trial, args.gpus_per_trial,
     )  # fmt: skip
     search(request, args.data, output, address=args.address, resume=args.resume)
 

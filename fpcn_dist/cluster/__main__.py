@@ -1,9 +1,11 @@
-"""python -m fpcn_dist.cluster ADDRESS NODES: wait until a Ray cluster has as many nodes; batch scripts begin so."""
+"""Wait until a Ray cluster has as many nodes; batch scripts begin so."""
 
 from __future__ import annotations
 
-import sys
 import time
+from dataclasses import dataclass
+
+from tyro.conf import Positional
 
 from fpcn_dist import cli
 from fpcn_dist.cluster import connect_ray
@@ -13,16 +15,25 @@ _PATIENCE, _HEAD_PATIENCE = 300.0, 120.0
 """Seconds for all nodes, and for the first one to answer."""
 
 
+@dataclass(frozen=True)
+class Args:
+    """Wait until a Ray cluster has as many nodes as are expected."""
+
+    address: Positional[str]
+    """HOST:PORT of its head."""
+    nodes: Positional[int]
+    """How many."""
+
+
 def main() -> None:
-    address, wanted = sys.argv[1], int(sys.argv[2])
-    began = time.monotonic()
+    args, began = cli.parse(Args), time.monotonic()
     while True:
         try:
-            with connect_ray(address) as ray:
-                while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
+            with connect_ray(args.address) as ray:
+                while (alive := sum(node["Alive"] for node in ray.nodes())) < args.nodes:
                     if time.monotonic() - began > _PATIENCE:
-                        reason = f"{alive} of {wanted} nodes have joined after {_PATIENCE:.0f} s"
-                        raise UserError("Ray cluster", address, reason, "see logs/ray-*.log in the output folder")
+                        reason = f"{alive} of {args.nodes} nodes have joined after {_PATIENCE:.0f} s"
+                        raise UserError("Ray cluster", args.address, reason, "see logs/ray-*.log in the output folder")
                     time.sleep(0.5)
             return
         except UserError as error:

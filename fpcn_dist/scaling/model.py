@@ -9,8 +9,10 @@ No GPU has confirmed it: it says which term grows, and roughly when. Legend: R G
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
+
+from fpcn_dist.errors import UserError
 
 FLOAT, DOUBLE = 4, 8
 
@@ -67,6 +69,19 @@ class Inputs:
     """CPU milliseconds an image of the data pipeline; measured (docs/results.md)."""
     cores_per_gpu: float = 12.0
     """Assumption: cores of the host for each GPU's pipeline."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine or network has.
+
+        Raises:
+            UserError: a time is negative, or another input is not above 0.
+        """
+        for field in fields(self):
+            value, is_time = getattr(self, field.name), field.name.endswith(("_us", "_ns", "_ms"))
+            if value is not None and not (value >= 0 if is_time else value > 0):
+                reason = "is negative" if is_time else "is not above 0"
+                mend = f"leave it out for {field.default}, or give your own"
+                raise UserError(f"--model.{field.name.replace('_', '-')}", value, reason, mend)
 
     @property
     def node_bandwidth(self) -> float:

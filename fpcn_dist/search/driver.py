@@ -98,9 +98,13 @@ def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resum
     placed = tune.with_resources(trainable, tune.PlacementGroupFactory(bundles))
     path = plan.output / _TUNE
     if resume and tune.Tuner.can_restore(str(path)):
-        tuner = tune.Tuner.restore(
-            str(path), placed, resume_unfinished=True, resume_errored=True, param_space=_parameters(request, plan)
-        )
+        try:
+            tuner = tune.Tuner.restore(
+                str(path), placed, resume_unfinished=True, resume_errored=True, param_space=_parameters(request, plan)
+            )
+        except Exception as error:  # pickles of Tune's, which may break in any way
+            reason = f"Ray Tune's state cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            raise UserError("--resume", path, reason, "search anew in another --output") from error
         callbacks: Any = tuner._local_tuner.get_run_config().callbacks  # pyright: ignore
         (recorder,) = [callback for callback in callbacks if isinstance(callback, Recorder)]
         recorder.plan = plan  # the folder may have moved
@@ -178,9 +182,9 @@ def _describe_folder(output: Path, request: Request, manifest: Manifest, resume:
     path = output / _DESCRIPTION
     now = json.loads(json.dumps(_describe(request, manifest)))
     try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        before = _read(path) if path.is_file() else None
         strangers = [p.name for p in output.iterdir() if p.name not in ("logs", _DESCRIPTION) and p.name[0] != "."]
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError("--output", output, f"cannot be used ({error})", "choose another folder") from None
     if before is None:
         if resume or strangers:
@@ -196,6 +200,13 @@ def _describe_folder(output: Path, request: Request, manifest: Manifest, resume:
             raise UserError("--resume", None, reason, "give the same command as before, or another --output")
     write_text(path, json.dumps(now, indent=1) + "\n")
     manifest.save(output / "manifest.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError("--output", path, f"is damaged ({error})", "choose another folder") from None
 
 
 def _describe(request: Request, manifest: Manifest) -> dict[str, Any]:

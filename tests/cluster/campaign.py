@@ -357,6 +357,8 @@ def main() -> int:
         return 2
     if unknown := set(chosen := args.kinds.split(",")) - set(KINDS):
         parser.error(f"no such kinds: {', '.join(unknown)}; choose from {', '.join(KINDS)}")
+    if args.faults < 1:
+        parser.error(f"--faults {args.faults} leaves nothing to do; give 1 or more")
     if "FPCN_CAMPAIGN" not in os.environ:  # mounts of its own, which end with it
         own = {**environment(), "FPCN_CAMPAIGN": "1"}
         os.execvpe("unshare", ["unshare", "--mount", sys.executable, *sys.argv], own)
