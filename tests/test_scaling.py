@@ -189,8 +189,8 @@ def test_the_command_prints_tables_and_one_line_of_figures(capsys):
     [
         ("gpus_per_node", 0, r"--model\.gpus-per-node 0: is not above 0; leave it out for 8, or give your own"),
         ("compute_efficiency", -1.0, r"--model\.compute-efficiency -1\.0: is not above 0"),
-        ("network_us", -1.0, r"--model\.network-us -1\.0: is negative"),
-        ("pair_ns", math.nan, r"--model\.pair-ns nan: is negative"),
+        ("network_us", -1.0, r"--model\.network-us -1\.0: is not 0 or more"),
+        ("pair_ns", math.nan, r"--model\.pair-ns nan: is not 0 or more"),
     ],
 )
 def test_inputs_that_no_machine_has(field, value, message):

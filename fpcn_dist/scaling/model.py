@@ -74,12 +74,12 @@ class Inputs:
         """Refuse what no machine or network has.
 
         Raises:
-            UserError: a time is negative, or another input is not above 0.
+            UserError: a time is below 0, or another input is not above 0.
         """
         for field in fields(self):
             value, is_time = getattr(self, field.name), field.name.endswith(("_us", "_ns", "_ms"))
             if value is not None and not (value >= 0 if is_time else value > 0):
-                reason = "is negative" if is_time else "is not above 0"
+                reason = "is not 0 or more" if is_time else "is not above 0"
                 mend = f"leave it out for {field.default}, or give your own"
                 raise UserError(f"--model.{field.name.replace('_', '-')}", value, reason, mend)
 
