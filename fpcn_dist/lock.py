@@ -43,7 +43,12 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
         UserError: another process that is alive owns it, or the lock cannot be written.
     """
     path, token = folder / FILE, secrets.token_hex(8)
-    _acquire(path, token, patience)
+    if (owner := _acquire(path, token, patience)) is not None:
+        who = f"process {owner['process']} on {owner['host']}"
+        if owner.get("job"):
+            who += f", batch job {owner['job']}"
+        mend = "wait for it, stop it, or choose another --output"
+        raise UserError("--output", folder, f"another run is writing to it ({who})", mend)
     ended = threading.Event()
     keeper = threading.Thread(target=_keep, args=(path, token, beat, ended), daemon=True, name="lock")
     keeper.start()
@@ -56,7 +61,8 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
             path.unlink(missing_ok=True)
 
 
-def _acquire(path: Path, token: str, patience: float) -> None:
+def _acquire(path: Path, token: str, patience: float) -> dict[str, Any] | None:
+    """Own the lock; gives its owner instead where that is alive."""
     while not _create(path, token):
         found = _read(path)
         alive = _lives(found) if found else None
@@ -65,22 +71,32 @@ def _acquire(path: Path, token: str, patience: float) -> None:
         if found is None or alive is None:
             continue
         if alive:
-            who = f"process {found['process']} on {found['host']}"
-            if found.get("job"):
-                who += f", batch job {found['job']}"
-            mend = "wait for it, stop it, or choose another --output"
-            raise UserError("--output", path.parent, f"another run is writing to it ({who})", mend)
-        # Of several that find it dead, one moves it out of the way; what it moved must be what it had looked at.
-        grave = path.with_name(f"{FILE}-{token}")
-        try:
-            os.rename(path, grave)
-        except FileNotFoundError:
-            continue
-        moved = _read(grave)
-        if moved is not None and moved["token"] != found["token"]:
-            with contextlib.suppress(FileExistsError):
-                os.link(grave, path)
-        grave.unlink()
+            return found
+        if _take_over(path, token, found, patience):
+            return None
+    return None
+
+
+def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) -> bool:
+    """Put our lock in the place of a dead owner's; ``False`` where another has.
+
+    Between looking at a lock and replacing it, it may have become another's. Who replaces it therefore holds a lock on
+    just this replacement, which whoever finds its owner dead takes over in the same way.
+    """
+    claim = path.with_name(f"{FILE}-{dead['token']}-claim")
+    if _acquire(claim, token, patience) is not None:
+        time.sleep(0.01)
+        return False
+    try:
+        found = _read(path)
+        if found is None or found["token"] != dead["token"]:
+            return False
+        _replace(path, token, beats=0)
+        return True
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _create(path: Path, token: str) -> bool:
@@ -93,10 +109,21 @@ def _create(path: Path, token: str) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        reason = f"cannot be locked ({error.strerror or error})"
-        raise UserError("--output", path.parent, reason, "free some space there or choose another folder") from error
+        raise _unwritable(path, error) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    reason = f"cannot be locked ({error.strerror or error})"
+    return UserError("--output", path.parent, reason, "free some space there or choose another folder")
+
+
+def _replace(path: Path, token: str, beats: int) -> None:
+    """Write the lock anew, whole."""
+    draft = path.with_name(f"{FILE}-{token}")
+    draft.write_text(json.dumps(_describe(token, beats)), encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _describe(token: str, beats: int) -> dict[str, Any]:
@@ -165,7 +192,5 @@ def _keep(path: Path, token: str, beat: float, ended: threading.Event) -> None:
             )
             os._exit(_LOST)
         beats += 1
-        draft = path.with_name(f"{FILE}-{token}")
         with contextlib.suppress(OSError):  # a full disk must not end a run that may need no more of it
-            draft.write_text(json.dumps(_describe(token, beats)), encoding="utf-8")
-            os.replace(draft, path)
+            _replace(path, token, beats)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fpcn_dist import lock
 from fpcn_dist.errors import UserError
 from fpcn_dist.lock import FILE, locked
 from tests.launching import ROOT
@@ -131,6 +132,26 @@ def test_an_owner_that_was_taken_for_dead_ends(tmp_path):
             _, shown = process.communicate(timeout=10)
             assert process.returncode == 4 and "has been taken over by another run" in shown
             assert (tmp_path / FILE).is_file()
+
+
+def test_who_looked_at_a_dead_lock_does_not_take_its_successor(tmp_path, owner, monkeypatch):
+    """The moment between looking and taking, drawn out: meanwhile another has taken the folder over."""
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    lives, others = lock._lives, []
+
+    def slow(found):
+        alive = lives(found)
+        if not alive and not others:
+            others.append(locked(tmp_path))
+            others[0].__enter__()
+        return alive
+
+    monkeypatch.setattr(lock, "_lives", slow)
+    with pytest.raises(UserError, match="another run is writing"), locked(tmp_path):
+        pass
+    others[0].__exit__(None, None, None)
+    assert not list(tmp_path.glob(FILE + "*"))
 
 
 def test_of_many_that_find_it_dead_one_takes_it(tmp_path, owner):
