@@ -47,3 +47,24 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         shards: RowShards = ctx.shards
         return len(shards.sizes) * grads[0][shards.first : shards.first + shards.rows], None
+
+
+def all_gather_unlike(rows: Tensor, group: Group | None) -> Tensor:
+    """Rows of all ranks, in rank order: [B, F] here -> [N, F] everywhere, for ranks that each compute *another* part of
+    the loss from them.
+
+    Differentiable: a rank's rows get the sum of the gradients of all ranks, so that the mean over ranks of parameter
+    gradients is the gradient of the mean over ranks of their losses.
+    """
+    return rows if group is None else _AllGatherUnlike.apply(rows, group)
+
+
+class _AllGatherUnlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: Group) -> Tensor:
+        ctx.shards = RowShards(len(rows), group, rows.device)
+        return ctx.shards.gather(rows)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.shards.reduce_scatter(grads[0].contiguous()), None

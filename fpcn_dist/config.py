@@ -46,6 +46,8 @@ class DataConfig(Schema):
     """Share of each class that is split off for validation where the folder has no val/."""
     test_fraction: Fraction = 0.1
     """Share of each class that is split off for testing where the folder has no train/ at all."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of the split; null: the recipe's. Set it to train with several seeds on the same images."""
     on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
     """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
     max_pixels: PositiveInt = 100_000_000
@@ -69,7 +71,8 @@ class ModelConfig(Schema):
     """The network: backbone, region, head."""
 
     backbone: str = "resnet101"
-    """resnet18, 34, 50 or 101 (torchvision), mobilenet_v1, or any classifier of timm or torchvision by name."""
+    """resnet18, 34, 50 or 101 (torchvision), mobilenet_v1, lenet, or any classifier of timm or torchvision by name
+    (torchvision/NAME where timm has one of the same name, too)."""
     pretrained: bool | str = True
     """true: ImageNet weights from the hub or its cache; a path: a weights file; false: from scratch."""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
@@ -89,7 +92,7 @@ class ModelConfig(Schema):
     activation: Literal["relu", "identity"] = "relu"
     """Activation of the hidden layer of eq. 6."""
     dropout: Fraction = 0.0
-    """Dropout on the hidden layer (and, in the gated head, before the classifier)."""
+    """Dropout on the hidden layer (and, in the gated head and MMAL-Net, before the classifier)."""
     fuse_init: Literal["ones", "default"] = "ones"
     """Start of fuse_out: weights near 0 and bias 1, so that training starts as a plain classifier; or torch's."""
     inference: Literal["self_pair", "plain"] = "self_pair"
@@ -108,7 +111,7 @@ class ContrastConfig(Schema):
     pairs: Literal["all", "random", "hardest"] = "all"
     """Ordered pairs of the global batch: all N^2, a random choice, or the nearest same- and other-class images."""
     num_pairs: PositiveInt | None = None
-    """Pairs per global batch for random (required) and hardest (null: 2 N)."""
+    """Pairs per global batch for random (required) and hardest (null: 2 N); of PCA-Net, a multiple of N (null: N)."""
     center_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Lambda of eq. 12."""
     center_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -120,8 +123,6 @@ class ContrastConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> ContrastConfig:
-        if self.pairs == "random" and self.num_pairs is None:
-            raise ValueError("pairs 'random' needs num_pairs; set the number of pairs per global batch")
         if self.pairs == "all" and self.num_pairs is not None:
             raise ValueError(f"num_pairs {self.num_pairs} has no meaning with pairs 'all'; use 'random' or drop it")
         return self
@@ -243,6 +244,9 @@ class SearchConfig(Schema):
     """Stage joint: trials with other temperatures and alphas that each trained teacher is used for."""
 
 
+Task = Literal["contrast", "classify", "distill", "bilinear_cnn", "pca_net", "mmal_net"]
+
+
 class Recipe(Schema):
     """Everything that decides what a run computes."""
 
@@ -250,9 +254,9 @@ class Recipe(Schema):
     """Name of the recipe; names the default run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of everything random: split, batches, views, initial weights, dropout, random pairs."""
-    task: Literal["contrast", "classify", "distill"] = "contrast"
+    task: Task = "contrast"
     """contrast: FPCN; classify: the plain classifier with the same backbone, its baseline; distill: that classifier as
-    the student of a teacher."""
+    the student of a teacher; bilinear_cnn, pca_net, mmal_net: compared networks (docs/compared.md)."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     contrast: ContrastConfig = ContrastConfig()
@@ -268,6 +272,15 @@ class Recipe(Schema):
             raise ValueError(
                 f"model.head 'gated' is defined on the hardest pairs only, not {self.contrast.pairs!r}; "
                 "set contrast.pairs to 'hardest'"
+            )
+        if self.contrast.pairs == "random" and self.contrast.num_pairs is None and self.task != "pca_net":
+            raise ValueError(
+                "contrast.pairs 'random' needs contrast.num_pairs; set it to the number of pairs per global batch"
+            )
+        if self.contrast.pairs != "random" and self.task == "pca_net":
+            raise ValueError(
+                f"task 'pca_net' draws its pairs at random, but contrast.pairs is {self.contrast.pairs!r}; "
+                "set it to 'random'"
             )
         if self.task == "distill" and self.distill.teacher_mode == "bank" and self.data.views is None:
             raise ValueError(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fpcn_dist import __version__
-from fpcn_dist.config import DataConfig, ModelConfig, Recipe
+from fpcn_dist.config import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.data.preprocessing import MEAN, STD
 from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation
@@ -37,7 +37,7 @@ class ModelInfo:
         classes: class names in label order.
         preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
         model: the network.
-        task: "contrast" (FPCN), "classify" (the plain classifier) or "distill" (the same, taught by a teacher).
+        task: that it was trained for, which decides what kind of network it is.
     """
 
     classes: tuple[str, ...]
@@ -139,7 +139,7 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
     preprocessing = config["preprocessing"]
     if (preprocessing["mean"], preprocessing["std"]) != (list(MEAN), list(STD)):
         raise ValueError("its mean and std are not those of ImageNet")
-    if config["task"] not in ("contrast", "classify", "distill"):
+    if config["task"] not in get_args(Task):
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),

@@ -156,11 +156,32 @@ def hardest_pairs(pooled: Tensor, labels: Tensor, num_pairs: int | None = None) 
     itself_NN = index_N[:, None] == index_N
     pairs = []
     for candidate_NN in (same_class_NN & ~itself_NN, ~same_class_NN):
-        order_NN = distance_NN.where(candidate_NN, torch.inf).argsort(dim=1, stable=True)
-        nearest_NK = order_NN[:, :partners]
-        nearest_NK = nearest_NK.where(candidate_NN.gather(1, nearest_NK), index_N[:, None])
+        nearest_NK = _nearest(distance_NN, candidate_NN, partners)
         pairs.append(torch.stack([index_N[:, None].expand_as(nearest_NK), nearest_NK], dim=-1).flatten(0, 1))
     return torch.cat(pairs)
+
+
+@torch.no_grad()
+def random_partners(labels: Tensor, partners: int, generator: torch.Generator) -> Tensor:
+    """``partners`` other images of its class for each image, [N, k]; itself where its class has no more.
+
+    Args:
+        labels: [N] int64, of the global batch.
+        partners: k < N.
+        generator: on the device of ``labels``.
+    """
+    images = len(labels)
+    itself_NN = torch.eye(images, dtype=torch.bool, device=labels.device)
+    candidate_NN = (labels[:, None] == labels) & ~itself_NN
+    order_NN = torch.rand(images, images, generator=generator, device=labels.device)
+    return _nearest(order_NN, candidate_NN, partners)
+
+
+def _nearest(distance_NN: Tensor, candidate_NN: Tensor, partners: int) -> Tensor:
+    """The candidates of least distance for each image, [N, partners]; itself where there are no more."""
+    nearest_NK = distance_NN.where(candidate_NN, torch.inf).argsort(dim=1, stable=True)[:, :partners]
+    index_N = torch.arange(len(distance_NN), device=distance_NN.device)
+    return nearest_NK.where(candidate_NN.gather(1, nearest_NK), index_N[:, None])
 
 
 def _partners(images: int, num_pairs: int | None) -> int:

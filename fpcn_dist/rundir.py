@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -193,6 +195,23 @@ def _changes(before: Manifest, now: Manifest) -> str:
     return "; ".join(found) or "the checkpoint is of another folder"
 
 
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this library is used from, with "+" where its files differ; ``None`` without."""
+    package = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        argv = ["git", "--no-optional-locks", "-C", str(package), *words]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else it is installed somewhere inside another repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def _environment(ranks: Ranks) -> dict[str, object]:
     versions = {}
     for package in _PACKAGES:
@@ -204,6 +223,7 @@ def _environment(ranks: Ranks) -> dict[str, object]:
     return {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,

@@ -69,7 +69,9 @@ class Trainee:
         self.logger = MetricsLogger(run.path, ranks.rank, start_step=self.start)
 
     def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
-        task = build_task(self.recipe, len(self.manifest.classes), self.ranks.group)
+        task = build_task(
+            self.recipe, len(self.manifest.classes), self.ranks.group, steps_per_epoch=self.schedule.per_epoch
+        )
         self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:

@@ -23,7 +23,7 @@ class Slots(NamedTuple):
     """What a cluster offers for training: places that a rank can have to itself.
 
     Attributes:
-        kind: "GPU", or "CPU" where no node has a GPU: then each node is a place.
+        kind: "GPU", or "CPU" where no node has a GPU: then a place is a node, or some of its cores.
         count: how many places there are.
         cpus: CPU cores that come with each of them.
     """
@@ -120,20 +120,30 @@ def _no_cluster(address: str, detail: str) -> UserError:
     return UserError("--address", address, f"no Ray cluster can be joined there ({detail})", mend)
 
 
-def find_slots(ray: Any) -> Slots:
+def find_slots(ray: Any, cpus: int | None = None) -> Slots:
     """The places of the cluster as it is now.
 
+    Args:
+        ray: the module, connected.
+        cpus: CPU cores of a place where there are no GPUs; ``None``: a whole node.
+
     Raises:
-        UserError: it has no node with a free CPU core.
+        UserError: it has no node with a free CPU core, or with as many.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not nodes:
         raise UserError("--address", None, "the cluster has no node with a CPU core", "add nodes to it")
     with_gpus = [node for node in nodes if node.get("GPU")]
     if with_gpus:
-        cpus = min(int(node["CPU"] // node["GPU"]) for node in with_gpus)
-        return Slots("GPU", sum(int(node["GPU"]) for node in with_gpus), cpus)
-    return Slots("CPU", len(nodes), min(int(node["CPU"]) for node in nodes))
+        share = min(int(node["CPU"] // node["GPU"]) for node in with_gpus)
+        return Slots("GPU", sum(int(node["GPU"]) for node in with_gpus), share)
+    if cpus is None:
+        return Slots("CPU", len(nodes), min(int(node["CPU"]) for node in nodes))
+    count = sum(int(node["CPU"] // cpus) for node in nodes)
+    if not count:
+        most = max(int(node["CPU"]) for node in nodes)
+        raise UserError("data.threads", cpus, f"no node of the cluster has more than {most} cores", f"use {most}")
+    return Slots("CPU", count, cpus)
 
 
 def task_result(ray: Any, task: Any) -> Any:

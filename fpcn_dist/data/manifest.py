@@ -145,7 +145,7 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     Args:
         root: the data folder, in one of the two forms of this module's docstring.
         config: fractions of the split, pixel bound, what to do about bad images, what a batch needs.
-        seed: key of the split.
+        seed: key of the split, unless the config has one of its own.
 
     Raises:
         UserError: no such folder, no classes or only one, classes that differ between splits, bad images where
@@ -168,7 +168,7 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     images = []
     for label, name in enumerate(classes):
         members = [(c, check) for c, check in zip(candidates, checks, strict=True) if check.ok and c.name == name]
-        for c, check, split in _split(members, fractions, seed):
+        for c, check, split in _split(members, fractions, seed if config.split_seed is None else config.split_seed):
             images.append(Image(c.path, label, split, check.size, check.digest))
     counts = Counter(image.label for image in images if image.split == "train")
     check_composition(classes, [counts[label] for label in range(len(classes))], config)

@@ -7,39 +7,29 @@ given again, the others go on from their checkpoints.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.cli import load_recipe
-from fpcn_dist.cluster import Slots, connect_ray, find_slots, task_result
+from fpcn_dist.cluster import Slots, connect_ray, find_slots
+from fpcn_dist.cluster.fleet import Fleet, measure_steps, survey
+from fpcn_dist.cluster.plan import Group, make_plan
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.distill import BASELINE, worker
+from fpcn_dist.distill import BASELINE
 from fpcn_dist.distill.bank_job import write_bank
-from fpcn_dist.distill.groups import RunningGroup
-from fpcn_dist.distill.live import LiveTable
-from fpcn_dist.distill.plan import Group, make_plan
 from fpcn_dist.distill.table import write_results
 from fpcn_dist.distributed import CPU
 from fpcn_dist.errors import UserError
 from fpcn_dist.export import WEIGHTS
-from fpcn_dist.files import make_folder, write_text
+from fpcn_dist.files import make_folder
 from fpcn_dist.lock import locked
 from fpcn_dist.models import build_backbone
 from fpcn_dist.onnx_export import FP32_FILE, export_onnx
-from fpcn_dist.rundir import RunFolder
 from fpcn_dist.teacher import name_teacher, open_teacher
-
-_ATTEMPTS = 3
-"""How often a run may fail without getting any further."""
 
 
 def distill(
@@ -84,11 +74,11 @@ def distill(
             updated = recipe.distill.model_copy(update={"bank": str((output / "bank").resolve())})
             recipe = recipe.model_copy(update={"distill": updated})
         runs = _run_recipes(recipe, students, baselines, threads=slots.cpus)
-        failures, unfinished = _survey(output, runs)
+        failures, unfinished = survey(output, runs)
         costs = dict.fromkeys(unfinished, 0.0)
         if slots.count > 1:  # on a single place there is nothing to weigh up
             todo = {name: runs[name] for name in unfinished}
-            costs = _measure(ray, slots, todo, len(manifest.classes), output, dry_run)
+            costs = measure_steps(ray, slots, todo, len(manifest.classes), output, dry_run)
         batch_size = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class
         plan = make_plan(costs, slots.count, batch_size) if costs else []
         _show(plan, slots, skipped=len(runs) - len(unfinished))
@@ -97,7 +87,7 @@ def distill(
         if plan and recipe.distill.teacher_mode == "bank":
             write_bank(ray, slots, recipe, manifest, output)
         if plan:
-            failures |= _Driver(ray, slots, runs, output).run(plan)
+            failures |= Fleet(ray, slots, runs, output).run(plan)
     _finish(recipe, output, students, failures, baselines)
 
 
@@ -167,51 +157,6 @@ def _run_recipes(recipe: Recipe, students: Sequence[str], baselines: bool, threa
     return runs
 
 
-def _survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[str]]:
-    """Why runs of an earlier call stopped for good, and the names of those that are not at their end."""
-    failures, unfinished = {}, []
-    for name, recipe in runs.items():
-        run = RunFolder(output / name)
-        state, reason = run.read_outcome()
-        same = run.recipe.is_file() and _what_counts(load_recipe(run.recipe)) == _what_counts(recipe)
-        if state == "diverged" and same:
-            failures[name] = reason or state
-        elif state != "finished" or not same:
-            unfinished.append(name)
-    return failures, unfinished
-
-
-def _what_counts(recipe: Recipe) -> Recipe:
-    """Without what may be another on another cluster, or after a folder has moved."""
-    data = recipe.data.model_copy(update={"threads": None})
-    distill = recipe.distill.model_copy(update={"teacher": None, "bank": None})
-    return recipe.model_copy(update={"data": data, "distill": distill})
-
-
-def _measure(
-    ray: Any, slots: Slots, runs: dict[str, Recipe], classes: int, output: Path, dry_run: bool
-) -> dict[str, float]:
-    """Seconds of a step on one place, by run; what was measured before on such a place is taken from costs.json."""
-    path, known = output / "costs.json", {}
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}  # of an interrupted disk; they are measured again
-    keys = {
-        name: f"{recipe.model.backbone}, crop {recipe.data.crop}, {recipe.train.precision}, {slots.bundle}"
-        for name, recipe in runs.items()
-    }
-    measure = ray.remote(worker.step_seconds).options(**slots.options, max_retries=2)
-    pending = {keys[name]: recipe for name, recipe in runs.items() if keys[name] not in known}
-    tasks = {key: measure.remote(recipe.model_dump(), classes) for key, recipe in pending.items()}
-    for key, task in tasks.items():
-        known[key] = task_result(ray, task)
-    if tasks and not dry_run:
-        write_text(path, json.dumps(known, indent=2) + "\n")
-    return {name: known[key] for name, key in keys.items()}
-
-
 def _show(plan: Sequence[Group], slots: Slots, skipped: int) -> None:
     place = "GPU" if slots.kind == "GPU" else f"node of {slots.cpus} CPU core(s)"
     table = Table("group", "runs", f"ranks (one {place} each)", "s/step", title="Plan", title_justify="left")
@@ -246,90 +191,3 @@ def _finish(recipe: Recipe, output: Path, students: Sequence[str], failures: dic
 def _is_exported(run: Path) -> bool:
     weights, model = run / WEIGHTS, run / FP32_FILE
     return model.is_file() and model.stat().st_mtime >= weights.stat().st_mtime
-
-
-@dataclasses.dataclass
-class _Progress:
-    """How often a run has failed, and how far it had come."""
-
-    attempts: int = 0
-    step: int = -1
-
-
-class _Driver:
-    """Runs groups side by side until each run is finished or given up."""
-
-    def __init__(self, ray: Any, slots: Slots, runs: dict[str, Recipe], output: Path) -> None:
-        self.ray, self.slots, self.runs, self.output = ray, slots, runs, output.resolve()
-        self.progress = {name: _Progress() for name in runs}
-        self.failures: dict[str, str] = {}
-        self.queue: deque[Group] = deque()
-
-    def run(self, plan: Sequence[Group]) -> dict[str, str]:
-        """Why each run that did not come to its end stopped, by name."""
-        self.queue.extend(plan)
-        names = [name for group in plan for name in group.runs]
-        running: list[RunningGroup] = []
-        with LiveTable(self.output, names) as table:
-            try:
-                while self.queue or running:
-                    while self.queue:
-                        running.append(self._start(self.queue.popleft()))
-                        table.set_states(running[-1].group.runs, "waiting for a place")
-                    for group in running:
-                        if group.start_when_placed():
-                            table.set_states(group.group.runs, "training")
-                    for group in self._ended(running):
-                        running.remove(group)
-                        for name, state in self._settle(group).items():
-                            table.set_states([name], state)
-                    table.refresh()
-            finally:
-                for group in running:
-                    group.stop()
-        return self.failures
-
-    def _start(self, group: Group) -> RunningGroup:
-        recipes = {str(self.output / name): self.runs[name].model_dump() for name in group.runs}
-        log = str(self.output / "logs" / f"{'+'.join(group.runs)[:100]}-rank{{rank}}.log")
-        return RunningGroup(self.ray, group, self.slots, recipes, str(self.output / "manifest.json"), log)
-
-    def _ended(self, running: Sequence[RunningGroup]) -> list[RunningGroup]:
-        """Those of which a rank has ended; waits a second for one."""
-        tasks = [task for group in running for task in group.tasks] or [group.placed for group in running]
-        done, _ = self.ray.wait(tasks, num_returns=1, timeout=1.0)
-        return [group for group in running if set(group.tasks) & set(done)]
-
-    def _settle(self, ended: RunningGroup) -> dict[str, str]:
-        """What became of each run of a group; those that may try again are queued."""
-        result = ended.result()
-        ended.stop()
-        states, again = {}, []
-        for name in ended.group.runs:
-            run = RunFolder(self.output / name)
-            state, reason = run.read_outcome()
-            if state == "finished":
-                states[name] = "finished"
-            elif state == "diverged":
-                self.failures[name] = states[name] = reason or state
-            elif result.for_good:
-                self.failures[name] = states[name] = result.reason
-            elif self._may_try_again(name):
-                states[name] = f"waiting to try again ({(reason or result.reason)[:200]})"
-                again.append((name, state))
-            else:
-                self.failures[name] = states[name] = f"given up: {reason or result.reason}"
-        # Where the whole group ended with a lost rank, none of its runs is to blame; one that raised tries alone.
-        together = tuple(name for name, state in again if state == "unfinished")
-        groups = [together] if together else []
-        groups += [(name,) for name, state in again if state != "unfinished"]
-        self.queue.extend(Group(runs, ended.group.ranks, ended.group.seconds) for runs in groups)
-        return states
-
-    def _may_try_again(self, name: str) -> bool:
-        folder = self.output / name / "checkpoints"
-        steps = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors")]
-        progress, step = self.progress[name], max(steps, default=-1)
-        progress.attempts = 1 if step > progress.step else progress.attempts + 1
-        progress.step = step
-        return progress.attempts < _ATTEMPTS

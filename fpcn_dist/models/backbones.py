@@ -12,19 +12,22 @@ from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
 from fpcn_dist.errors import UserError, nearest
 from fpcn_dist.models import weights
-from fpcn_dist.models.norms import batch_norms, replace_norms
+from fpcn_dist.models.backbone import Backbone
+from fpcn_dist.models.compared.lenet import LeNet
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 """torchvision's, though timm has networks of the same names."""
 
 ALIASES = {"mobilenet_v1": "mobilenetv1_100"}
 """Names of this project for networks of timm."""
+
+_TORCHVISION = "torchvision/"
+"""Before a name: torchvision's network, though timm has one of the same name."""
 
 _IMAGENET_CLASSES = 1000
 
@@ -33,8 +36,8 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
     """The backbone called ``name``.
 
     Args:
-        name: one of :data:`RESNETS` or :data:`ALIASES`; a model of timm, with or without a tag; or a classifier of
-            torchvision whose name timm does not have.
+        name: one of :data:`RESNETS` or :data:`ALIASES`; "lenet"; a model of timm, with or without a tag; a classifier
+            of torchvision whose name timm does not have, or any with "torchvision/" before its name.
         pretrained: ``True``: ImageNet weights from the hub or its cache; a path: a weights file of this network, its
             classifier included or not; ``False``: freshly initialised.
         norm: ``"batch"``: normalisation as published; ``"sync_batch"``: BatchNorm over all ranks; ``"frozen_batch"``:
@@ -52,55 +55,19 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
         )  # fmt: skip
     if name in RESNETS:
         return ResNet(name, pretrained, norm)
+    if name == "lenet":
+        return LeNet(pretrained, norm)
     timm_name = ALIASES.get(name, name)
     timms = {*timm.list_models(), *timm.list_pretrained()}
     if timm_name in timms:
         return TimmNet(timm_name, pretrained, norm)
     torchvisions = torchvision.models.list_models(module=torchvision.models)
-    if name in torchvisions:
-        return TorchvisionNet(name, pretrained, norm)
-    close = difflib.get_close_matches(name, [*RESNETS, *ALIASES, *torchvisions, *timms], n=1)
+    short = name.removeprefix(_TORCHVISION)
+    if short in torchvisions:
+        return TorchvisionNet(short, pretrained, norm)
+    close = difflib.get_close_matches(short, [*RESNETS, *ALIASES, "lenet", *torchvisions, *timms], n=1)
     reason = "there is no such network in torchvision or timm"
-    raise UserError("model.backbone", name, reason, nearest(name, close or RESNETS))
-
-
-class Backbone(nn.Module):
-    """Images [B, 3, H', W'] to the final feature map [B, C, H, W].
-
-    Attributes:
-        net: the network itself, under the names of its library, less what follows the feature map.
-        channels: C.
-        has_map: whether the features still have places, or are one vector [B, C, 1, 1].
-    """
-
-    net: nn.Module
-
-    def __init__(self, net: nn.Module, channels: int, norm: str, *, has_map: bool = True) -> None:
-        super().__init__()
-        self.net = replace_norms(net, norm)
-        self.channels = channels
-        self.has_map = has_map
-        self.norm = norm
-        self.train()
-
-    def train(self, mode: bool = True) -> Backbone:
-        super().train(mode)
-        if self.norm == "frozen_batch":
-            for layer in batch_norms(self.net):
-                layer.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features [B, C, H, W]."""
-        self._check_device(images.device)
-        return self.net(images)
-
-    def _check_device(self, device: torch.device) -> None:
-        if self.norm == "sync_batch" and self.training and device.type == "cpu" and dist.is_initialized():
-            raise UserError(
-                "model.norm", self.norm, "BatchNorm cannot be synchronised between ranks that train on the CPU",
-                "use group or frozen_batch, train on GPUs, or start a single process",
-            )  # fmt: skip
+    raise UserError("model.backbone", name, reason, nearest(short, close or RESNETS))
 
 
 class ResNet(Backbone):

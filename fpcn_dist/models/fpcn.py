@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fpcn_dist.config import ModelConfig
 from fpcn_dist.errors import UserError
+from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.backbones import ResNet, build_backbone
 
 
@@ -20,21 +21,33 @@ class Classifier(nn.Module):
     """Backbone, global average pooling, one linear layer.
 
     Args:
-        backbone: see :func:`build_backbone`, as for ``pretrained`` and ``norm``.
+        backbone: the network, or its name for :func:`build_backbone`, as for ``pretrained`` and ``norm``.
         num_classes: K.
+        features: width of the pooled vectors; ``None``: the backbone's channels.
     """
 
-    def __init__(self, backbone: str, num_classes: int, *, pretrained: bool | str = False, norm: str = "batch") -> None:
+    backbone: Backbone
+
+    def __init__(
+        self,
+        backbone: str | Backbone,
+        num_classes: int,
+        *,
+        pretrained: bool | str = False,
+        norm: str = "batch",
+        features: int | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, pretrained=pretrained, norm=norm)
-        self.classifier = nn.Linear(self.backbone.channels, num_classes)
+        if isinstance(backbone, str):
+            backbone = build_backbone(backbone, pretrained=pretrained, norm=norm)
+        self.backbone = backbone
+        self.classifier = nn.Linear(features or backbone.channels, num_classes)
 
     def pool(self, images: Tensor) -> MaskedPool:
         """Images [B, 3, H', W'] to the mean of their features over the whole map; the mask is all ones."""
         features_BCHW = self.backbone(images)
         pooled_BC = features_BCHW.mean((2, 3), dtype=torch.promote_types(features_BCHW.dtype, torch.float32))
-        mask_BHW = pooled_BC.new_ones(len(images), *features_BCHW.shape[2:])
-        return MaskedPool(pooled_BC, mask_BHW, mask_BHW[:, 0, 0])
+        return whole_image(pooled_BC, features_BCHW)
 
     def logits(self, pooled: Tensor) -> Tensor:
         """Pooled vectors [B, C] to logits [B, K], image by image."""
@@ -119,12 +132,7 @@ class FPCN(Classifier):
         return self.classifier(gate * pooled)
 
 
-def build_model(config: ModelConfig, num_classes: int, *, task: str) -> Classifier:
-    """The network of a recipe: :class:`FPCN` for the task "contrast", else :class:`Classifier`.
-
-    Raises:
-        UserError: see :class:`FPCN`.
-    """
-    if task == "contrast":
-        return FPCN(num_classes=num_classes, **config.model_dump())
-    return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+def whole_image(pooled: Tensor, features_BCHW: Tensor) -> MaskedPool:
+    """Pooled vectors [B, C] of a network that takes no part of the image for the object."""
+    mask_BHW = pooled.new_ones(len(pooled), *features_BCHW.shape[2:])
+    return MaskedPool(pooled, mask_BHW, mask_BHW[:, 0, 0])

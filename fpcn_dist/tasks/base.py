@@ -51,8 +51,8 @@ class Task(nn.Module, ABC):
         self.train_config = config
 
     @abstractmethod
-    def encode(self, batch: Batch) -> Tensor:
-        """Features [B, C] float32 of the images of ``batch``."""
+    def encode(self, batch: Batch, step: int) -> Tensor:
+        """Features [B, C] float32 of the images of ``batch``; the same whenever it is called for the same step."""
 
     @abstractmethod
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
@@ -65,6 +65,6 @@ class Task(nn.Module, ABC):
                 batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
             precision = self.train_config.precision
             with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                pooled = self.encode(batch)
+                pooled = self.encode(batch, step)
             pooled = pooled.float() if pooled.dtype in (torch.bfloat16, torch.float16) else pooled
         return pooled if encode_only else self.criterion(pooled, batch, step)

@@ -1,4 +1,4 @@
-"""The plain classifier: cross-entropy on the pooled vector."""
+"""Cross-entropy on the pooled vector: the plain classifier, and Bilinear CNN."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fpcn_dist.tasks.base import Task, TaskOutput
 
 
 class Classify(Task):
-    """Baseline of the paper's Figure 5 and Table 4: the same backbone without region and pairs."""
+    """Baseline of the paper's Figure 5 and Table 4, the same backbone without region and pairs; and the basic networks
+    and Bilinear CNN of its Table 2."""
 
-    def encode(self, batch: Batch) -> Tensor:
+    def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:

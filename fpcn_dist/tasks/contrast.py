@@ -36,7 +36,7 @@ class Contrast(Task):
         self.config, self.seed, self.group = config, seed, group
         self.centers = ClassCenters(model.classifier.out_features, model.backbone.channels)
 
-    def encode(self, batch: Batch) -> Tensor:
+    def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:

@@ -25,7 +25,7 @@ class Distill(Task):
         super().__init__(model, train)
         self.config = config
 
-    def encode(self, batch: Batch) -> Tensor:
+    def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:

@@ -1,0 +1,62 @@
+"""Bilinear CNN (Lin et al., 2015), with one network for both of its streams.
+
+Legend: B images, C channels, P = H x W cells, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from fpcn_kernels import MaskedPool
+from torch import Tensor, nn
+
+from fpcn_dist.config import ModelConfig
+from fpcn_dist.errors import UserError
+from fpcn_dist.models import weights
+from fpcn_dist.models.backbone import Backbone
+from fpcn_dist.models.backbones import build_backbone
+from fpcn_dist.models.compared.bilinear import bilinear_pool
+from fpcn_dist.models.fpcn import Classifier, whole_image
+
+
+class BilinearCNN(Classifier):
+    """Backbone, bilinear pooling of its map with itself, one linear layer on the C x C products.
+
+    Args:
+        config: ``backbone`` "vgg16" is torchvision's without its last pooling, as published: 28 x 28 cells of 512
+            channels at 448 px; any other with a feature map will do. ``pretrained`` and ``norm`` as everywhere.
+        num_classes: K.
+
+    Raises:
+        UserError: see :func:`build_backbone`; or a network without a feature map.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        if config.backbone == "vgg16":
+            backbone: Backbone = VGG16(config.pretrained, config.norm)
+        else:
+            backbone = build_backbone(config.backbone, pretrained=config.pretrained, norm=config.norm)
+        if not backbone.has_map:
+            reason = "it gives no feature map whose channels could be multiplied"
+            raise UserError("model.backbone", config.backbone, reason, "use vgg16, or another network with a map")
+        super().__init__(backbone, num_classes, features=backbone.channels**2)
+
+    def pool(self, images: Tensor) -> MaskedPool:
+        """Images [B, 3, H', W'] to their bilinear vectors [B, C^2]; the mask is all ones."""
+        features_BCHW = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            features_BCP = features_BCHW.flatten(2)
+            features_BCP = features_BCP.to(torch.promote_types(features_BCP.dtype, torch.float32))
+            return whole_image(bilinear_pool(features_BCP, features_BCP), features_BCHW)
+
+
+class VGG16(Backbone):
+    """torchvision's VGG16 without its last pooling and what follows: features [B, 512, H'/16, W'/16]."""
+
+    def __init__(self, pretrained: bool | str, norm: str) -> None:
+        net: torchvision.models.VGG = torchvision.models.vgg16(weights=None, init_weights=pretrained is False)
+        if isinstance(pretrained, str):
+            weights.load_file(net, pretrained, ignored=["classifier"])
+        elif pretrained:
+            net.load_state_dict(weights.torchvision_weights("vgg16"))
+        super().__init__(nn.Sequential(*list(net.features.children())[:-1]), 512, norm)
