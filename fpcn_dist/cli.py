@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -97,12 +97,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
 
 
-def _recipe_path(argv: Sequence[str]) -> Path | None:
+def _option(argv: Sequence[str], name: str) -> str | None:
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word.startswith("--recipe="):
-            return Path(word.partition("=")[2])
-        if word == "--recipe" and following:
-            return Path(following)
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+        if word == name and following:
+            return following
     return None
 
 
@@ -116,11 +116,21 @@ def _switches_on(words: Sequence[str], switches: set[str]) -> list[str]:
     return written
 
 
-def parse(args_type: Callable[..., Args], argv: Sequence[str] | None = None) -> Args:
+def parse(
+    args_type: Callable[..., Args],
+    argv: Sequence[str] | None = None,
+    *,
+    presets: tuple[str, str, Mapping[str, Path]] | None = None,
+) -> Args:
     """Parse the command line into ``args_type``, a dataclass whose docstring describes the command.
 
     A field ``overrides: Overrides`` takes its defaults from the ``--recipe`` file. The ``--local_rank`` that some
     launchers append is dropped: the environment says the same.
+
+    Args:
+        args_type: the dataclass.
+        argv: the words; those of this process by default.
+        presets: a flag, its default, and for each of its values the recipe file that it stands for, instead.
 
     Raises:
         UserError: the recipe file is missing or invalid.
@@ -132,7 +142,11 @@ def parse(args_type: Callable[..., Args], argv: Sequence[str] | None = None) -> 
     words = _switches_on(words, {f"--{field.name.replace('_', '-')}" for field in fields if field.default is False})
     default: dict[str, Any] = {}
     if any(field.name == "overrides" for field in fields):
-        path = _recipe_path(words)
+        if presets is None:
+            path = Path(given) if (given := _option(words, "--recipe")) else None
+        else:
+            flag, usual, recipes = presets
+            path = recipes.get(_option(words, flag) or usual)  # an unknown value is refused below
         required = {field.name: tyro.MISSING for field in fields if field.default is dataclasses.MISSING}
         recipe = load_recipe(path) if path else Recipe()
         default = {"default": args_type(**required | {"overrides": recipe})}

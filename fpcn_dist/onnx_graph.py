@@ -40,11 +40,16 @@ class ExportableModel(nn.Module):
         masked: whether it pools inside a region that it finds by a threshold.
 
     Raises:
-        UserError: the model's region cannot be expressed.
+        UserError: the model is one of the compared networks, or its region cannot be expressed.
     """
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
+        if type(model) not in (Classifier, FPCN):
+            raise UserError(
+                "model", type(model).__name__, "its forward pass is not written in ONNX's operators",
+                "use --format safetensors",
+            )  # fmt: skip
         self.model = model
         self._config = model.config if isinstance(model, FPCN) and model.config.region != "none" else None
         self.masked = self._config is not None

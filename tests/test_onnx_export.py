@@ -270,6 +270,9 @@ def test_what_cannot_be_exported_is_explained(bare: Path) -> None:
         _export(bare, data=bare)
     with pytest.raises(UserError, match=r"model.region largest: ONNX has no operator for connected regions; "):
         ExportableModel(_model(_recipe(region="largest")))
+    compared = build_model(ModelConfig(backbone="resnet18", pretrained=False), 3, task="mmal_net")
+    with pytest.raises(UserError, match=r"model MMALNet: its forward pass is not written in ONNX's operators; use"):
+        ExportableModel(compared)
 
 
 class Branching(nn.Module):

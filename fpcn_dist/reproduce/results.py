@@ -6,8 +6,9 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from fpcn_dist import __version__
 from fpcn_dist.files import write_text
 
 FILE, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
+
+TITLE = "The paper's tables on other data"
+CAVEAT = (
+    "The paper's numbers are for the paper's own photographs, which are not public. A difference from them tells how "
+    "much harder or easier other photographs are as well as how well the method was repeated: compare our rows with "
+    "each other."
+)
+"""What every form of the results says."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class Row:
     runs: tuple[RunRecord, ...] = ()
     reason: str = ""
 
+    @property
+    def seeds(self) -> int:
+        """How many trainings there is a result of."""
+        return max((len(score.ours) for score in self.scores), default=0)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -90,7 +104,9 @@ class Table:
         key: "table2", "table3", "table4", "figure3" or "figure4".
         title: what it shows.
         name: heading of the rows' names.
-        details, scores: headings of the other columns.
+        details: headings of what describes the rows.
+        scores: headings of the numbers; the last one is what the table is about, as in the paper, where the accuracy
+            on training images comes before that on test images and the baseline before the distilled network.
         rows: the lines.
         note: what a reader must know to read the numbers.
     """
@@ -102,6 +118,26 @@ class Table:
     scores: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str
+
+    def columns(self, number: int) -> tuple[str, ...]:
+        """Headings below ``scores[number]``: without the paper's where it prints no number, as in its figures."""
+        if any(row.scores[number].paper is not None for row in self.rows):
+            return ("paper", "ours", "difference", "spread")
+        return ("ours", "spread")
+
+    def label(self, row: Row) -> str:
+        """What tells a row from the others: its name, with the details where rows of that name had other runs."""
+        if len({other.runs for other in self.rows if other.name == row.name}) < 2:
+            return row.name
+        shown = zip(self.details, map(show, row.details), strict=True)
+        return ", ".join([row.name, *(f"{heading} {text}" for heading, text in shown if text)])
+
+    def computations(self) -> list[tuple[str, tuple[RunRecord, ...]]]:
+        """Labels of rows, and what computed them; rows that share their runs share an entry."""
+        labels: dict[tuple[RunRecord, ...], list[str]] = {}
+        for row in self.rows:
+            labels.setdefault(row.runs, []).append(self.label(row))
+        return [("; ".join(dict.fromkeys(names)), runs) for runs, names in labels.items() if runs]
 
 
 @dataclass(frozen=True)
@@ -188,6 +224,15 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.1f}"
 
 
+def cells(score: Score, columns: Iterable[str]) -> list[tuple[float | None, str]]:
+    """Numbers under :meth:`Table.columns`, each with its text."""
+    known = {
+        "paper": (score.paper, percent(score.paper)), "ours": (score.mean, percent(score.mean)),
+        "difference": (score.difference, signed(score.difference)), "spread": (score.spread, percent(score.spread)),
+    }  # fmt: skip
+    return [known[column] for column in columns]
+
+
 _CSV_COLUMNS = (
     "table", "name", "details", "score", "paper", "ours", "difference", "seeds", "spread", "values", "reason",
     "commits", "devices", "commands",
@@ -215,37 +260,61 @@ def to_csv(results: Results) -> str:
     return buffer.getvalue()
 
 
-def _joined(values: Iterator[str]) -> str:
+def _joined(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values))
 
 
 def to_markdown(results: Results) -> str:
-    """Every table, and below it the command of each row."""
+    """Every table, and below it the commands of each row."""
     lines = [
-        "# The paper's tables on other data", "",
-        f"Data `{results.data}`, scale {results.scale}, {len(results.seeds)} seed(s); accuracies on {results.images:,} "
-        f"{results.split} images, in percent. The paper's numbers are for its own photographs, which are not public.",
+        f"# {TITLE}", "",
+        f"Data {_code(results.data)}, scale {_escape(results.scale)}, {len(results.seeds)} seed(s); accuracies on "
+        f"{results.images:,} {_escape(results.split)} images, in percent. {CAVEAT}",
     ]  # fmt: skip
     for table in results.tables:
+        columns = [table.columns(number) for number in range(len(table.scores))]
         heads = [table.name, *table.details]
-        for heading in table.scores:
-            heads += [f"{heading}: paper", "ours", "difference", "spread"]
-        lines += ["", f"## {table.title}", "", _line([*heads, "seeds"]), _line(["---"] * (len(heads) + 1))]
+        for heading, names in zip(table.scores, columns, strict=True):
+            heads += [f"{heading}: {names[0]}", *names[1:]]
+        lines += ["", f"## {_escape(table.title)}", "", _line([*heads, "seeds"]), _rule(1 + len(table.details), heads)]
         for row in table.rows:
-            cells = [row.name, *map(show, row.details)]
-            for score in row.scores:
-                cells += [percent(score.paper), percent(score.mean), signed(score.difference), percent(score.spread)]
-            lines.append(_line([*cells, str(max((len(score.ours) for score in row.scores), default=0))]))
-        lines += ["", table.note]
-        lines += [
-            f"- {row.name} has no result, or not from every seed: {row.reason}" for row in table.rows if row.reason
-        ]
-        lines += ["", "Commands:", ""]
-        for run in dict.fromkeys(run for row in table.rows for run in row.runs):
-            lines.append(f"- `{run.command}` (commit {run.commit}, {run.device})")
+            texts = [row.name, *map(show, row.details)]
+            for score, names in zip(row.scores, columns, strict=True):
+                texts += [text for _, text in cells(score, names)]
+            lines.append(_line([*texts, str(row.seeds)]))
+        lines += ["", _escape(table.note)]
+        missing = [row for row in table.rows if row.reason]
+        if missing:
+            lines += ["", "Without a result, or not from every seed:", ""]
+            lines += [f"- {_escape(table.label(row))}: {_escape(row.reason)}" for row in missing]
+        computations = table.computations()
+        if computations:
+            lines += ["", "Commands:", ""]
+        for label, runs in computations:
+            lines += [
+                f"- {_escape(label)}, seed {run.seed}: {_code(run.command)} "
+                f"(commit {_escape(run.commit)}, {_escape(run.device)})"
+                for run in runs
+            ]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
-    return "| " + " | ".join(escaped) + " |"
+def _line(texts: list[str]) -> str:
+    return "| " + " | ".join(map(_escape, texts)) + " |"
+
+
+def _rule(left: int, heads: list[str]) -> str:
+    """The line below the headings: numbers are aligned to the right, all but the first ``left`` columns."""
+    return "| " + " | ".join(["---"] * left + ["---:"] * (len(heads) + 1 - left)) + " |"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A code span, between more backticks than there are side by side in ``text``."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"

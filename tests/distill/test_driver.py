@@ -126,7 +126,7 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
     # Equal costs: a node for each.
     place = Slots("CPU", 3, 1).bundle
     output.mkdir()
-    (output / "costs.json").write_text(json.dumps({f"{name}, crop 32, fp32, {place}": 1.0 for name in names}))
+    (output / "costs.json").write_text(json.dumps({f"distill {name}, crop 32, fp32, {place}": 1.0 for name in names}))
     # Long enough to be at work at the same time, however unevenly a busy machine starts them.
     options = ["--students", ",".join(names), "--address", address, "--train.epochs", "12"]
     process = command.start("nodes", *options, **CLUSTER)

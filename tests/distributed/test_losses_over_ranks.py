@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from fpcn_dist.collectives import Group, all_gather, all_reduce_sum
+from fpcn_dist.collectives import Group, all_gather, all_gather_unlike, all_reduce_sum, world_size
 from fpcn_dist.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 
 IMAGES, PIXELS, CHANNELS, HIDDEN, CLASSES = 7, 10, 6, 5, 3
@@ -33,11 +33,20 @@ def run(rows: slice, group: Group | None) -> dict[str, Any]:
     centers.update(encoder(images), labels, group=group)
     centers.update(encoder(images).square(), labels, rate=0.3, group=group)
 
+    def partners_loss(pooled: Tensor) -> Tensor:
+        """Of each image of this rank with the next one of the global batch, which another rank may hold."""
+        everyone = all_gather_unlike(pooled, group)
+        start = rows.start or 0
+        partner = (torch.arange(len(pooled)) + start + 1) % IMAGES
+        products = (pooled * everyone[partner]).sum(1).tanh()
+        return products.sum() * world_size(group) / IMAGES
+
     def losses(pooled: Tensor) -> dict[str, Tensor]:
         pairs = hardest_pairs(all_gather(pooled, group), all_gather(labels, group), 4 * IMAGES)
         return {
             "center_mean": center_loss(pooled, labels, centers.centers, group=group),
             "center_sum": center_loss(pooled, labels, centers.centers, reduction="sum", group=group),
+            "partners": partners_loss(pooled),
             "gated": gated_contrast_loss(pooled, labels, *layers, pairs=pairs, dropout=0.3, seed=5, group=group),
         }
 
@@ -92,7 +101,7 @@ def test_rows_are_gathered_in_rank_order_and_summed(ranks, alone) -> None:
         assert_exact(rank["total"], alone["total"])
 
 
-@pytest.mark.parametrize("name", ["center_mean", "center_sum", "gated"])
+@pytest.mark.parametrize("name", ["center_mean", "center_sum", "partners", "gated"])
 def test_means_over_ranks_are_the_values_of_one_process(name: str, ranks, alone) -> None:
     expected = dict(alone[name])
     pooled = expected.pop("pooled")
