@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
-from fpcn_dist.config import Recipe
+from fpcn_dist.config import ContrastConfig, Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distributed import own_device, use_threads
@@ -57,9 +57,10 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
     data = parsed.data
     batch_size = (data.classes_per_batch or classes) * data.images_per_class
     images = min(_TIMED_IMAGES, batch_size)
-    # Weights that a file or a hub would give do not change the cost.
-    model = parsed.model.model_copy(update={"pretrained": False})
-    task = build_task(parsed.model_copy(update={"model": model}), classes).to(device).train()
+    # Weights that a file or a hub would give do not change the cost; which pairs are taken hardly does, and their number
+    # is that of the whole batch.
+    changes = {"model": parsed.model.model_copy(update={"pretrained": False}), "contrast": _any_pairs(parsed)}
+    task = build_task(parsed.model_copy(update=changes), classes).to(device).train()
     optimizer = build_optimizer(parsed.optim, task)
     index = torch.arange(images, device=device)
     pixels = torch.randn(images, 3, data.crop, data.crop, device=device)
@@ -75,3 +76,10 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[_TIMED_STEPS // 2] * batch_size / images
+
+
+def _any_pairs(recipe: Recipe) -> ContrastConfig:
+    pairs = recipe.contrast.pairs
+    if pairs == "random" and recipe.task == "contrast":
+        pairs = "all"
+    return recipe.contrast.model_copy(update={"pairs": pairs, "num_pairs": None})

@@ -159,8 +159,8 @@ class _Collector:
         heads = ("parameters, M", "paper", "GFLOPs", "paper ", "ms", "paper  ")
         note = (
             "GFLOPs: two for each multiply-add, of one image; the paper counts multiply-adds, doubled here. "
-            "Milliseconds: of one image on the device that each run names. Parameters: the paper puts a layer for 200 classes behind "
-            "that of ImageNet."
+            "Milliseconds: of one image on the device that each run names. Parameters: the paper puts a layer for 200 "
+            "classes behind that of ImageNet."
         )
         scores = ("baseline, %", "distilled, %")
         return Table("table4", "Table 4: distilled students", "network", heads, scores, tuple(rows), note)
