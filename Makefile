@@ -10,7 +10,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[cuda13,deepspeed,ray,export,dev]"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[cuda13,deepspeed,ray,export,reproduce,dev]"
 	touch $@
 
 demo: setup

@@ -13,7 +13,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["fpcn_dist*"]) + find_packages("kernels", include=["fpcn_kernels*"]),
     package_dir={"fpcn_kernels": "kernels/fpcn_kernels"},
-    package_data={"fpcn_dist": ["report/*.j2", "report/*.css", "py.typed"], "fpcn_kernels": ["py.typed"]},
+    package_data={
+        "fpcn_dist": ["report/*.j2", "report/*.css", "report/*.js", "py.typed"],
+        "fpcn_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11,<3",
         "torchvision>=0.26,<1",
@@ -39,6 +42,8 @@ setup(
         "ray": ["ray[tune]>=2.50,<3", "optuna>=5.0,<6"],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.
         "export": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"],
+        # Earlier versions ask for opencv-python, which needs libGL and X11 where this one needs no system library.
+        "reproduce": ["grad-cam>=1.5.7,<2"],
         "dev": [
             "pytest>=8.2",
             "pytest-timeout>=2.3",

@@ -57,7 +57,7 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
     data = parsed.data
     batch_size = (data.classes_per_batch or classes) * data.images_per_class
     images = min(_TIMED_IMAGES, batch_size)
-    # Weights that a file or a hub would give do not change the cost; which pairs are taken hardly does, and their number
+    # Weights that a file or a hub would give do not change the cost; which pairs are taken hardly does, and their count
     # is that of the whole batch.
     changes = {"model": parsed.model.model_copy(update={"pretrained": False}), "contrast": _any_pairs(parsed)}
     task = build_task(parsed.model_copy(update=changes), classes).to(device).train()

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = "no Chromium to render the report with: apt-get install chromium"
@@ -20,33 +22,64 @@ _OPTIONS = (
 # The browser's own calls home, which no switch stops entirely.
 _OWN_HOSTS = re.compile(r"https?://([\w.-]+\.)?(google|googleapis|gvt1|gstatic)\.com/")
 
-# The page in frames of a phone's and a desktop's width, and what a script outside of it reads off them.
+# A page with others in frames, and what a script outside of them reads off them once they are there.
 _WRAPPER = """<!doctype html><meta charset="utf-8">
-<iframe src="{url}" style="width:375px;height:800px;border:0"></iframe>
-<iframe src="{url}" style="width:1200px;height:800px;border:0"></iframe>
+{frames}
 <pre></pre>
 <script>
 onload = () => {{
-  document.querySelector("pre").textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {{
-    const page = frame.contentDocument;
-    return {{
-      scroll_width: page.documentElement.scrollWidth,
-      client_width: page.documentElement.clientWidth,
-      text: page.body.innerText,
-      background: getComputedStyle(page.body).backgroundColor,
-      charts: [...page.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height > 100).length,
-      images: [...page.images].map(image => image.naturalWidth),
-      text_heights: [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height),
-    }};
-  }}));
+  const pages = [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument);
+  document.querySelector("pre").textContent = JSON.stringify(({script})(pages));
 }};
 </script>
 """
+_WIDTHS = {"phone": 375, "desktop": 1200, "paper": 718}
+"""CSS pixels; A4 less a centimetre on either side."""
+
+# The page on paper is one whose print rules hold on a screen.
+_LOOK = """pages => pages.map((page, number) => {
+  if (number === 2) for (const sheet of page.styleSheets) for (const rule of sheet.cssRules) {
+    const media = rule.media?.mediaText ?? "";
+    if (media === "print") rule.media.mediaText = "all";
+    if (media.startsWith("screen")) rule.media.mediaText = "not all";
+  }
+  return {
+    scroll_width: page.documentElement.scrollWidth,
+    client_width: page.documentElement.clientWidth,
+    text: page.body.innerText,
+    background: getComputedStyle(page.body).backgroundColor,
+    charts: [...page.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height > 100).length,
+    images: [...page.images].map(image => image.naturalWidth),
+    text_heights: [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height),
+    clipped: [...page.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth).length,
+    code: [...page.querySelectorAll("pre")].filter(code => code.checkVisibility()).map(code => code.textContent),
+  };
+})"""
+
+_CLICK = """([page]) => %s.map(([table, column]) => {
+  const rows = page.querySelectorAll("table")[table];
+  const button = rows.querySelector(`[data-column="${column}"] button`);
+  button?.focus();
+  button?.click();
+  return {
+    focused: button !== null && page.activeElement === button,
+    heads: Object.fromEntries([...rows.querySelectorAll("[aria-sort]")].map(
+      head => [head.dataset.column, head.getAttribute("aria-sort")])),
+    rows: [...rows.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.textContent)),
+  };
+})"""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The page at one width; sizes in CSS pixels."""
+    """The page at one width; sizes in CSS pixels.
+
+    Attributes:
+        charts: how many are tall enough to be read.
+        images: widths of the images, 0 for one that did not load.
+        clipped: how many boxes must be scrolled sideways, which paper cannot be.
+        code: texts of the commands that are in sight.
+    """
 
     scroll_width: int
     client_width: int
@@ -55,38 +88,73 @@ class Frame:
     charts: int
     images: list[int]
     text_heights: list[float]
+    clipped: int
+    code: list[str]
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """What Chromium made of a page: on a phone, on a desktop, and on the way there."""
+    """What Chromium made of a page: on a phone, on a desktop, on paper, and on the way there."""
 
     phone: Frame
     desktop: Frame
+    paper: Frame
     console: list[str]
     requests: list[str]
 
 
+@dataclass(frozen=True)
+class Sorting:
+    """A table after a click: whether the button had the focus, ``aria-sort`` by column, and the cells of each row."""
+
+    focused: bool
+    heads: dict[str, str]
+    rows: list[list[str]]
+
+
 def render(page: Path, folder: Path, *, dark: bool = False) -> Rendering:
     """Load ``page`` in Chromium; ``folder`` is for its files."""
+    values, console, requests = _load(page, folder, list(_WIDTHS.values()), _LOOK, dark=dark)
+    return Rendering(*(Frame(**frame) for frame in values), console=console, requests=requests)
+
+
+def click(page: Path, folder: Path, clicks: Sequence[tuple[int, int]]) -> tuple[list[Sorting], list[str]]:
+    """Click heads of tables, each given as (table, column), one after the other; and the console's messages."""
+    script = _CLICK % json.dumps(clicks)
+    values, console, _ = _load(page, folder, [_WIDTHS["desktop"]], script, dark=False)
+    return [Sorting(**value) for value in values], console
+
+
+def print_pages(page: Path, folder: Path) -> Path:
+    """Print ``page`` to a PDF in ``folder``, and give its path."""
     folder.mkdir()
-    wrapper = folder / "wrapper.html"
-    wrapper.write_text(_WRAPPER.format(url=page.as_uri()), encoding="utf-8")
-    log = folder / "network.json"
+    pdf = folder / "page.pdf"
+    _run(folder, f"--print-to-pdf={pdf}", "--no-pdf-header-footer", page.as_uri())
+    return pdf
+
+
+def _load(
+    page: Path, folder: Path, widths: Sequence[int], script: str, *, dark: bool
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """What a script returns for frames of the page, messages of the console, and addresses that were asked for."""
+    folder.mkdir()
+    wrapper, log = folder / "wrapper.html", folder / "network.json"
+    frames = [f'<iframe src="{page.as_uri()}" style="width:{w}px;height:800px;border:0"></iframe>' for w in widths]
+    wrapper.write_text(_WRAPPER.format(frames="\n".join(frames), script=script), encoding="utf-8")
+    mode = ["--force-dark-mode"] if dark else []
+    done = _run(folder, *mode, f"--log-net-log={log}", "--dump-dom", wrapper.as_uri())
+    found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
+    assert found and found[1], f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    unescaped = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&")
+    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]*)"', log.read_text(encoding="utf-8")))
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(unescaped), console, sorted(url for url in urls if not _OWN_HOSTS.match(url))
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [
-            str(BINARY), *_OPTIONS, *(["--force-dark-mode"] if dark else []), f"--user-data-dir={folder / 'profile'}",
-            f"--log-net-log={log}", "--dump-dom", wrapper.as_uri(),
-        ],
+        [str(BINARY), *_OPTIONS, f"--user-data-dir={folder / 'profile'}", *arguments],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
-    assert done.returncode == 0 and found and found[1], f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    unescaped = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&")
-    phone, desktop = (Frame(**frame) for frame in json.loads(unescaped))
-    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]*)"', log.read_text(encoding="utf-8")))
-    return Rendering(
-        phone, desktop,
-        console=[line for line in done.stderr.splitlines() if "CONSOLE" in line],
-        requests=sorted(url for url in urls if not _OWN_HOSTS.match(url)),
-    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
