@@ -23,8 +23,9 @@ lint: setup
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright
 
+# More tests at a time than a small machine has cores: many wait for a cluster.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal
 
 benchmark: setup
 	$(PY) kernels/benchmarks/masked_pool.py

@@ -17,6 +17,7 @@ _EXTRAS = {
     "deepspeed": (["deepspeed", "ninja"], "engine.name 'deepspeed'"),
     "ray": (["ray"], "distilling and searching on several GPUs"),
     "export": (["onnx", "onnxruntime", "onnxscript"], "export.py"),
+    "reproduce": (["grad-cam"], "the heat maps of reproduce.py"),
 }
 """What an extra of setup.py brings, and who needs it."""
 

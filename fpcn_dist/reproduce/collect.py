@@ -156,7 +156,7 @@ class _Collector:
             details = _costs(next(iter(entries.values()), None), printed)
             title = printed.title if printed else student
             rows.append(Row(title, details, tuple(scores), tuple(records), "; ".join(dict.fromkeys(reasons))))
-        heads = ("parameters, M", "paper", "GFLOPs", "paper ", "ms", "paper  ")
+        heads = ("parameters, M", "paper's parameters, M", "GFLOPs", "paper's GFLOPs", "ms", "paper's ms")
         note = (
             "GFLOPs: two for each multiply-add, of one image; the paper counts multiply-adds, doubled here. "
             "Milliseconds: of one image on the device that each run names. Parameters: the paper puts a layer for 200 "
@@ -232,9 +232,10 @@ class _Collector:
         argv = ["launch/train.py", "--recipe", str(folder / "recipe.yaml"), "--data", self.manifest.root]
         command = f"python {shlex.join(argv)} --output NEW"
         environment = _environment(folder)
-        commit = environment.get("commit") or f"fpcn_dist {__version__}"
+        full = environment.get("commit")
+        commit = full[:12] + "+" * full.endswith("+") if full else f"fpcn_dist {__version__}"
         relative = folder.relative_to(self.output).as_posix()
-        return RunRecord(relative, seed, command, str(commit), str(environment.get("device", "unknown")))
+        return RunRecord(relative, seed, command, commit, str(environment.get("device", "unknown")))
 
 
 def _percents(outcomes: Sequence[_Outcome]) -> tuple[float, ...]:
@@ -274,7 +275,8 @@ def _costs(entry: Mapping[str, Any] | None, printed: paper.Student | None) -> tu
     """Parameters in millions, GFLOPs and milliseconds, ours and the paper's."""
     ours: list[float | None] = [None, None, None]
     if entry is not None and entry.get("parameters") is not None:
-        ours = [entry["parameters"] / 1e6, entry["flops"] / 1e9, entry["milliseconds"]]
+        values = entry["parameters"] / 1e6, entry["flops"] / 1e9, entry["milliseconds"]
+        ours = [float(f"{value:.3g}") for value in values]
     theirs: list[float | None] = [None, None, None]
     if printed is not None:
         theirs = [printed.parameters, 2 * printed.multiply_adds / 1000, printed.milliseconds]

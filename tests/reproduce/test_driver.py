@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def done(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
     finished = folder / "out/runs"
     wait_for(lambda: list(finished.glob("*/outcome.json")), process)
     process.kill()
-    process.wait()
+    process.communicate()
     (first, *_) = [path.parent for path in finished.glob("*/outcome.json")]
     written = (first / "model.safetensors").stat().st_mtime_ns
     shown = finish(start(argv, folder))
@@ -50,7 +51,7 @@ def test_everything_is_trained_and_reported(done):
     output, shown, _ = done
     runs = {path.name for path in (output / "runs").iterdir() if (path / "outcome.json").is_file()}
     assert runs == {"fpcn-seed0", "mask_center-seed0", "baseline-seed0"}
-    assert "finished before; about" in shown and "1 finished before" in shown
+    assert re.search(r"[12] finished before; about", shown)
     assert not list((output / "runs").glob("*/checkpoints")), "whose models are kept"
     page = (output / "report.html").read_text()
     for text in ("Figure 4", "Figure 5", "Table 4", "data:image/jpeg;base64", "shufflenet_v2_x0_5"):
@@ -72,7 +73,7 @@ def test_numbers_are_those_of_the_runs(done):
     assert [row["details"][1] for row in quartiles] == [part.images for part in fpcn.area_quartiles]
     for row, part in zip(quartiles, fpcn.area_quartiles, strict=True):
         assert row["scores"][0]["ours"] == ([] if part.accuracy is None else [100 * part.accuracy])
-    for row in csv.DictReader((output / "results.csv").open()):
+    for row in csv.DictReader((output / "results.csv").read_text().splitlines()):
         assert "launch/train.py --recipe" in row["commands"] and row["commits"]
 
 
