@@ -34,19 +34,7 @@ def all_gather(rows: Tensor, group: Group | None) -> Tensor:
     batch, say). Each rank then knows all gradients already, so its own rows get theirs without communication, times the
     number of ranks W: an engine that averages parameter gradients over ranks thereby restores the single-process value.
     """
-    return rows if group is None else _AllGather.apply(rows, group)
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, group: Group) -> Tensor:
-        ctx.shards = RowShards(len(rows), group, rows.device)
-        return ctx.shards.gather(rows)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        shards: RowShards = ctx.shards
-        return len(shards.sizes) * grads[0][shards.first : shards.first + shards.rows], None
+    return rows if group is None else _AllGather.apply(rows, group, True)
 
 
 def all_gather_unlike(rows: Tensor, group: Group | None) -> Tensor:
@@ -56,15 +44,18 @@ def all_gather_unlike(rows: Tensor, group: Group | None) -> Tensor:
     Differentiable: a rank's rows get the sum of the gradients of all ranks, so that the mean over ranks of parameter
     gradients is the gradient of the mean over ranks of their losses.
     """
-    return rows if group is None else _AllGatherUnlike.apply(rows, group)
+    return rows if group is None else _AllGather.apply(rows, group, False)
 
 
-class _AllGatherUnlike(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, group: Group) -> Tensor:
-        ctx.shards = RowShards(len(rows), group, rows.device)
+    def forward(ctx, rows: Tensor, group: Group, alike: bool) -> Tensor:
+        ctx.shards, ctx.alike = RowShards(len(rows), group, rows.device), alike
         return ctx.shards.gather(rows)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.shards.reduce_scatter(grads[0].contiguous()), None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        shards: RowShards = ctx.shards
+        if not ctx.alike:
+            return shards.reduce_scatter(grads[0].contiguous()), None, None
+        return len(shards.sizes) * grads[0][shards.first : shards.first + shards.rows], None, None

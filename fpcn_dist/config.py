@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # its errors are shown to users, who need no link
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -97,6 +97,12 @@ class ModelConfig(Schema):
     """Start of fuse_out: weights near 0 and bias 1, so that training starts as a plain classifier; or torch's."""
     inference: Literal["self_pair", "plain"] = "self_pair"
     """Logits of a single image: of its pair with itself, or of the plain pooled vector."""
+
+    @field_validator("pretrained", mode="before")
+    @classmethod
+    def _truth(cls, value: Any) -> Any:
+        """On a command line every word is a string, and "false" hardly a file's name."""
+        return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -15,13 +15,14 @@ name: tiny
 data:
   {resize: 40, crop: 32, classes_per_batch: null, images_per_class: 4, val_fraction: 0.2, test_fraction: 0.2,
   threads: 1}
-model: {backbone: resnet18, pretrained: false, norm: frozen_batch, hidden: 32}
+model: {backbone: test_resnet, pretrained: false, norm: frozen_batch, hidden: 32}
 optim: {lr: 0.001, warmup_epochs: 1}
 train: {epochs: 4, log_every: 1, checkpoint_every: 2, eval_every: 1, keep_checkpoints: 4}
 """
 """3 steps of 12 images an epoch on the 24 images per class of the fixture, 14 of which train.
 
-Frozen BatchNorm: with GroupNorm over the 1 x 1 maps of so small an image, rounding grows a hundredfold in a few steps.
+timm's smallest ResNet, whose checkpoints are small, too. Frozen BatchNorm: with GroupNorm over the 1 x 1 maps of so
+small an image, rounding grows a hundredfold in a few steps.
 """
 
 

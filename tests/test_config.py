@@ -95,6 +95,14 @@ def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
 
 
+@pytest.mark.parametrize(
+    ("word", "value"), [("false", False), ("False", False), ("true", True), ("weights/false.pth", "weights/false.pth")]
+)
+def test_pretrained_is_a_truth_or_a_file(tmp_path, word, value):
+    argv = ["--recipe", str(write(tmp_path, "{}")), "--model.pretrained", word]
+    assert cli.parse(Args, argv).overrides.model.pretrained == value
+
+
 def test_short_names_of_what_a_distillation_is_asked_for_most(tmp_path):
     path = write(tmp_path, "task: distill\ndata: {views: 16}")
     assert cli.load_recipe(path).distill.teacher_mode == "bank"

@@ -29,7 +29,7 @@ from fpcn_dist.files import make_folder, write_text
 from fpcn_dist.lock import locked
 from fpcn_dist.report.reproduction import build_reproduction_report
 from fpcn_dist.reproduce.collect import RUNS, collect, distillation
-from fpcn_dist.reproduce.estimate import Estimate, bank_seconds, in_words, run_seconds
+from fpcn_dist.reproduce.estimate import Estimate, bank_seconds, run_seconds
 from fpcn_dist.reproduce.experiments import Grid, Scale, run_name
 from fpcn_dist.rundir import RunFolder
 
@@ -71,6 +71,8 @@ def reproduce(request: Request, data: Path, output: Path, *, address: str | None
         UserError: the request, the data or the cluster do not fit; names what does not. Or, once all others have come
             to their end and the report is written: some runs have no result.
     """
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
+        raise UserError("--yes", None, "nobody is there to be asked whether to begin", "give --yes to begin at once")
     if request.seeds < 1:
         raise UserError("--seeds", request.seeds, "leaves nothing to train", "give 1 or more")
     recipe, output = request.recipe, output.resolve()
@@ -146,7 +148,7 @@ def _train(
         estimate = _estimate(ray, slots, grid, runs, unfinished, students, manifest, output)
         if estimate.seconds:
             estimate.show(slots, len(runs) - len(unfinished), Console(soft_wrap=True))
-            if not yes and not _asked(estimate):
+            if not yes and input("Begin? [y/N] ").strip().lower() not in ("y", "yes"):
                 return None
         costs = {name: estimate.seconds[name] for name in unfinished}
         # The longest first: the short ones fill the gaps at the end.
@@ -189,18 +191,6 @@ def _estimate(
             both = [2 * run_seconds(steps[f"student {name}"], recipe, manifest) for name, recipe in named.items()]
             seconds[folder] = sum(both) + bank_seconds(steps["teacher"], next(iter(named.values())), manifest)
     return Estimate(seconds, slots.count)
-
-
-def _asked(estimate: Estimate) -> bool:
-    """Whether the user wants to go on.
-
-    Raises:
-        UserError: there is nobody to ask.
-    """
-    if not sys.stdin or not sys.stdin.isatty():
-        reason = f"nobody is there to be asked whether to spend about {in_words(estimate.elapsed)}"
-        raise UserError("--yes", None, reason, "give --yes to begin without asking")
-    return input("Begin? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _distill(grid: Grid, students: Sequence[str], data: Path, output: Path, address: str | None) -> dict[str, str]:

@@ -190,11 +190,25 @@ def test_a_distillation_over_the_nodes_of_a_job_and_its_exit_status(jobs, tmp_pa
     recipe.write_text(yaml.safe_dump(values))
     argv = ["--recipe", str(recipe), "--data", str(jobs.runs.data), "--teacher", str(teacher), "--output", str(output)]
     script = ROOT / "launch/slurm/distill.sbatch"
-    job = jobs.submit(script, [*argv, "--students", "resnet18,mobilenet_v2"], "slurm-distill")
+    job = jobs.submit(script, [*argv, "--students", "test_resnet,mobilenet_v2"], "slurm-distill")
     jobs.finish(job)
     assert (output / "distillation.json").is_file()
-    assert all(RunFolder(output / name).read_outcome()[0] == "finished" for name in ("resnet18", "mobilenet_v2"))
+    assert all(RunFolder(output / name).read_outcome()[0] == "finished" for name in ("test_resnet", "mobilenet_v2"))
     wrong = jobs.submit(script, [*argv, "--students", "resnet19"], "slurm-distill-wrong", nodes="1")
     fields = jobs.cluster.wait(wrong, timeout=120)
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
     assert "did you mean" in jobs.cluster.output(wrong)
+
+
+def test_a_reproduction_over_the_nodes_of_a_job(jobs, tmp_path):
+    output, argv = tmp_path / "tables", ["--data", str(jobs.runs.data), "--only", "figure5"]
+    small = {
+        "data.resize": 40, "data.crop": 32, "data.images-per-class": 4, "data.threads": 2, "train.epochs": 1,
+        "train.eval-every": 1, "model.norm": "frozen_batch", "model.backbone": "test_resnet",
+    }  # fmt: skip
+    argv += ["--output", str(output), *(word for name, value in small.items() for word in (f"--{name}", str(value)))]
+    jobs.finish(jobs.submit(ROOT / "launch/slurm/reproduce.sbatch", argv, "slurm-reproduce"))
+    assert (output / "report.html").is_file() and (output / "figure5").is_dir()
+    logs = [log.read_text() for log in (output / "runs/logs").glob("*-seed0-rank0.log")]
+    nodes = {re.findall(r"Ray node (\w+)", log)[-1] for log in logs}
+    assert len(logs) == len(nodes) == 2, "each node has trained one of the two networks"

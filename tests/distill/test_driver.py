@@ -58,7 +58,7 @@ def command(tmp_path_factory, rocks) -> Command:
 @pytest.fixture(scope="module")
 def undisturbed(command) -> tuple[Path, str]:
     """Two students and their baselines on this machine alone, and what the command printed."""
-    process = command.start("undisturbed", "--students", "resnet18,mobilenet_v2", "--baselines")
+    process = command.start("undisturbed", "--students", "test_resnet,mobilenet_v2", "--baselines")
     return command.folder / "undisturbed", finish(process)
 
 
@@ -66,42 +66,42 @@ def test_one_command_trains_measures_and_exports(undisturbed, command):
     output, shown = undisturbed
     order = ["teacher", "Plan", "soft-label bank", "training", "finished"]
     assert [shown.index(word) for word in order] == sorted(shown.index(word) for word in order)
-    for name in ("resnet18", "resnet18-baseline", "mobilenet_v2", "mobilenet_v2-baseline"):
+    for name in ("test_resnet", "test_resnet-baseline", "mobilenet_v2", "mobilenet_v2-baseline"):
         assert RunFolder(output / name).read_outcome() == ("finished", None)
         assert len(losses(output / name)) == 12
         assert Evaluation.load(output / name) is not None
-    assert (output / "resnet18/model.onnx").is_file() and (output / "mobilenet_v2/model.onnx").is_file()
+    assert (output / "test_resnet/model.onnx").is_file() and (output / "mobilenet_v2/model.onnx").is_file()
     assert (output / "report.html").is_file() and (output / "distillation.json").is_file()
     # A baseline has no teacher: its loss is the cross-entropy.
-    steps = [line for line in read_metrics(output / "resnet18-baseline") if line["kind"] == "step"]
+    steps = [line for line in read_metrics(output / "test_resnet-baseline") if line["kind"] == "step"]
     assert all(line["loss"] == line["class_loss"] for line in steps)
 
 
 def test_the_same_command_again_skips_what_is_finished(undisturbed, command):
     output, _ = undisturbed
-    before = (output / "resnet18/metrics.jsonl").read_bytes()
-    again = command.start("undisturbed", "--students", "resnet18,mobilenet_v2", "--baselines")
+    before = (output / "test_resnet/metrics.jsonl").read_bytes()
+    again = command.start("undisturbed", "--students", "test_resnet,mobilenet_v2", "--baselines")
     assert "4 run(s) at their end already" in finish(again)
-    assert (output / "resnet18/metrics.jsonl").read_bytes() == before
+    assert (output / "test_resnet/metrics.jsonl").read_bytes() == before
 
 
 def test_a_killed_driver_goes_on_from_the_checkpoints(undisturbed, command):
-    output, options = command.folder / "killed", ["--students", "resnet18,mobilenet_v2"]
+    output, options = command.folder / "killed", ["--students", "test_resnet,mobilenet_v2"]
     process = command.start("killed", *options)
-    wait_for((output / "resnet18/checkpoints/step-00000004.safetensors").is_file, process)
+    wait_for((output / "test_resnet/checkpoints/step-00000004.safetensors").is_file, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     finish(command.start("killed", *options))
     (log,) = (output / "logs").glob("*+*.log")
     assert "resuming from step" in log.read_text()
-    for name in ("resnet18", "mobilenet_v2"):
+    for name in ("test_resnet", "mobilenet_v2"):
         assert losses(output / name) == losses(undisturbed[0] / name)
 
 
 def test_a_student_that_raises_is_retried_alone(undisturbed, command):
     output = command.folder / "raising"
     run = RunFolder(output / "mobilenet_v2")
-    process = command.start("raising", "--students", "resnet18,mobilenet_v2")
+    process = command.start("raising", "--students", "test_resnet,mobilenet_v2")
     wait_for(run.recipe.is_file, process)
     run.checkpoints.touch()  # a file where its checkpoints should be
     wait_for(run.outcome.is_file, process)
@@ -109,8 +109,8 @@ def test_a_student_that_raises_is_retried_alone(undisturbed, command):
     run.checkpoints.unlink()
     assert "waiting to try again" in finish(process)
     assert (output / "logs/mobilenet_v2-rank0.log").is_file()
-    assert not (output / "logs/resnet18-rank0.log").is_file()
-    for name in ("resnet18", "mobilenet_v2"):
+    assert not (output / "logs/test_resnet-rank0.log").is_file()
+    for name in ("test_resnet", "mobilenet_v2"):
         assert losses(output / name) == losses(undisturbed[0] / name)
 
 
@@ -122,7 +122,7 @@ def cluster() -> Iterator[tuple[str, Order]]:
 
 def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_alone(command, cluster):
     address, order = cluster
-    output, names = command.folder / "nodes", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0"]
+    output, names = command.folder / "nodes", ["test_resnet", "mobilenet_v2", "shufflenet_v2_x1_0"]
     # Equal costs: a node for each.
     place = Slots("CPU", 3, 1).bundle
     output.mkdir()
@@ -130,8 +130,8 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
     # Long enough to be at work at the same time, however unevenly a busy machine starts them.
     options = ["--students", ",".join(names), "--address", address, "--train.epochs", "12"]
     process = command.start("nodes", *options, **CLUSTER)
-    wait_for((output / "resnet18/checkpoints/step-00000004.safetensors").is_file, process)
-    log = output / "logs/resnet18-rank0.log"
+    wait_for((output / "test_resnet/checkpoints/step-00000004.safetensors").is_file, process)
+    log = output / "logs/test_resnet-rank0.log"
     lost = node_of(log)
     order(f"kill {lost}")
     order("add")
@@ -152,16 +152,16 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
 
 
 def test_more_nodes_than_students_make_groups_of_several_ranks(command, cluster):
-    options = ["--students", "resnet18", "--address", cluster[0], "--distill.teacher-mode", "online"]
+    options = ["--students", "test_resnet", "--address", cluster[0], "--distill.teacher-mode", "online"]
     finish(command.start("ranks", *options, **CLUSTER))
     output = command.folder / "ranks"
-    assert len(list((output / "logs").glob("resnet18-rank*.log"))) == 3
-    assert json.loads((output / "resnet18/environment.json").read_text())["world_size"] == 3
+    assert len(list((output / "logs").glob("test_resnet-rank*.log"))) == 3
+    assert json.loads((output / "test_resnet/environment.json").read_text())["world_size"] == 3
 
 
 def test_dry_run_prints_the_plan_alone(command):
-    shown = finish(command.start("dry", "--students", "resnet18", "--dry-run"))
-    assert "Plan" in shown and "resnet18" in shown
+    shown = finish(command.start("dry", "--students", "test_resnet", "--dry-run"))
+    assert "Plan" in shown and "test_resnet" in shown
     assert not (command.folder / "dry").exists()
 
 
@@ -169,7 +169,11 @@ def test_dry_run_prints_the_plan_alone(command):
     ("options", "changed", "message"),
     [
         (["--students", "resnet19"], {}, r"model\.backbone resnet19: .*did you mean 'resnet1"),
-        (["--students", "resnet18,resnet18"], {}, "--students resnet18,resnet18: resnet18 is named twice"),
+        (
+            ["--students", "test_resnet,test_resnet"],
+            {},
+            "--students test_resnet,test_resnet: test_resnet is named twice",
+        ),
         ([], {"teacher": "nowhere"}, r"distill\.teacher .*nowhere: holds no model\.safetensors; give the run folder"),
         (["--gpus", "2"], {}, r"--gpus 2: the cluster has 0 GPU\(s\); leave --gpus out"),
         (["--address", "127.0.0.1:1"], {}, r"--address 127\.0\.0\.1:1: no Ray cluster can be joined there"),
@@ -187,7 +191,7 @@ def test_bad_input(command, options, changed, message):
 def test_a_bank_of_another_teacher_is_refused(undisturbed, command, tmp_path):
     other = make_teacher(tmp_path / "other", seed=1)
     argv = command.argv(
-        "another", "--students", "resnet18", "--distill.bank", str(undisturbed[0] / "bank"), teacher=other
+        "another", "--students", "test_resnet", "--distill.bank", str(undisturbed[0] / "bank"), teacher=other
     )
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=command.folder, timeout=120)
     assert done.returncode == 2

@@ -143,12 +143,12 @@ def test_a_loss_that_runs_away(runs):
 
 
 def test_a_disk_that_fills_up(runs, single):
-    """Files may not grow past 4 MiB, so the first checkpoint fails as on a full disk: a clear message, no half file."""
+    """Files may not grow past 1 MiB, so the first checkpoint fails as on a full disk: a clear message, no half file."""
     output = runs.folder / "full"
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     argv = [*command("python"), *runs.train_argv(output)]
     done = subprocess.run(

@@ -14,7 +14,7 @@ from tests.launching import command, environment, losses
 EVERYTHING = (
     "--optim.name", "adamw", "--optim.lr", "0.0003", "--optim.freeze-backbone-epochs", "2", "--optim.ema-decay", "0.8",
     "--optim.clip-norm", "0.5", "--contrast.pairs", "random", "--contrast.num-pairs", "60", "--model.dropout", "0.2",
-    "--model.region", "largest", "--model.companion", "True", "--model.theta", "0.1",
+    "--model.backbone", "resnet18", "--model.region", "largest", "--model.companion", "True", "--model.theta", "0.1",
 )  # fmt: skip
 
 

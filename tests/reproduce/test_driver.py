@@ -19,7 +19,7 @@ from tests.launching import ROOT, Runs, environment, finish, start
 from tests.ray_cluster import wait_for
 
 SMALL = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4", "--train.epochs", "1",
-         "--train.eval-every", "1", "--model.norm", "frozen_batch")  # fmt: skip
+         "--train.eval-every", "1", "--model.norm", "frozen_batch", "--model.backbone", "test_resnet")  # fmt: skip
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
@@ -97,7 +97,8 @@ def test_another_recipe_is_not_mixed_in(done, runs):
 
 def test_nobody_to_ask(runs, tmp_path):
     message = runs.run(command(runs.data, tmp_path / "out", "--only", "figure5"), expect=2).stderr
-    assert "--yes: nobody is there to be asked whether to spend about" in message
+    assert "--yes: nobody is there to be asked whether to begin; give --yes" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_asks_first(runs, tmp_path):

@@ -127,7 +127,7 @@ def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
     shown = finish(
         search.start(
             "students", recipe, "student", "--distill.teacher", str(taught), "--trials", "2", "--scheduler", "none",
-            "--students", "resnet18,mobilenet_v2", "--multi-objective", "accuracy,latency",
+            "--students", "test_resnet,mobilenet_v2", "--multi-objective", "accuracy,latency",
         )
     )  # fmt: skip
     output, results = search.folder / "students", search.results("students")
@@ -136,7 +136,7 @@ def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
     for trial in results.trials:
         assert "soft labels" not in log_of(output, trial).read_text()
         best = []
-        for name in ("resnet18", "mobilenet_v2"):
+        for name in ("test_resnet", "mobilenet_v2"):
             run = output / "trials" / f"{trial.number:05d}" / name
             recipe = load_recipe(run / "recipe.yaml")
             assert recipe.distill.bank == str(output / "bank") and recipe.model.backbone == name
@@ -144,7 +144,7 @@ def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
             best.append(max(line["accuracy"] for line in read_metrics(run) if line["kind"] == "eval"))
         assert trial.accuracy == pytest.approx(sum(best) / 2)
         assert trial.latency is not None and trial.latency > 0
-    assert load_recipe(output / "best.yaml").model.backbone == "resnet18"
+    assert load_recipe(output / "best.yaml").model.backbone == "test_resnet"
     assert results.pareto and "Pareto" in (output / "report.html").read_text()
 
 
@@ -159,7 +159,7 @@ def test_joint_trials_share_teachers(search):
     assert [trial.state for trial in results.trials] == ["finished"] * 4
     served: dict[str, int] = {}
     for trial in results.trials:
-        folder = load_recipe(output / "trials" / f"{trial.number:05d}" / "resnet18/recipe.yaml").distill.teacher
+        folder = load_recipe(output / "trials" / f"{trial.number:05d}" / "test_resnet/recipe.yaml").distill.teacher
         assert folder is not None
         served[folder] = served.get(folder, 0) + 1
         taught = load_recipe(Path(folder) / "recipe.yaml")
