@@ -52,7 +52,7 @@ def ray_cluster(nodes: int) -> Iterator[tuple[str, Order]]:
 
 
 def wait_for(
-    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, timeout: float = 120
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, timeout: float = 300
 ) -> None:
     """Until ``condition`` holds, while ``process`` runs."""
     deadline = time.monotonic() + timeout

@@ -94,7 +94,9 @@ def same(run: Path, undisturbed: Path) -> bool:
 def test_a_job_trains_over_its_nodes(jobs, undisturbed):
     shown = (jobs.cluster.folder / "slurm-undisturbed.out").read_text()
     assert "2 node(s) x 2 rank(s), meeting at node1:" in shown and "test accuracy" in shown
-    assert "Traceback" not in shown and "ended with status 0" in shown
+    # torchrun itself complains where the agent of another node has left first, as this one no longer needs it to.
+    ours = [line for line in shown.splitlines() if "elastic/agent/server/api.py" not in line]
+    assert "Traceback" not in "\n".join(ours) and "ended with status 0" in shown
     assert len(losses(undisturbed)) == 18
     assert (undisturbed / "report.html").is_file()
 
