@@ -133,7 +133,7 @@ def parse(
         presets: a flag, its default, and for each of its values the recipe file that it stands for, instead.
 
     Raises:
-        UserError: the recipe file is missing or invalid.
+        UserError: the recipe file is missing or invalid, or a word makes it so.
         SystemExit: status 2, after a message that names the nearest flag, where the command line is wrong.
     """
     words = sys.argv[1:] if argv is None else argv
@@ -150,7 +150,10 @@ def parse(
         required = {field.name: tyro.MISSING for field in fields if field.default is dataclasses.MISSING}
         recipe = load_recipe(path) if path else Recipe()
         default = {"default": args_type(**required | {"overrides": recipe})}
-    return tyro.cli(args_type, args=words, config=(tyro.conf.FlagConversionOff,), **default)
+    try:
+        return tyro.cli(args_type, args=words, config=(tyro.conf.FlagConversionOff,), **default)
+    except ValidationError as error:  # of a section, tyro itself says so; not of the recipe as a whole
+        raise _explain(error, "command line") from None
 
 
 def run(main: Callable[[], None]) -> None:

@@ -84,9 +84,7 @@ def reproduce(request: Request, data: Path, output: Path, *, address: str | None
     if "table4" in request.sections:
         check_students(grid.student(recipe.seed, output), request.students)
     with contextlib.ExitStack() as held:
-        _open(output, grid, manifest)
-        held.enter_context(locked(output))
-        failures = _train(grid, request.students, manifest, output, address=address, yes=yes)
+        failures = _train(grid, request.students, manifest, output, held, address=address, yes=yes)
         if failures is None:
             print("nothing was started", flush=True)
             return
@@ -138,11 +136,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _train(
-    grid: Grid, students: Sequence[str], manifest: Manifest, output: Path, *, address: str | None, yes: bool
-) -> dict[str, str] | None:
-    """Why each run without a result has none, by name; ``None`` where the user would rather not begin."""
+    grid: Grid, students: Sequence[str], manifest: Manifest, output: Path, held: contextlib.ExitStack,
+    *, address: str | None, yes: bool,
+) -> dict[str, str] | None:  # fmt: skip
+    """Why each run without a result has none, by name; ``None`` where the user would rather not begin.
+
+    From here on ``held`` keeps others out of the folder.
+    """
     with connect_ray(address) as ray:
         slots = find_slots(ray, cpus=grid.base.data.threads or 1)
+        _open(output, grid, manifest)
+        held.enter_context(locked(output))
         runs = {name: _with_threads(recipe, slots.cpus) for name, recipe in grid.runs.items()}
         failures, unfinished = survey(output / RUNS, runs)
         estimate = _estimate(ray, slots, grid, runs, unfinished, students, manifest, output)

@@ -119,6 +119,8 @@ def test_it_asks_first(runs, tmp_path):
         (("--only", "table9"), "--only table9: is none of the paper's tables and figures"),
         (("--seeds", "0"), "--seeds 0: leaves nothing to train"),
         (("--scale", "huge"), "huge"),
+        (("--seed", "-1"), "command line: seed -1: input should be greater than or equal to 0"),
+        (("--address", "127.0.0.1:1"), "--address 127.0.0.1:1: no Ray cluster can be joined there"),
         (("--only", "table4", "--students", "resnet19"), "resnet19: there is no such network"),
     ],
 )
