@@ -60,7 +60,7 @@ def _explain(error: ValidationError, source: object) -> UserError:
         reason, mend = reason.split("; ", 1)
         return UserError(f"{source}: {field}", None, reason, mend)
     reason = reason[0].lower() + reason[1:]
-    return UserError(f"{source}: {field}", repr(first["input"]), reason, "correct it in the recipe")
+    return UserError(f"{source}: {field}", repr(first["input"]), reason, "correct it")
 
 
 def recipe_from_dict(values: Any, source: object) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import re
 import time
 from collections.abc import Sequence
@@ -19,43 +18,27 @@ from fpcn_dist.report.search import build_search_report
 from fpcn_dist.search.records import SearchResults, TrialRecord
 from tests.report import browser
 from tests.report.chart import Chart
+from tests.report.searches import LR, NUM_PAIRS, PAIRS, WEIGHT, many, settings, trial
 from tests.report.test_report import Page
 
 needs_browser = pytest.mark.skipif(browser.BINARY is None, reason=browser.MISSING)
 
 HOSTILE = "<script>alert('1')</script> & {{ 7 * 7 }} $x^2$"
-WEIGHT, PAIRS, NUM_PAIRS, LR = "contrast.center_weight", "contrast.pairs", "contrast.num_pairs", "optim.lr"
 PAIRS_CHART, PROGRESS, IMPORTANCE, LATENCY = (
     "pairs per batch", "Early stopping", "Importance", "Accuracy against latency",
 )  # fmt: skip
-
-
-def _trial(
-    number: int,
-    state: str,
-    accuracies: Sequence[float],
-    settings: dict[str, Any],
-    pairs: int | None = 1024,
-    **more: Any,
-) -> TrialRecord:
-    history = tuple((float(epoch), accuracy) for epoch, accuracy in enumerate(accuracies, start=1))
-    return TrialRecord(number, settings, pairs, state, history, seconds=1234.4, **more)
-
-
-def _settings(weight: float, pairs: str, num_pairs: int | None = None, lr: float = 0.01) -> dict[str, Any]:
-    return {WEIGHT: weight, PAIRS: pairs} | ({NUM_PAIRS: num_pairs} if num_pairs else {}) | {LR: lr}
 
 
 @pytest.fixture
 def results() -> SearchResults:
     """Trial 2 is the best; trial 3 is the fastest; trial 5 was as good once, but has been stopped."""
     trials = (
-        _trial(0, "finished", (0.5, 0.8, 0.8, 0.85), _settings(0.001, "all"), latency=9.0),
-        _trial(1, "stopped", (0.41, 0.52), _settings(1.0, "all", lr=0.3), latency=9.5),
-        _trial(2, "finished", (0.6, 0.85, 0.9, 0.931), _settings(0.1, "hardest", 128), 128, latency=8.0),
-        _trial(3, "finished", (0.5, 0.6, 0.7, 0.744), _settings(0.0, "random", 50), 50, latency=3.25),
-        _trial(4, "failed", (), _settings(10.0, "random", 60), 60, reason="no memory: <u>lower</u> data.crop"),
-        _trial(5, "stopped", (0.94,), _settings(0.01, "hardest", 64), 64, latency=3.0),
+        trial(0, "finished", (0.5, 0.8, 0.8, 0.85), settings(0.001, "all"), latency=9.0),
+        trial(1, "stopped", (0.41, 0.52), settings(1.0, "all", lr=0.3), latency=9.5),
+        trial(2, "finished", (0.6, 0.85, 0.9, 0.931), settings(0.1, "hardest", 128), 128, latency=8.0),
+        trial(3, "finished", (0.5, 0.6, 0.7, 0.744), settings(0.0, "random", 50), 50, latency=3.25),
+        trial(4, "failed", (), settings(10.0, "random", 60), 60, reason="no memory: <u>lower</u> data.crop"),
+        trial(5, "stopped", (0.94,), settings(0.01, "hardest", 64), 64, latency=3.0),
     )
     importance = {LR: 0.1, WEIGHT: 0.65, PAIRS: 0.25}
     return SearchResults("teacher", ("accuracy", "latency"), 4, trials, (WEIGHT, NUM_PAIRS), importance)
@@ -75,22 +58,6 @@ def joint(results: SearchResults) -> SearchResults:
     fields = tuple(f"teacher.{name}" for name in results.log_fields)
     importance = {"teacher." + name: share for name, share in results.importance.items()}
     return dataclasses.replace(results, stage="joint", trials=trials, log_fields=fields, importance=importance)
-
-
-def _many(count: int) -> SearchResults:
-    draw = random.Random(0)
-    trials = []
-    for number in range(count):
-        state = draw.choice(["finished", "stopped", "stopped", "failed"])
-        accuracies = sorted(draw.random() for _ in range(60 if state == "finished" else 20))
-        pairs = draw.choice(["all", "random", "hardest"])
-        num_pairs = None if pairs == "all" else draw.randint(32, 1024)
-        settings = _settings(10 ** draw.uniform(-4, 1), pairs, num_pairs, draw.random())
-        settings |= {f"optim.field_with_a_long_name_{index}": draw.random() for index in range(4)}
-        trials.append(_trial(number, state, accuracies, settings, num_pairs or 1024, latency=1 + draw.random()))
-    return SearchResults(
-        "teacher", ("accuracy", "latency"), 60, tuple(trials), (WEIGHT, NUM_PAIRS), {WEIGHT: 0.7, PAIRS: 0.2, LR: 0.1}
-    )
 
 
 def _page(output: Path, results: SearchResults) -> Page:
@@ -237,7 +204,7 @@ def test_zero_has_its_own_place_on_a_logarithmic_axis(tmp_path: Path, results: S
 
 
 def test_a_linear_axis_stays_linear(results: SearchResults) -> None:
-    trials = [_trial(n, "finished", (0.5,), {LR: lr}) for n, lr in enumerate((0.0, 1.0, 3.0))]
+    trials = [trial(n, "finished", (0.5,), {LR: lr}) for n, lr in enumerate((0.0, 1.0, 3.0))]
     places = sorted(x for x, *_ in Chart(figures.draw_numbers(_of(results, trials), LR, "field")).marks)
     assert places[2] - places[1] == pytest.approx(2 * (places[1] - places[0]), abs=0.01)
 
@@ -248,7 +215,7 @@ def _of(results: SearchResults, trials: Sequence[TrialRecord]) -> SearchResults:
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.5, 0.5), (1e-9, 1e5), (0.02, 0.021), (3, 12), (0, 64), (-1.0, 0.1)])
 def test_any_numbers_make_an_axis_with_apart_ticks(results: SearchResults, values: tuple[float, float]) -> None:
-    trials = [_trial(n, "finished", (0.5,), {WEIGHT: value}) for n, value in enumerate(values)]
+    trials = [trial(n, "finished", (0.5,), {WEIGHT: value}) for n, value in enumerate(values)]
     chart = Chart(figures.draw_numbers(_of(results, trials), WEIGHT, "field"))
     assert len(chart.marks) == 2 and all(math.isfinite(x) for x, *_ in chart.marks)
     label = chart.names.index(f"lambda ({WEIGHT})")
@@ -264,7 +231,7 @@ def test_choices_have_rows(results: SearchResults) -> None:
     rows = sorted(y for _, y, _, _ in chart.marks)
     gaps = sorted(after - before for before, after in pairwise(rows))
     assert len(rows) == 5 and gaps[1] < gaps[2]  # 2 of all, 2 of hardest, 1 of random
-    mixed = [_trial(n, "finished", (0.5,), {"x.y": value}) for n, value in enumerate((None, True, "a", 3, [1, 2]))]
+    mixed = [trial(n, "finished", (0.5,), {"x.y": value}) for n, value in enumerate((None, True, "a", 3, [1, 2]))]
     names = Chart(figures.draw_choices(_of(results, mixed), "x.y", "field")).names
     assert names[names.index("accuracy, %") + 1 :][:5] == ["null", "true", "a", "3", "[1, 2]"]
 
@@ -288,8 +255,8 @@ def test_progress_has_a_line_for_each_trial(results: SearchResults) -> None:
 
 
 def test_progress_rises_where_the_accuracy_did(results: SearchResults) -> None:
-    trial = _trial(0, "stopped", (0.5, 0.5, 0.7, 0.7), {LR: 0.1})
-    svg = figures.draw_progress(_of(results, [trial]), "progress")
+    one = trial(0, "stopped", (0.5, 0.5, 0.7, 0.7), {LR: 0.1})
+    svg = figures.draw_progress(_of(results, [one]), "progress")
     (path,) = re.findall(r'd="([^"]*)"[^>]*style="fill: none; stroke: var\(--series-5\)[^"]*"/>\s*</g>\s*<g', svg)
     points = [tuple(map(float, point.split())) for point in re.split("[ML]", path) if point.strip()]
     rise = [x for (x, y), (_, after) in pairwise(points) if y != after]
@@ -365,7 +332,7 @@ def test_ids_are_unique_and_colours_are_the_theme_s(tmp_path: Path, results: Sea
 
 def test_a_long_search_is_drawn_in_seconds(tmp_path: Path) -> None:
     start = time.perf_counter()
-    page = _page(tmp_path, _many(200))
+    page = _page(tmp_path, many(200))
     assert time.perf_counter() - start < 30
     assert len(page.html) < 1_500_000
     assert len(_rows(page, "All trials")) == 200
@@ -384,7 +351,7 @@ def test_a_browser_shows_it_on_phone_and_desktop(
         for trial in results.trials
     ]  # fmt: skip
     shown = {
-        "few": results, "joint": joint, "many": _many(200), "hostile": _of(results, long),
+        "few": results, "joint": joint, "many": many(200), "hostile": _of(results, long),
         "none": dataclasses.replace(results, trials=(), importance={}),
     }[kind]  # fmt: skip
     page = build_search_report(tmp_path, shown, title="rocks " + "r" * 100)
