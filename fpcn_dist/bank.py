@@ -29,8 +29,8 @@ from rich.progress import track
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import ViewLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.errors import Outage, UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.errors import Outage, UserError
+from fpcn_dist.runtime.files import write_text
 from fpcn_dist.teacher import Teacher
 
 META, LOGITS, WRITTEN = "bank.json", "logits.f32", "written"

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.engine import TrainingState
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import replacing, write_tensors
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import replacing, write_tensors
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.safetensors")

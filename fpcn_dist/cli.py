@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fpcn_dist.config import Recipe
-from fpcn_dist.errors import Preempted, UserError, nearest
+from fpcn_dist.runtime.errors import Preempted, UserError, nearest
 
 Args = TypeVar("Args")
 Overrides = Annotated[Recipe, tyro.conf.arg(name="")]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_text
 
 if TYPE_CHECKING:
     from fpcn_dist.models import Classifier

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from fpcn_dist import __version__
 from fpcn_dist.config import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.data.preprocessing import MEAN, STD
-from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation
-from fpcn_dist.files import write_tensors, write_text
 from fpcn_dist.models import Classifier, build_model
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_tensors, write_text
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _FORMAT = 1

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpcn_dist.collectives import Group, all_gather, all_reduce_sum, world_size
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.collectives import Group, all_gather, all_reduce_sum, world_size
+from fpcn_dist.runtime.errors import UserError
 
 
 class ClassCenters(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.distributed import Ranks
-from fpcn_dist.errors import NotFinite
+from fpcn_dist.runtime.errors import NotFinite
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import TaskOutput
 
 

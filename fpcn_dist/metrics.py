@@ -16,8 +16,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from torch.utils.tensorboard import SummaryWriter
 
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_text
 
 FILE = "metrics.jsonl"
 

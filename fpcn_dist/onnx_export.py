@@ -27,12 +27,12 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest, find_images
 from fpcn_dist.data.synthetic import generate
-from fpcn_dist.errors import UserError
 from fpcn_dist.export import ModelInfo, load_model
-from fpcn_dist.files import replacing
 from fpcn_dist.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.report.overlay import to_pixels
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import replacing
 
 FP32_FILE, INT8_FILE = "model.onnx", "model-int8.onnx"
 _PARITY_IMAGES, _CALIBRATION_IMAGES = 16, 128

@@ -26,7 +26,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 FORMAT = 1
 """Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model."""

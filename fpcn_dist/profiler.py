@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
-from fpcn_dist.distributed import Ranks
+from fpcn_dist.runtime.ranks import Ranks
 
 
 @contextlib.contextmanager

@@ -11,15 +11,15 @@ from rich.table import Table
 from fpcn_dist.checkpoint import BEST, CheckpointFolder, read_checkpoint
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine import TrainingState
-from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation, evaluate
 from fpcn_dist.export import load_model, save_model, write_card
 from fpcn_dist.models import build_model
 from fpcn_dist.report.build import build_report
 from fpcn_dist.report.samples import SampleCollector
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.ranks import Ranks
 
 
 def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks) -> None:

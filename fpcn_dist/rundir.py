@@ -23,10 +23,10 @@ from fpcn_dist.cli import dump_recipe, load_recipe
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.validate import refusal_table
-from fpcn_dist.distributed import Ranks
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import make_folder, write_text
-from fpcn_dist.lock import locked
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import make_folder, write_text
+from fpcn_dist.runtime.lock import locked
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.teacher import name_teacher
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "deepspeed", "timm")

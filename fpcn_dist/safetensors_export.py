@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.export import CARD, CONFIG, WEIGHTS, load_model
-from fpcn_dist.files import replacing
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import replacing
 
 
 def export_safetensors(run_dir: Path, output: Path | None = None) -> list[Path]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distributed import Ranks, use_threads
-from fpcn_dist.errors import NotFinite, Preempted, UserError
 from fpcn_dist.metrics import Progress
-from fpcn_dist.preemption import Preemption
 from fpcn_dist.profiler import profiled
 from fpcn_dist.results import finish_run
 from fpcn_dist.rundir import RunFolder, owning, start_runs
+from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
+from fpcn_dist.runtime.preemption import Preemption
+from fpcn_dist.runtime.ranks import Ranks, use_threads
 from fpcn_dist.schedule import Schedule
 from fpcn_dist.soft_labels import attach_teacher
 from fpcn_dist.trainee import Trainee
@@ -88,7 +88,7 @@ def train_together(
     begun = ranks.on_first(lambda: start_runs(runs, list(recipes.values()), data, ranks, resume))
     chosen = [Recipe.model_validate(entry["recipe"]) for entry in begun]
     manifest = Manifest.load(runs[0].manifest)
-    use_threads(shared.data, ranks.device)
+    use_threads(shared.data.threads, ranks.device)
     soft_labels, teacher = attach_teacher(chosen, runs[0].path, manifest, ranks)
 
     start = min(entry["step"] for entry in begun)

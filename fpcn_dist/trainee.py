@@ -14,16 +14,16 @@ from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine import TrainingState, build_engine, forward_backward
-from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation, evaluate
 from fpcn_dist.flops import model_flops, peak_flops
-from fpcn_dist.keys import key
 from fpcn_dist.meter import StepMeter
 from fpcn_dist.metrics import MetricsLogger
 from fpcn_dist.optim import learning_rate
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.keys import key
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.schedule import Schedule
 from fpcn_dist.tasks import build_task
 

@@ -9,7 +9,7 @@ import tyro
 from fpcn_dist import cli
 from fpcn_dist.config import DataConfig
 from fpcn_dist.distill import STUDENTS
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.scaling.model import Inputs
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -25,9 +25,9 @@ class Args:
 
 def main() -> None:
     args = cli.parse(Args)
-    from fpcn_dist.distributed import connect
     from fpcn_dist.results import evaluate_run
     from fpcn_dist.rundir import RunFolder
+    from fpcn_dist.runtime.ranks import connect
 
     with connect() as ranks:
         evaluate_run(RunFolder(args.run), ranks, split=args.split, data=args.data)

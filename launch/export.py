@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from fpcn_dist import cli
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

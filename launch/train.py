@@ -27,8 +27,8 @@ class Args:
 
 def main() -> None:
     args = cli.parse(Args)
-    from fpcn_dist.distributed import connect
-    from fpcn_dist.preemption import Preemption
+    from fpcn_dist.runtime.preemption import Preemption
+    from fpcn_dist.runtime.ranks import connect
     from fpcn_dist.train import train
 
     recipe = args.overrides

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from fpcn_dist.config import Recipe
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.export import save_model
 from fpcn_dist.models import build_model
+from fpcn_dist.runtime.ranks import Ranks
 from tests.launching import TINY
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from fpcn_dist.checkpoint import (
 )
 from fpcn_dist.config import Recipe
 from fpcn_dist.engine import TrainingState
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 
 def state(step: int = 3, size: int = 5) -> TrainingState:

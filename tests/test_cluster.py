@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fpcn_dist.cluster import Slots, find_slots
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 GONE = {"Alive": False, "Resources": {"CPU": 64.0}}
 

@@ -7,8 +7,8 @@ import torch
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.engine import build_engine, forward_backward
-from fpcn_dist.errors import UserError
 from fpcn_dist.optim import build_optimizer
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.tasks import MMALNetTask, build_task
 from tests.distilling import ALONE
 from tests.models.compared import CLASSES, SYSTEMS, batch, recipe

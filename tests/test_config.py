@@ -11,7 +11,7 @@ import pytest
 
 from fpcn_dist import cli
 from fpcn_dist.config import Recipe
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))

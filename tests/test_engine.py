@@ -7,8 +7,8 @@ import torch
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine import TrainingState, build_engine, forward_backward
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))

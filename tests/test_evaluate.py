@@ -19,10 +19,10 @@ from torchmetrics.functional import classification as oracle
 from fpcn_dist.config import DataConfig, ModelConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import AREAS, Evaluation, evaluate, evaluating
 from fpcn_dist.models import build_model
 from fpcn_dist.report.samples import SampleCollector, read_samples
+from fpcn_dist.runtime.errors import UserError
 
 CLASSES = ("basalt", "dolomite", "marble")
 DATA = DataConfig(resize=72, crop=64, eval_batch_size=4)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import replacing, write_tensors, write_text
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import replacing, write_tensors, write_text
 
 FULL_DISK = Path("/dev/full")  # every write to it fails like one to a full disk
 
@@ -56,7 +56,7 @@ def test_tensors_come_back(tmp_path: Path) -> None:
 
 def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
     script = "\n".join([
-        "import sys; from pathlib import Path; from fpcn_dist.files import write_text",
+        "import sys; from pathlib import Path; from fpcn_dist.runtime.files import write_text",
         "for number in range(10**9): write_text(Path(sys.argv[1]), str(number % 10) * 200_000)",
     ])  # fmt: skip
     path = tmp_path / "a.txt"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist import lock
-from fpcn_dist.errors import UserError
-from fpcn_dist.lock import FILE, locked
+from fpcn_dist.runtime import lock
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.lock import FILE, locked
 from tests.launching import ROOT
 
 OWNER = (
-    "import sys, time\nfrom pathlib import Path\nfrom fpcn_dist.lock import locked\n"
+    "import sys, time\nfrom pathlib import Path\nfrom fpcn_dist.runtime.lock import locked\n"
     "with locked(Path(sys.argv[1]), beat=0.1, patience=1.0):\n    print('mine', flush=True)\n    time.sleep(60)\n"
 )
 

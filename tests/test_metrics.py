@@ -13,9 +13,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.models import resnet18
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.flops import datasheet_flops, model_flops, peak_flops
 from fpcn_dist.metrics import FILE, MetricsLogger, Progress, read_metrics
+from fpcn_dist.runtime.errors import UserError
 
 
 def _log_steps(run_dir: Path, first: int, last: int, *, start_step: int = 0, offset: float = 0.0) -> None:

@@ -19,12 +19,12 @@ from fpcn_dist.cli import dump_recipe
 from fpcn_dist.config import ContrastConfig, DataConfig, ModelConfig, Recipe
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.errors import UserError
 from fpcn_dist.export import ModelInfo, load_model, save_model
 from fpcn_dist.models import Classifier, build_model
 from fpcn_dist.onnx_export import export_onnx
 from fpcn_dist.onnx_graph import ExportableModel, to_onnx
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.safetensors_export import export_safetensors
 from tests.launching import ROOT
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fpcn_dist.config import OptimConfig
-from fpcn_dist.keys import key
 from fpcn_dist.optim import build_optimizer, learning_rate
+from fpcn_dist.runtime.keys import key
 
 
 def test_schedule():

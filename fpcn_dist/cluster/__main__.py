@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from fpcn_dist import cli
 from fpcn_dist.cluster import connect_ray
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 _PATIENCE, _HEAD_PATIENCE = 300.0, 120.0
 """Seconds for all nodes, and for the first one to answer."""

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 
 class Slots(NamedTuple):

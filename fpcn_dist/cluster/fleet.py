@@ -20,8 +20,8 @@ from fpcn_dist.cluster.groups import RunningGroup
 from fpcn_dist.cluster.live import LiveTable
 from fpcn_dist.cluster.plan import Group
 from fpcn_dist.config import Recipe
-from fpcn_dist.files import write_text
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.files import write_text
 
 _ATTEMPTS = 3
 """How often a run may fail without getting any further."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fpcn_dist.cluster import Slots, worker
 from fpcn_dist.cluster.plan import Group
 from fpcn_dist.cluster.ranks import Rendezvous
-from fpcn_dist.errors import Outage, UserError
+from fpcn_dist.runtime.errors import Outage, UserError
 
 
 class GroupResult(NamedTuple):

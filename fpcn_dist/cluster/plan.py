@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 _EXCHANGE = 0.1
 """Share of a step's time on one place that ranks spend on one another, as the plan assumes: it keeps runs on

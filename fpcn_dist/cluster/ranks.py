@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch._C._distributed_c10d import TCPStore
 
-from fpcn_dist.distributed import Ranks, connect
+from fpcn_dist.runtime.ranks import Ranks, connect
 
 _PATIENCE = datetime.timedelta(minutes=10)
 """How long ranks wait for one another to start: a node may have to load its libraries over a network."""

@@ -13,8 +13,8 @@ from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_outpu
 from fpcn_dist.config import ContrastConfig, Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distributed import own_device, use_threads
 from fpcn_dist.optim import build_optimizer
+from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.tasks import build_task
 from fpcn_dist.train import train_together
 
@@ -53,7 +53,7 @@ def train_rank(
 def step_seconds(recipe: dict[str, Any], classes: int) -> float:
     """Seconds of a training step of a global batch on one place: the median of a few on fewer images, scaled up."""
     parsed, device = Recipe.model_validate(recipe), own_device()
-    use_threads(parsed.data, device)
+    use_threads(parsed.data.threads, device)
     data = parsed.data
     batch_size = (data.classes_per_batch or classes) * data.images_per_class
     images = min(_TIMED_IMAGES, batch_size)

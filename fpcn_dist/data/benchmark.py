@@ -29,7 +29,7 @@ from fpcn_dist.data.manifest import find_images
 from fpcn_dist.data.preprocessing import MEAN, STD
 from fpcn_dist.data.sampler import views
 from fpcn_dist.data.validate import cache_file, check_images
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 _BATCH_SIZE = 32
 

@@ -19,7 +19,7 @@ from fpcn_dist.data.dali import Decoder, Decoding, Request
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
 from fpcn_dist.data.validate import check_image
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 Ids = NDArray[np.int64]
 SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from fpcn_dist.config import DataConfig
 from fpcn_dist.data.sampler import check_composition
 from fpcn_dist.data.validate import Check, Refused, cache_file, check_images
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_text
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}

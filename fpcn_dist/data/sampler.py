@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpcn_dist.config import DataConfig
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 Ids = NDArray[np.int64]
 

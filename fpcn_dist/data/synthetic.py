@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 Array = NDArray[np.floating]
 Rng = np.random.Generator

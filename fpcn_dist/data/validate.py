@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from fpcn_dist.data import dali
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_text
 
 _PROGRESS_FROM = 2000
 """Files to check from which on a progress bar is worth showing (a few seconds)."""

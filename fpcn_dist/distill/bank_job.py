@@ -10,7 +10,7 @@ from fpcn_dist.cluster import Slots, task_result
 from fpcn_dist.cluster.ranks import write_output_to
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distributed import own_device, use_threads
+from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.teacher import open_teacher
 
 _ATTEMPTS = 3
@@ -55,6 +55,6 @@ def _write_share(recipe: dict[str, Any], folder: str, manifest: str, share: int,
     """A share of the bank in ``folder``, of the images of a manifest file; see :meth:`SoftLabelBank.write`."""
     write_output_to(log)
     parsed, images, device = Recipe.model_validate(recipe), Manifest.load(Path(manifest)), own_device()
-    use_threads(parsed.data, device)
+    use_threads(parsed.data.threads, device)
     teacher = open_teacher(parsed, images, device)
     SoftLabelBank(Path(folder), parsed, images).write(teacher, share=share, shares=shares, device=device)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from fpcn_dist.distributed import Ranks
+    from fpcn_dist.runtime.ranks import Ranks
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 _ELSEWHERE = datetime.timedelta(minutes=3)
@@ -108,7 +108,7 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
     """The other ranks, or why they are out of reach."""
     import torch
 
-    from fpcn_dist.distributed import COLLECTIVE_TIMEOUT, connect
+    from fpcn_dist.runtime.ranks import COLLECTIVE_TIMEOUT, connect
 
     joined: list[Ranks] = []
 
@@ -133,8 +133,8 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
 
 def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: int) -> list[Check]:
     """What this rank looks at: its own device; and the first of a machine also at the machine."""
-    from fpcn_dist.distributed import own_device
     from fpcn_dist.doctor import computing, machine, network
+    from fpcn_dist.runtime.ranks import own_device
 
     device = ranks.device if ranks else own_device()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

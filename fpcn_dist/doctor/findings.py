@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 _THREAD = "doctor's check"
 

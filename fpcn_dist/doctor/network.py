@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
+from fpcn_dist.runtime.ranks import Ranks
 
 _SIOCGIFADDR = 0x8915
 _LAUNCHERS_PORT = 29500

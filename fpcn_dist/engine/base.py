@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.models import Classifier
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpcn_dist.config import Recipe
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine.base import (
     TrainingState,
     averaged_model,
@@ -23,6 +22,7 @@ from fpcn_dist.engine.base import (
 )
 from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 
 

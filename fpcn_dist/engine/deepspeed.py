@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.distributed import Ranks
 from fpcn_dist.engine.base import (
     TrainingState,
     averaged_model,
@@ -28,9 +27,10 @@ from fpcn_dist.engine.base import (
     sync_batch_statistics,
     to_cpu,
 )
-from fpcn_dist.errors import UserError
 from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer, moment_names
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 
 

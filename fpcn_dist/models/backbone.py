@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.models.norms import batch_norms, replace_norms
+from fpcn_dist.runtime.errors import UserError
 
 
 class Backbone(nn.Module):

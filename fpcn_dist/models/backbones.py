@@ -15,10 +15,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fpcn_dist.errors import UserError, nearest
 from fpcn_dist.models import weights
 from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.compared.lenet import LeNet
+from fpcn_dist.runtime.errors import UserError, nearest
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 """torchvision's, though timm has networks of the same names."""

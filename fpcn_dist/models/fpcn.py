@@ -12,9 +12,9 @@ from fpcn_kernels import MaskedPool, masked_pool
 from torch import Tensor, nn
 
 from fpcn_dist.config import ModelConfig
-from fpcn_dist.errors import UserError
 from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.backbones import ResNet, build_backbone
+from fpcn_dist.runtime.errors import UserError
 
 
 class Classifier(nn.Module):

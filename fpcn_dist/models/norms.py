@@ -9,7 +9,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 GROUPS = 32
 

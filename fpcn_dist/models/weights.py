@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 NETWORK_TIMEOUT = 5.0
 """Seconds that a hub may take to answer before it counts as out of reach."""

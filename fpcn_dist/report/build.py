@@ -14,12 +14,12 @@ from typing import Any
 from markupsafe import Markup
 
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.report.figures import draw_curves, read_curves
 from fpcn_dist.report.page import write_page
 from fpcn_dist.report.samples import FOLDER, read_samples
+from fpcn_dist.runtime.errors import UserError
 
 _SPLITS = ("train", "val", "test")
 _LARGEST_MATRIX = 25

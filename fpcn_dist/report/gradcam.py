@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import make_folder, replacing
 from fpcn_dist.models.backbones import ResNet
 from fpcn_dist.models.fpcn import FPCN, Classifier
 from fpcn_dist.report.overlay import to_pixels
 from fpcn_dist.report.samples import SIDE
 from fpcn_dist.reproduce.results import Comparison, Heatmap
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import make_folder, replacing
 
 
 class Look(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fpcn_dist import __version__
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.files import write_text
 
 FILE = "report.html"
 

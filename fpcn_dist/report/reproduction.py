@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.report.page import FILE, write_page
 from fpcn_dist.report.reproduction_figures import draw
 from fpcn_dist.reproduce.results import (
@@ -31,6 +30,7 @@ from fpcn_dist.reproduce.results import (
     signed,
 )
 from fpcn_dist.reproduce.results import FILE as JSON
+from fpcn_dist.runtime.errors import UserError
 
 _OURS = "FPCN"
 _LONG = 18  # characters that a column is given on one line

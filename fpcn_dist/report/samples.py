@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.files import replacing, write_text
 from fpcn_dist.report.overlay import draw_overlay, to_pixels
+from fpcn_dist.runtime.files import replacing, write_text
 
 FOLDER = "samples"
 SIDE = 256

@@ -10,8 +10,8 @@ import yaml
 
 from fpcn_dist.cli import recipe_from_dict
 from fpcn_dist.config import ContrastConfig, ModelConfig, Recipe
-from fpcn_dist.errors import UserError, nearest
 from fpcn_dist.reproduce.paper import TABLE_2
+from fpcn_dist.runtime.errors import UserError, nearest
 
 Scale = Literal["tiny", "paper"]
 SECTIONS = ("table2", "table3", "table4", "figure3", "figure4", "figure5")

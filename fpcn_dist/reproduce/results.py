@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpcn_dist import __version__
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.files import write_text
 
 FILE, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.scaling.memory import Case, lone_rank_peaks
 from fpcn_dist.scaling.model import (
     Inputs,

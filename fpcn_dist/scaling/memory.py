@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fpcn_kernels import pair_contrast
 from torch.profiler import ProfilerActivity, profile
 
-from fpcn_dist.collectives import Group
+from fpcn_dist.runtime.collectives import Group
 from fpcn_dist.scaling.processes import run_module
 
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 FLOAT, DOUBLE = 4, 8
 

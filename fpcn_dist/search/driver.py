@@ -17,10 +17,10 @@ from fpcn_dist.cluster import connect_ray, find_slots
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distill.bank_job import write_bank
-from fpcn_dist.distributed import CPU
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import make_folder, write_text
-from fpcn_dist.lock import locked
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import make_folder, write_text
+from fpcn_dist.runtime.lock import locked
+from fpcn_dist.runtime.ranks import CPU
 from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.request import Request, checked, make_plan
 from fpcn_dist.search.resources import Bundle, require_places, trial_bundles

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_text
 
 FILE, TABLE = "results.json", "results.csv"
 _FORMAT = 1

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fpcn_dist.config import Recipe
 from fpcn_dist.distill.driver import check_recipe, check_students
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.resources import Bundle
 from fpcn_dist.search.space import Stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fpcn_dist.cluster import Slots
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 Bundle = dict[str, float]
 """Resources of one rank, all on one node."""

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.cli import dump_recipe
-from fpcn_dist.errors import UserError
-from fpcn_dist.files import write_text
 from fpcn_dist.report.search import build_search_report
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import write_text
 from fpcn_dist.search.live import in_words, percent
 from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.records import SearchResults, save_results

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from fpcn_dist.cli import recipe_from_dict
 from fpcn_dist.config import Dimension, Recipe
-from fpcn_dist.errors import UserError, nearest
+from fpcn_dist.runtime.errors import UserError, nearest
 
 Stage = Literal["teacher", "student", "joint"]
 Settings = dict[str, Any]

@@ -33,11 +33,11 @@ from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_outpu
 from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distill.measure import measure
-from fpcn_dist.distributed import own_device, use_threads
-from fpcn_dist.errors import Outage, UserError
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.models import build_model
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.errors import Outage, UserError
+from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.search.plan import Plan, number_of, run_folders
 from fpcn_dist.search.space import Settings
 from fpcn_dist.teacher import name_teacher
@@ -220,7 +220,7 @@ class _Reporter:
 def _latency(recipe: Recipe) -> float:
     """Milliseconds of one image; training does not change it."""
     device = own_device()
-    use_threads(recipe.data, device)
+    use_threads(recipe.data.threads, device)
     config = recipe.model.model_copy(update={"pretrained": False})
     return measure(build_model(config, 2, task=recipe.task), recipe.data.crop, device).milliseconds
 

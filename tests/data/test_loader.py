@@ -21,7 +21,7 @@ from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.sampler import views
 from fpcn_dist.data.synthetic import generate
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 CONFIG = DataConfig(resize=40, crop=32, images_per_class=4, eval_batch_size=4, val_fraction=0.2, threads=2)

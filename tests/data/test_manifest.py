@@ -11,7 +11,7 @@ import pytest
 
 from fpcn_dist.config import DataConfig
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 CONFIG = DataConfig(images_per_class=2, classes_per_batch=None)
 

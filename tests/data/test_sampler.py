@@ -18,7 +18,7 @@ from fpcn_dist.data.sampler import (
     substitutes,
     views,
 )
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 FAST = settings(max_examples=40, deadline=None)
 

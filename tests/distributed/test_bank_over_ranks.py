@@ -13,8 +13,8 @@ import torch.multiprocessing
 
 from fpcn_dist import soft_labels
 from fpcn_dist.config import Recipe
-from fpcn_dist.distributed import connect
 from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.teacher import Teacher, open_teacher
 from fpcn_dist.train import train, train_together
 from tests.distilling import ALONE, make_teacher, recipe

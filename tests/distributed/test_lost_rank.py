@@ -14,8 +14,8 @@ RANK = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
 FIRST, LOST = int(sys.argv[1]), int(sys.argv[2])
-from fpcn_dist.distributed import connect
-from fpcn_dist.preemption import Preemption
+from fpcn_dist.runtime.ranks import connect
+from fpcn_dist.runtime.preemption import Preemption
 
 with connect() as ranks, Preemption(ranks) as preemption:
     preemption.agreed()

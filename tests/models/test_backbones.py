@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.models import FPCN, Classifier, build_backbone
+from fpcn_dist.runtime.errors import UserError
 
 
 def images(count: int = 3, side: int = 64) -> torch.Tensor:

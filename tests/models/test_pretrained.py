@@ -16,9 +16,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.models import FPCN, Classifier, build_backbone
 from fpcn_dist.models.weights import _reach, torchvision_weights
+from fpcn_dist.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import yaml
 from fpcn_dist.config import DataConfig, ModelConfig, Recipe
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.errors import UserError
 from fpcn_dist.evaluate import AREAS, AreaScore, ClassScore, Evaluation, evaluate
 from fpcn_dist.metrics import MetricsLogger
 from fpcn_dist.models import build_model
 from fpcn_dist.report.build import build_report
 from fpcn_dist.report.samples import SampleCollector, read_samples
+from fpcn_dist.runtime.errors import UserError
 from tests.report import browser
 
 needs_browser = pytest.mark.skipif(browser.BINARY is None, reason=browser.MISSING)

@@ -8,9 +8,9 @@ import pytest
 
 from fpcn_dist.cli import load_recipe, recipe_from_dict
 from fpcn_dist.config import Recipe
-from fpcn_dist.errors import UserError
 from fpcn_dist.reproduce import paper
 from fpcn_dist.reproduce.experiments import SECTIONS, Grid, parse_sections
+from fpcn_dist.runtime.errors import UserError
 from tests.launching import ROOT
 
 RECIPES = ROOT / "launch/recipes"

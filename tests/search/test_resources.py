@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fpcn_dist.cluster import Slots
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.search.resources import count_places, require_places, trial_bundles
 
 GPUS, CPUS = Slots("GPU", 8, 6), Slots("CPU", 2, 16)

@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from fpcn_dist.config import Dimension, Recipe
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.search.space import Space
 
 SMALL = {"data": {"classes_per_batch": None, "images_per_class": 4}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpcn_dist.errors import UserError
 from fpcn_dist.models.backbone import Backbone
+from fpcn_dist.runtime.errors import UserError
 
 _SIDE = 32
 """Pixels of the image that it was made for."""

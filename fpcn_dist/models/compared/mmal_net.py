@@ -17,9 +17,9 @@ from fpcn_kernels import MaskedPool, masked_pool
 from torch import Tensor
 
 from fpcn_dist.config import ModelConfig
-from fpcn_dist.errors import UserError
 from fpcn_dist.models.backbones import ResNet, build_backbone
 from fpcn_dist.models.fpcn import Classifier
+from fpcn_dist.runtime.errors import UserError
 
 WINDOWS = (
     ((4, 4), (3, 5), (5, 3)),

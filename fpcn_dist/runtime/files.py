@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpcn_dist.errors import Outage, UserError
+from fpcn_dist.runtime.errors import Outage, UserError
 
 
 def make_folder(path: Path) -> None:

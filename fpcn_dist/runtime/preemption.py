@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from fpcn_dist.distributed import Ranks
+from fpcn_dist.runtime.ranks import Ranks
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """SIGUSR1 is what batch scripts ask SLURM to send before a time limit; SIGTERM ends what is preempted at once."""

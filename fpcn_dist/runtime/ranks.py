@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from fpcn_dist.config import DataConfig
-from fpcn_dist.errors import Outage, UserError
+from fpcn_dist.runtime.errors import Outage, UserError
 
 CPU = torch.device("cpu")
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
@@ -217,7 +216,7 @@ def own_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
-def use_threads(config: DataConfig, device: torch.device) -> None:
-    """Let a network on the CPU take the threads that the recipe grants a rank, not all of the machine's."""
-    if config.threads is not None and device.type == "cpu":
-        torch.set_num_threads(config.threads)
+def use_threads(threads: int | None, device: torch.device) -> None:
+    """Let a network on the CPU take the threads that the recipe grants a rank (``None``: all of the machine's)."""
+    if threads is not None and device.type == "cpu":
+        torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fpcn_dist.errors import UserError
+from fpcn_dist.runtime.errors import UserError
 
 FILE = ".lock"
 _BEAT, _PATIENCE = 5.0, 60.0
