@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import ViewLoader
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import write_text
 from fpcn_dist.teacher import Teacher

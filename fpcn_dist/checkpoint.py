@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.engine import TrainingState
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors
 

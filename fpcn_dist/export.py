@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fpcn_dist import __version__
-from fpcn_dist.config import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.data.preprocessing import MEAN, STD
 from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.models import Classifier, build_model
+from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_tensors, write_text
 

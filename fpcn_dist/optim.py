@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from fpcn_dist.config import OptimConfig
+from fpcn_dist.recipe.schema import OptimConfig
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:

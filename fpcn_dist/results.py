@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.checkpoint import BEST, CheckpointFolder, read_checkpoint
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.engine import TrainingState
 from fpcn_dist.evaluate import Evaluation, evaluate
 from fpcn_dist.export import load_model, save_model, write_card
 from fpcn_dist.models import build_model
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.report.build import build_report
 from fpcn_dist.report.samples import SampleCollector
 from fpcn_dist.rundir import RunFolder

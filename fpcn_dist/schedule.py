@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe.schema import Recipe
 
 
 class Schedule(NamedTuple):

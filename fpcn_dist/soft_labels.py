@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fpcn_dist.bank import SoftLabelBank, prepare_bank
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.teacher import open_teacher

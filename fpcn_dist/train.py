@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.metrics import Progress
 from fpcn_dist.profiler import profiled
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.results import finish_run
 from fpcn_dist.rundir import RunFolder, owning, start_runs
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError

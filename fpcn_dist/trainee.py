@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
@@ -20,6 +19,7 @@ from fpcn_dist.flops import model_flops, peak_flops
 from fpcn_dist.meter import StepMeter
 from fpcn_dist.metrics import MetricsLogger
 from fpcn_dist.optim import learning_rate
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key

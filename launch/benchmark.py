@@ -6,9 +6,10 @@ from pathlib import Path
 
 import tyro
 
-from fpcn_dist import cli
-from fpcn_dist.config import DataConfig
 from fpcn_dist.distill import STUDENTS
+from fpcn_dist.recipe import command_line
+from fpcn_dist.recipe.reading import load_recipe, recipe_from_dict
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.scaling.model import Inputs
 
@@ -49,10 +50,10 @@ def distill(
     """
     from fpcn_dist.distill.benchmark import distill_benchmark
 
-    values = cli.load_recipe(recipe).model_dump()
+    values = load_recipe(recipe).model_dump()
     values["train"]["epochs"] = values["train"]["epochs"] if epochs is None else epochs
     values["data"]["views"] = values["data"]["views"] if views is None else views
-    loaded = cli.recipe_from_dict(values, recipe)
+    loaded = recipe_from_dict(values, recipe)
     distill_benchmark(data, loaded, students=students.split(","), teacher=teacher)
 
 
@@ -76,4 +77,4 @@ def scaling(ranks: str = "1,2,4,8", images: int = 42, measure: bool = True, mode
 
 
 if __name__ == "__main__":
-    cli.run(app.cli)
+    command_line.run(app.cli)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpcn_dist import cli
 from fpcn_dist.distill import STUDENTS
+from fpcn_dist.recipe import command_line
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Args:
     """Image folder, as for train.py; classes and split must be those of the teacher."""
     recipe: Path
     """Recipe of a student (launch/recipes/distill*.yaml). Every field can be overridden below."""
-    overrides: cli.Overrides
+    overrides: command_line.Overrides
     output: Path | None = None
     """Folder of all run folders; default: runs/<recipe name>-<data folder name>. The same command goes on in it."""
     students: str = STUDENTS
@@ -35,7 +35,7 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     from fpcn_dist.distill.driver import distill
 
     distill_config = args.overrides.distill.model_copy(update={"teacher": str(args.teacher)})
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     from fpcn_dist.doctor.examination import examine
 
     raise SystemExit(examine(args.output, args.data))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     from fpcn_dist.results import evaluate_run
     from fpcn_dist.rundir import RunFolder
     from fpcn_dist.runtime.ranks import connect
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     if args.format == "onnx":
         try:
             from fpcn_dist.onnx_export import export_onnx
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -23,7 +23,7 @@ if _model.lower().endswith(".onnx"):
 else:
     import tyro
 
-    from fpcn_dist import cli
+    from fpcn_dist.recipe import command_line
 
     @dataclass(frozen=True)
     class Args:
@@ -37,7 +37,7 @@ else:
         """Folder to write."""
 
     def predict_with_torch() -> None:
-        args = cli.parse(Args)
+        args = command_line.parse(Args)
         import torch
 
         from fpcn_dist.predict import predict
@@ -46,7 +46,7 @@ else:
         predict(args.model, args.images, args.output, device=device)
 
     def main() -> None:
-        cli.run(predict_with_torch)
+        command_line.run(predict_with_torch)
 
 
 if __name__ == "__main__":

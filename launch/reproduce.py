@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fpcn_dist import cli
 from fpcn_dist.distill import STUDENTS
+from fpcn_dist.recipe import command_line
 
 RECIPES = Path(__file__).parent / "recipes"
 SCALES = {"tiny": RECIPES / "fpcn_tiny.yaml", "paper": RECIPES / "fpcn_resnet101.yaml"}
@@ -22,7 +22,7 @@ class Args:
 
     data: Path
     """Image folder, as for train.py."""
-    overrides: cli.Overrides
+    overrides: command_line.Overrides
     scale: Literal["tiny", "paper"] = "tiny"
     """tiny: small networks on small images, minutes on two CPU cores; paper: the paper's setting, for GPUs. Every field
     of the scale's recipe can be overridden below."""
@@ -41,7 +41,7 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args, presets=("--scale", "tiny", SCALES))
+    args = command_line.parse(Args, presets=("--scale", "tiny", SCALES))
     from fpcn_dist.reproduce.driver import Request, reproduce
     from fpcn_dist.reproduce.experiments import parse_sections
 
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     from fpcn_dist.data.synthetic import generate
 
     generate(args.output, images_per_class=args.images_per_class, seed=args.seed)
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Args:
     """Recipe file; launch/recipes/ has some. Every field can be overridden below."""
     data: Path
     """Image folder, with or without train/, val/ and test/ above the class folders."""
-    overrides: cli.Overrides
+    overrides: command_line.Overrides
     output: Path | None = None
     """Run folder; default: runs/<recipe name>-<data folder name>. The same command resumes what is in it."""
     resume: str = "auto"
@@ -26,7 +26,7 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     from fpcn_dist.runtime.preemption import Preemption
     from fpcn_dist.runtime.ranks import connect
     from fpcn_dist.train import train
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

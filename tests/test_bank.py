@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fpcn_dist.bank import SoftLabelBank, prepare_bank
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.teacher import Teacher, name_teacher, open_teacher
@@ -111,7 +111,7 @@ def test_a_killed_writer_is_resumed_by_others_and_nothing_is_computed_twice(
 import sys
 from pathlib import Path
 from fpcn_dist.bank import prepare_bank
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.teacher import open_teacher
 from tests.test_bank import CPU, Counting

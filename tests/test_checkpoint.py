@@ -19,8 +19,8 @@ from fpcn_dist.checkpoint import (
     require_same_recipe,
     write_checkpoint,
 )
-from fpcn_dist.config import Recipe
 from fpcn_dist.engine import TrainingState
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 
 

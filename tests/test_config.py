@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist import cli
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe import command_line
+from fpcn_dist.recipe.reading import dump_recipe, load_recipe
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ class Args:
     """A command."""
 
     recipe: Path
-    overrides: cli.Overrides
+    overrides: command_line.Overrides
 
 
 def write(folder: Path, text: str) -> Path:
@@ -33,13 +34,13 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
-    recipe = cli.load_recipe(path)
+    recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert cli.load_recipe(write(tmp_path, cli.dump_recipe(recipe))) == recipe
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
 
 
 def test_the_papers_setting():
-    recipe = cli.load_recipe(ROOT / "launch/recipes/fpcn_resnet101.yaml")
+    recipe = load_recipe(ROOT / "launch/recipes/fpcn_resnet101.yaml")
     assert (recipe.data.classes_per_batch, recipe.data.images_per_class) == (3, 14)
     assert (recipe.data.resize, recipe.data.crop) == (512, 448)
     assert (recipe.optim.lr, recipe.optim.momentum, recipe.train.epochs) == (0.01, 0.9, 100)
@@ -76,21 +77,21 @@ def test_the_papers_setting():
 )
 def test_bad_recipes_are_explained(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
-        cli.load_recipe(write(tmp_path, text))
+        load_recipe(write(tmp_path, text))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_missing_recipe_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        cli.load_recipe(tmp_path / "absent.yaml")
+        load_recipe(tmp_path / "absent.yaml")
 
 
 def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path):
     path = write(tmp_path, "optim: {lr: 0.5}\ntrain: {epochs: 7}")
     argv = ["--local_rank=1", "--recipe", str(path), "--optim.momentum", "0.8", "--data.images_per_class", "6"]
     argv += ["--contrast.pairs", "random", "--contrast.num-pairs", "99", "--local-rank=0"]
-    recipe = cli.parse(Args, argv).overrides
+    recipe = command_line.parse(Args, argv).overrides
     assert (recipe.optim.lr, recipe.optim.momentum, recipe.train.epochs) == (0.5, 0.8, 7)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
 
@@ -100,17 +101,17 @@ def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path)
 )
 def test_pretrained_is_a_truth_or_a_file(tmp_path, word, value):
     argv = ["--recipe", str(write(tmp_path, "{}")), "--model.pretrained", word]
-    assert cli.parse(Args, argv).overrides.model.pretrained == value
+    assert command_line.parse(Args, argv).overrides.model.pretrained == value
 
 
 def test_short_names_of_what_a_distillation_is_asked_for_most(tmp_path):
     path = write(tmp_path, "task: distill\ndata: {views: 16}")
-    assert cli.load_recipe(path).distill.teacher_mode == "bank"
-    recipe = cli.parse(Args, ["--recipe", str(path), "--views", "4", "--teacher-mode", "online"]).overrides
+    assert load_recipe(path).distill.teacher_mode == "bank"
+    recipe = command_line.parse(Args, ["--recipe", str(path), "--views", "4", "--teacher-mode", "online"]).overrides
     assert (recipe.data.views, recipe.distill.teacher_mode) == (4, "online")
     long = ["--recipe", str(path), "--data.views", "4", "--distill.teacher-mode", "online"]
-    assert cli.parse(Args, long).overrides == recipe
-    every_time_anew = cli.load_recipe(write(tmp_path, "task: distill\ndistill: {teacher_mode: online}"))
+    assert command_line.parse(Args, long).overrides == recipe
+    every_time_anew = load_recipe(write(tmp_path, "task: distill\ndistill: {teacher_mode: online}"))
     assert every_time_anew.data.views is None
 
 
@@ -126,7 +127,7 @@ def test_short_names_of_what_a_distillation_is_asked_for_most(tmp_path):
 def test_bad_overrides_are_explained(tmp_path, capsys, argv, words):
     recipe = ["--recipe", str(write(tmp_path, "{}"))] if argv else []
     with pytest.raises(SystemExit) as caught:
-        cli.parse(Args, [*recipe, *argv])
+        command_line.parse(Args, [*recipe, *argv])
     assert caught.value.code == 2
     shown = capsys.readouterr()
     for word in words:
@@ -134,7 +135,7 @@ def test_bad_overrides_are_explained(tmp_path, capsys, argv, words):
 
 
 def test_help_needs_no_torch():
-    program = "import sys, fpcn_dist.cli, fpcn_dist.config; sys.exit('torch' in sys.modules)"
+    program = "import sys, fpcn_dist.recipe.command_line, fpcn_dist.recipe.schema; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.engine import TrainingState, build_engine, forward_backward
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 

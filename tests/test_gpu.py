@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import build_manifest
+from fpcn_dist.recipe.schema import DataConfig
 from tests.launching import command, losses
 
 pytestmark = pytest.mark.gpu

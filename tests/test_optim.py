@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fpcn_dist.config import OptimConfig
 from fpcn_dist.optim import build_optimizer, learning_rate
+from fpcn_dist.recipe.schema import OptimConfig
 from fpcn_dist.runtime.keys import key
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
+from fpcn_dist.recipe.reading import load_recipe
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Args:
     """Image folder, as for train.py."""
     stage: Literal["teacher", "student", "joint"]
     """teacher: lambda and the pairs; student: T and alpha, for --distill.teacher RUN; joint: both at once."""
-    overrides: cli.Overrides
+    overrides: command_line.Overrides
     output: Path | None = None
     """Folder of the search; default: runs/search-<recipe name>-<data folder name>."""
     student_recipe: Path | None = None
@@ -44,14 +45,14 @@ class Args:
 
 
 def main() -> None:
-    args = cli.parse(Args)
+    args = command_line.parse(Args)
     from fpcn_dist.search.driver import search
     from fpcn_dist.search.request import Request
 
     def split(text: str) -> tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
 
-    recipe, student = args.overrides, args.student_recipe and cli.load_recipe(args.student_recipe, "--student-recipe")
+    recipe, student = args.overrides, args.student_recipe and load_recipe(args.student_recipe, "--student-recipe")
     output = args.output or Path("runs") / f"search-{recipe.name}-{args.data.resolve().name}"
     request = Request(
         recipe, args.stage, student, split(args.students), args.trials, args.scheduler, split(args.multi_objective),
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from fpcn_dist import cli
 from fpcn_dist.cluster import connect_ray
+from fpcn_dist.recipe import command_line
 from fpcn_dist.runtime.errors import UserError
 
 _PATIENCE, _HEAD_PATIENCE = 300.0, 120.0
@@ -26,7 +26,7 @@ class Args:
 
 
 def main() -> None:
-    args, began = cli.parse(Args), time.monotonic()
+    args, began = command_line.parse(Args), time.monotonic()
     while True:
         try:
             with connect_ray(args.address) as ray:
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpcn_dist.cli import load_recipe
 from fpcn_dist.cluster import worker
 from fpcn_dist.cluster.connection import Slots, task_result
 from fpcn_dist.cluster.groups import RunningGroup
 from fpcn_dist.cluster.live import LiveTable
 from fpcn_dist.cluster.plan import Group
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe.reading import load_recipe
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.runtime.files import write_text
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
-from fpcn_dist.config import ContrastConfig, Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.optim import build_optimizer
+from fpcn_dist.recipe.schema import ContrastConfig, Recipe
 from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.tasks import build_task
 from fpcn_dist.train import train_together

@@ -32,8 +32,8 @@ from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.recipe.schema import DataConfig
 
 DECODER_VERSION: str = nvimgcodec.__version__
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.sampler import check_composition
 from fpcn_dist.data.validate import Check, Refused, cache_file, check_images
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 

@@ -17,7 +17,6 @@ from rich.table import Table
 from fpcn_dist.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.cluster.plan import Group, make_plan
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.distill import BASELINE
 from fpcn_dist.distill.bank_job import write_bank
@@ -25,6 +24,7 @@ from fpcn_dist.distill.table import write_results
 from fpcn_dist.export import WEIGHTS
 from fpcn_dist.models import build_backbone
 from fpcn_dist.onnx_export import FP32_FILE, export_onnx
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.lock import locked

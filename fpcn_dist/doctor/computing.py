@@ -13,9 +13,9 @@ from fpcn_kernels import reference
 from PIL import Image
 from torch import Tensor
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.preprocessing import MEAN, STD
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
+from fpcn_dist.recipe.schema import DataConfig
 
 _TOLERANCE = 1e-3
 """Of float32 against float64, relative to the largest value; rounding makes about a hundredth of it."""

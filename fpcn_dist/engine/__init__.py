@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.engine.accumulate import forward_backward
 from fpcn_dist.engine.base import Engine, TrainingState
 from fpcn_dist.engine.ddp import DDPEngine
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 

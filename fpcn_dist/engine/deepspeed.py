@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.engine.base import (
     TrainingState,
@@ -29,6 +28,7 @@ from fpcn_dist.engine.base import (
 )
 from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer, moment_names
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task

@@ -11,9 +11,9 @@ import torch
 from fpcn_kernels import MaskedPool, masked_pool
 from torch import Tensor, nn
 
-from fpcn_dist.config import ModelConfig
 from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.backbones import ResNet, build_backbone
+from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -67,7 +67,7 @@ class FPCN(Classifier):
     Args:
         backbone: see :func:`build_backbone`.
         num_classes: K.
-        **options: the other fields of :class:`~fpcn_dist.config.ModelConfig`, where they are described, with its
+        **options: the other fields of :class:`~fpcn_dist.recipe.schema.ModelConfig`, where they are described, with its
             defaults, except that ``pretrained`` is ``False`` here.
 
     Raises:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpcn_dist import __version__
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distill import BASELINE as STUDENT_BASELINE
@@ -20,6 +19,7 @@ from fpcn_dist.distill.table import FILE as DISTILLATION
 from fpcn_dist.evaluate import AREAS, Evaluation
 from fpcn_dist.export import load_model
 from fpcn_dist.metrics import read_metrics
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.report.gradcam import compare
 from fpcn_dist.reproduce import paper
 from fpcn_dist.reproduce.experiments import BASELINE, WITHOUT_ALPHA, Grid, run_name

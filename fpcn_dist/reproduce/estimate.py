@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.cluster import Slots
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.recipe.schema import Recipe
 
 _START = 15.0
 """Seconds that a run spends on libraries, data and its report, whatever its length; measured on CPU cores."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
-from fpcn_dist.cli import recipe_from_dict
-from fpcn_dist.config import ContrastConfig, ModelConfig, Recipe
+from fpcn_dist.recipe.reading import recipe_from_dict
+from fpcn_dist.recipe.schema import ContrastConfig, ModelConfig, Recipe
 from fpcn_dist.reproduce.paper import TABLE_2
 from fpcn_dist.runtime.errors import UserError, nearest
 

@@ -27,10 +27,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.engine import Engine, build_engine, forward_backward
 from fpcn_dist.engine.ddp import DDPEngine
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import Ranks, connect
 from fpcn_dist.scaling.memory import Case, contrast_peak, ring_forced
 from fpcn_dist.scaling.processes import loopback_bytes, own_network, raise_loopback, run_module

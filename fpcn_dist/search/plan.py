@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.search.space import Chooser, Settings, Space, Stage
 
 TEACHER, STUDENT = "teacher.", "student."

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.distill.driver import check_recipe, check_students
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.resources import Bundle

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 
 from pydantic import BaseModel
 
-from fpcn_dist.cli import recipe_from_dict
-from fpcn_dist.config import Dimension, Recipe
+from fpcn_dist.recipe.reading import recipe_from_dict
+from fpcn_dist.recipe.schema import Dimension, Recipe
 from fpcn_dist.runtime.errors import UserError, nearest
 
 Stage = Literal["teacher", "student", "joint"]

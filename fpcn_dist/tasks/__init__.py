@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.models import FPCN, MMALNet, PCANet, build_model
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.tasks.base import Task, TaskOutput
 from fpcn_dist.tasks.classify import Classify
 from fpcn_dist.tasks.contrast import Contrast

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fpcn_dist.config import TrainConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
+from fpcn_dist.recipe.schema import TrainConfig
 
 
 class TaskOutput(NamedTuple):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpcn_dist.config import TrainConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models.compared.mmal_net import MMALNet
+from fpcn_dist.recipe.schema import TrainConfig
 from fpcn_dist.tasks.base import Task, TaskOutput
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpcn_dist.config import ContrastConfig, TrainConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.losses import ClassCenters, random_partners
 from fpcn_dist.models.compared.pca_net import ATTENTION, FEATURES, SCALE, PCANet, attentive_pool, co_attention, erase
+from fpcn_dist.recipe.schema import ContrastConfig, TrainConfig
 from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.dali import Decoding, Request
 from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.sampler import views
 from fpcn_dist.data.synthetic import generate
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -310,7 +310,7 @@ def test_a_file_that_was_away_for_a_moment_is_read_again(fragile: Manifest) -> N
 def test_a_process_ends_while_the_pipeline_works(rocks: Path) -> None:
     script = (
         "import sys, torch; from pathlib import Path\n"
-        "from fpcn_dist.config import DataConfig; from fpcn_dist.data.loader import TrainLoader\n"
+        "from fpcn_dist.recipe.schema import DataConfig; from fpcn_dist.data.loader import TrainLoader\n"
         "from fpcn_dist.data.manifest import build_manifest\n"
         "config = DataConfig(images_per_class=16)\n"
         "manifest = build_manifest(Path(sys.argv[1]), config, 0)\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
 CONFIG = DataConfig(images_per_class=2, classes_per_batch=None)

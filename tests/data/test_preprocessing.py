@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.dali import Decoding, Request, resize_by_dali, resize_by_torch
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.recipe.schema import DataConfig
 
 CPU = torch.device("cpu")
 LEVEL = 1.01 / 255

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpcn_dist.config import DataConfig
 from fpcn_dist.data.sampler import (
     BalancedSampler,
     centre_views,
@@ -18,6 +17,7 @@ from fpcn_dist.data.sampler import (
     substitutes,
     views,
 )
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
 FAST = settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing
 
 from fpcn_dist import soft_labels
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.rundir import RunFolder
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.teacher import Teacher, open_teacher

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import yaml
 
-from fpcn_dist.config import Recipe
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import build_manifest
+from fpcn_dist.recipe.schema import Recipe
 from tests.launching import ROOT
 
 SYSTEMS = sorted(path.stem for path in (ROOT / "launch/recipes/compared").glob("*.yaml"))

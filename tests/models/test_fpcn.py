@@ -10,9 +10,9 @@ import torch
 from fpcn_kernels import pair_contrast
 from torch import nn
 
-from fpcn_dist.config import ModelConfig
 from fpcn_dist.losses import gated_contrast_loss, hardest_pairs
 from fpcn_dist.models import FPCN, Classifier, build_model
+from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
 
 CLASSES = 3

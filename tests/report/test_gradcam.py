@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fpcn_dist.config import ModelConfig
 from fpcn_dist.data.preprocessing import MEAN, STD
 from fpcn_dist.models import FPCN, Backbone, BilinearCNN, Classifier
+from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.report import gradcam
 from fpcn_dist.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError

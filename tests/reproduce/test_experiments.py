@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from fpcn_dist.cli import load_recipe, recipe_from_dict
-from fpcn_dist.config import Recipe
+from fpcn_dist.recipe.reading import load_recipe, recipe_from_dict
+from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.reproduce import paper
 from fpcn_dist.reproduce.experiments import SECTIONS, Grid, parse_sections
 from fpcn_dist.runtime.errors import UserError

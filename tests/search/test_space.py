@@ -8,7 +8,7 @@ import re
 import optuna
 import pytest
 
-from fpcn_dist.config import Dimension, Recipe
+from fpcn_dist.recipe.schema import Dimension, Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.search.space import Space
 

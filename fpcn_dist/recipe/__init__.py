@@ -1,0 +1,1 @@
+"""Recipes: their schema, reading and writing them, and the command lines that override them."""
