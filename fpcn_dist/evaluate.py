@@ -7,20 +7,21 @@ Shape legend: B images of a batch, K classes, H x W cells of the feature map.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.models.classifier import object_share
+from fpcn_dist.models.modes import autocast, evaluating
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
@@ -122,31 +123,6 @@ class Evaluation:
             return None
         except ValueError as error:
             raise UserError("file", path, str(error), "evaluate the run again") from error
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module of ``model`` into evaluation mode, and each back into its own mode afterwards.
-
-    Modes are kept per module: in a model under training, a frozen part may already be in evaluation mode.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic that ``train.precision`` names: "fp32" leaves everything alone, "bf16" is bfloat16 autocast."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def object_share(mask_BHW: Tensor) -> Tensor:
-    """[B] share of cells inside the region. Outside, the mask holds theta < 1, so alpha (eq. 4) is not this share."""
-    return (mask_BHW == 1).float().mean(dim=(1, 2))
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fpcn_dist import __version__
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.models import Classifier, build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from fpcn_dist import onnx_predict
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import Manifest, find_images
+from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.synthetic import generate
 from fpcn_dist.export import ModelInfo, load_model
 from fpcn_dist.onnx_graph import ExportableModel, quantise, to_onnx

@@ -20,7 +20,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from fpcn_dist import __version__
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.export import ModelInfo
 from fpcn_dist.models import FPCN, Classifier
 from fpcn_dist.onnx_predict import FORMAT, INPUT, LOGITS, MASK

@@ -26,6 +26,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fpcn_dist.data.folders import find_files
 from fpcn_dist.runtime.errors import UserError
 
 FORMAT = 1
@@ -198,34 +199,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) * 255 // 65535).astype(np.uint8))
     return image.convert("RGB")
-
-
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """All files that ``paths`` name, each once, in the given order; folders are searched at any depth, by name.
-
-    Raises:
-        UserError: no paths, no such path, or a folder without images.
-    """
-    named: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError("images", path, "there is no such file or folder", "check the path")
-        files = list(_images_below(path)) if path.is_dir() else [path]
-        if not files:
-            raise UserError("images", path, "holds no images", f"images end in {', '.join(sorted(SUFFIXES))}")
-        for file in files:
-            named.setdefault(file.absolute(), file)
-    if not named:
-        raise UserError("images", None, "none were given", "name at least one file or folder")
-    return list(named.values())
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(place, name)
 
 
 def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction], list[tuple[Path, str]]]:

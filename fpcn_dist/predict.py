@@ -22,12 +22,13 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from fpcn_dist.data.folders import SUFFIXES, find_images
+from fpcn_dist.data.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import SUFFIXES, find_images
-from fpcn_dist.data.validate import Refused, check_images, refusal_table
-from fpcn_dist.evaluate import autocast, object_share
 from fpcn_dist.export import ModelInfo, load_model
 from fpcn_dist.models import Classifier
+from fpcn_dist.models.classifier import object_share
+from fpcn_dist.models.modes import autocast
 from fpcn_dist.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_text

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint, require_same_recipe
+from fpcn_dist.data.images import refusal_table
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.recipe.reading import dump_recipe, load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.evaluate import Evaluation, autocast
+from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.export import WEIGHTS, ModelInfo, load_model
 from fpcn_dist.models import Classifier
+from fpcn_dist.models.modes import autocast
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 

@@ -15,9 +15,9 @@ from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.engine import TrainingState, build_engine, forward_backward
 from fpcn_dist.evaluate import Evaluation, evaluate
-from fpcn_dist.flops import model_flops, peak_flops
 from fpcn_dist.meter import StepMeter
 from fpcn_dist.metrics import MetricsLogger
+from fpcn_dist.models.cost import model_flops, peak_flops
 from fpcn_dist.optim import learning_rate
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.rundir import RunFolder

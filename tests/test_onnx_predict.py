@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from fpcn_dist import onnx_predict
+from fpcn_dist.data.folders import SUFFIXES
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import SUFFIXES
 from fpcn_dist.export import load_model, save_model
 from fpcn_dist.models import build_model
 from fpcn_dist.onnx_graph import ExportableModel, to_onnx

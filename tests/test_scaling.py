@@ -15,8 +15,8 @@ from fpcn_kernels._pair_torch import side_loss
 from fpcn_kernels.row_shards import PassingRows
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpcn_dist.flops import model_flops
 from fpcn_dist.models import FPCN
+from fpcn_dist.models.cost import model_flops
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.scaling.benchmark import scaling_benchmark, scenarios
 from fpcn_dist.scaling.memory import Case, lone_rank_peaks

@@ -24,10 +24,10 @@ from torchvision import io, transforms
 from torchvision.transforms import v2
 
 from fpcn_dist.data.dali import Decoding, Request
-from fpcn_dist.data.manifest import find_images
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.folders import find_images
+from fpcn_dist.data.images import cache_file, check_images
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.data.sampler import views
-from fpcn_dist.data.validate import cache_file, check_images
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 

@@ -32,7 +32,7 @@ from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.recipe.schema import DataConfig
 
 DECODER_VERSION: str = nvimgcodec.__version__

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.dali import Decoder, Decoding, Request
+from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
-from fpcn_dist.data.validate import check_image
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fpcn_dist.data.folders import SUFFIXES, find_images
+from fpcn_dist.data.images import Check, Refused, cache_file, check_images
 from fpcn_dist.data.sampler import check_composition
-from fpcn_dist.data.validate import Check, Refused, cache_file, check_images
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
 
@@ -173,15 +172,6 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     counts = Counter(image.label for image in images if image.split == "train")
     check_composition(classes, [counts[label] for label in range(len(classes))], config)
     return Manifest(str(root.absolute()), tuple(classes), tuple(sorted(images)), tuple(refused))
-
-
-def find_images(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, at any depth, sorted; told by their suffix, whatever its case."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(place, name)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from fpcn_kernels import reference
 from PIL import Image
 from torch import Tensor
 
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.backbones import build_backbone
+from fpcn_dist.models.base import Backbone
+from fpcn_dist.models.classifier import Classifier
 from fpcn_dist.models.compared.bilinear_cnn import BilinearCNN
 from fpcn_dist.models.compared.mmal_net import MMALNet
 from fpcn_dist.models.compared.pca_net import PCANet
-from fpcn_dist.models.fpcn import FPCN, Classifier
+from fpcn_dist.models.fpcn import FPCN
 from fpcn_dist.recipe.schema import ModelConfig
 
 __all__ = ["FPCN", "Backbone", "BilinearCNN", "Classifier", "MMALNet", "PCANet", "build_backbone", "build_model"]

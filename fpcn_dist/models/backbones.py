@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fpcn_dist.models import weights
-from fpcn_dist.models.backbone import Backbone
+from fpcn_dist.models.base import Backbone
 from fpcn_dist.models.compared.lenet import LeNet
 from fpcn_dist.runtime.errors import UserError, nearest
 

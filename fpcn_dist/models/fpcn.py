@@ -11,51 +11,10 @@ import torch
 from fpcn_kernels import MaskedPool, masked_pool
 from torch import Tensor, nn
 
-from fpcn_dist.models.backbone import Backbone
-from fpcn_dist.models.backbones import ResNet, build_backbone
+from fpcn_dist.models.backbones import ResNet
+from fpcn_dist.models.classifier import Classifier
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
-
-
-class Classifier(nn.Module):
-    """Backbone, global average pooling, one linear layer.
-
-    Args:
-        backbone: the network, or its name for :func:`build_backbone`, as for ``pretrained`` and ``norm``.
-        num_classes: K.
-        features: width of the pooled vectors; ``None``: the backbone's channels.
-    """
-
-    backbone: Backbone
-
-    def __init__(
-        self,
-        backbone: str | Backbone,
-        num_classes: int,
-        *,
-        pretrained: bool | str = False,
-        norm: str = "batch",
-        features: int | None = None,
-    ) -> None:
-        super().__init__()
-        if isinstance(backbone, str):
-            backbone = build_backbone(backbone, pretrained=pretrained, norm=norm)
-        self.backbone = backbone
-        self.classifier = nn.Linear(features or backbone.channels, num_classes)
-
-    def pool(self, images: Tensor) -> MaskedPool:
-        """Images [B, 3, H', W'] to the mean of their features over the whole map; the mask is all ones."""
-        features_BCHW = self.backbone(images)
-        pooled_BC = features_BCHW.mean((2, 3), dtype=torch.promote_types(features_BCHW.dtype, torch.float32))
-        return whole_image(pooled_BC, features_BCHW)
-
-    def logits(self, pooled: Tensor) -> Tensor:
-        """Pooled vectors [B, C] to logits [B, K], image by image."""
-        return self.classifier(pooled)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H', W'] to logits [B, K]."""
-        return self.logits(self.pool(images).pooled)
 
 
 class FPCN(Classifier):
@@ -130,9 +89,3 @@ class FPCN(Classifier):
         fused = self.fuse_out(hidden)
         gate = fused if self.config.head == "product" else 1 + torch.sigmoid(fused * pooled)
         return self.classifier(gate * pooled)
-
-
-def whole_image(pooled: Tensor, features_BCHW: Tensor) -> MaskedPool:
-    """Pooled vectors [B, C] of a network that takes no part of the image for the object."""
-    mask_BHW = pooled.new_ones(len(pooled), *features_BCHW.shape[2:])
-    return MaskedPool(pooled, mask_BHW, mask_BHW[:, 0, 0])

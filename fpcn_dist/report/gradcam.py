@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fpcn_dist.models.backbones import ResNet
-from fpcn_dist.models.fpcn import FPCN, Classifier
+from fpcn_dist.models.classifier import Classifier
+from fpcn_dist.models.fpcn import FPCN
 from fpcn_dist.report.overlay import to_pixels
 from fpcn_dist.report.samples import SIDE
 from fpcn_dist.reproduce.results import Comparison, Heatmap

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 
 CONTOUR = (255, 176, 0)
 """Colour of the region's outline: amber stands out from rock, soil and vegetation alike."""

@@ -20,8 +20,8 @@ from rich.console import Console
 from fpcn_dist.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.cluster.plan import Group
+from fpcn_dist.data.images import refusal_table
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distill.driver import check_students, distill
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.report.reproduction import build_reproduction_report

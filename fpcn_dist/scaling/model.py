@@ -26,7 +26,7 @@ class Inputs:
     parameters: int = 45_654_595
     """Counted (fpcn_resnet101, 3 classes)."""
     forward_gflop: float = 62.401
-    """Of one image; counted by fpcn_dist/flops.py at 448 px."""
+    """Of one image; counted by fpcn_dist/models/cost.py at 448 px."""
     channels: int = 2048
     """C: of the last feature map."""
     width: int = 512

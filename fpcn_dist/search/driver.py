@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from fpcn_dist.cluster import connect_ray, find_slots
+from fpcn_dist.data.images import refusal_table
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.data.validate import refusal_table
 from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text

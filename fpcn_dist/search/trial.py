@@ -30,9 +30,9 @@ from fpcn_dist.checkpoint import (
 )
 from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.distill.measure import measure
 from fpcn_dist.metrics import read_metrics
 from fpcn_dist.models import build_model
+from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.rundir import RunFolder

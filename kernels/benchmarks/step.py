@@ -21,8 +21,8 @@ from fpcn_kernels import reference
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.flops import datasheet_flops, model_flops
 from fpcn_dist.models import FPCN, build_model
+from fpcn_dist.models.cost import datasheet_flops, model_flops
 from fpcn_dist.optim import build_optimizer
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, TrainConfig
 from fpcn_dist.tasks import Task, build_task

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from fpcn_dist.data.dali import Decoding, Request, resize_by_dali, resize_by_torch
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.recipe.schema import DataConfig
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fpcn_dist.data.validate import Refused, cache_file, check_images, refusal_table
+from fpcn_dist.data.images import Refused, cache_file, check_images, refusal_table
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -146,7 +146,7 @@ def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
     script = (
-        "import sys; from pathlib import Path; from fpcn_dist.data.validate import check_images\n"
+        "import sys; from pathlib import Path; from fpcn_dist.data.images import check_images\n"
         "paths = sorted(Path(sys.argv[1]).iterdir())\n"
         "for bound in [10**8, 10**7] * 20 + [10**8]:\n"
         "    assert all(check.ok for check in check_images(paths, bound, Path(sys.argv[2])))"

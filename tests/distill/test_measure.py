@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fpcn_dist.distill.measure import measure
 from fpcn_dist.models import Classifier
+from fpcn_dist.models.cost import measure
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ class Sleeper(nn.Module):
 
 
 def test_the_time_is_a_warm_median_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpcn_dist.distill.measure._BUDGET", 0.1)
+    monkeypatch.setattr("fpcn_dist.models.cost._BUDGET", 0.1)
     model = Sleeper()
     cost = measure(model, 8, CPU)  # pyright: ignore[reportArgumentType]
     assert cost.parameters == 16 and cost.flops == 2 * 3 * 4 * 64
@@ -51,7 +51,7 @@ def test_the_time_is_a_warm_median_in_evaluation_mode(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("budget", "timed"), [(0.0, 20), (60.0, 100)])
 def test_the_clock_runs_as_often_as_it_should(budget: float, timed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpcn_dist.distill.measure._BUDGET", budget)
+    monkeypatch.setattr("fpcn_dist.models.cost._BUDGET", budget)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     model = Sleeper()
     measure(model, 8, CPU)  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fpcn_dist.data.preprocessing import MEAN, STD
+from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.models import FPCN, Backbone, BilinearCNN, Classifier
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.report import gradcam

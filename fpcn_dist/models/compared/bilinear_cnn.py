@@ -6,17 +6,21 @@ Legend: B images, C channels, P = H x W cells, K classes.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from fpcn_kernels import MaskedPool
 from torch import Tensor, nn
 
 from fpcn_dist.models import weights
-from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.backbones import build_backbone
-from fpcn_dist.models.compared.bilinear import bilinear_pool
-from fpcn_dist.models.fpcn import Classifier, whole_image
+from fpcn_dist.models.base import Backbone
+from fpcn_dist.models.classifier import Classifier, whole_image
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
+
+
+_OFFSET = 1e-5
+"""Under the square root, whose slope at 0 is infinite."""
 
 
 class BilinearCNN(Classifier):
@@ -60,3 +64,14 @@ class VGG16(Backbone):
         elif pretrained:
             net.load_state_dict(weights.torchvision_weights("vgg16"))
         super().__init__(nn.Sequential(*list(net.features.children())[:-1]), 512, norm)
+
+
+def bilinear_pool(first_BCP: Tensor, second_BMP: Tensor) -> Tensor:
+    """Two maps of the same cells to one vector [B, C M] of length 1.
+
+        X = first second^T / P,    X <- sign(X) sqrt(|X| + 1e-5),    X <- X / |X|
+
+    Lin et al., "Bilinear CNN models for fine-grained visual recognition", section 3.
+    """
+    product_BD = torch.bmm(first_BCP, second_BMP.transpose(1, 2)).flatten(1) / first_BCP.shape[2]
+    return F.normalize(product_BD.sign() * (product_BD.abs() + _OFFSET).sqrt())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpcn_dist.models.backbone import Backbone
+from fpcn_dist.models.base import Backbone
 from fpcn_dist.runtime.errors import UserError
 
 _SIDE = 32

@@ -17,7 +17,7 @@ from fpcn_kernels import MaskedPool, masked_pool
 from torch import Tensor
 
 from fpcn_dist.models.backbones import ResNet, build_backbone
-from fpcn_dist.models.fpcn import Classifier
+from fpcn_dist.models.classifier import Classifier
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from fpcn_kernels import MaskedPool
 from torch import Tensor, nn
 
-from fpcn_dist.models.backbone import Backbone
 from fpcn_dist.models.backbones import build_backbone
-from fpcn_dist.models.compared.bilinear import bilinear_pool
-from fpcn_dist.models.fpcn import Classifier, whole_image
+from fpcn_dist.models.base import Backbone
+from fpcn_dist.models.classifier import Classifier, whole_image
+from fpcn_dist.models.compared.bilinear_cnn import bilinear_pool
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
 
