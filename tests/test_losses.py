@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpcn_dist.losses import ClassCenters, center_loss, distillation_loss, gated_contrast_loss, hardest_pairs
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.tasks.losses import ClassCenters, center_loss, distillation_loss, gated_contrast_loss, hardest_pairs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -7,12 +7,12 @@ from fpcn_kernels import pair_contrast
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 from fpcn_dist.models import FPCN
 from fpcn_dist.recipe.schema import ContrastConfig, TrainConfig
 from fpcn_dist.runtime.collectives import Group, all_gather
 from fpcn_dist.runtime.keys import key
 from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 
 
 class Contrast(Task):

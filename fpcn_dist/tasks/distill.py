@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.losses import distillation_loss
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import DistillConfig, TrainConfig
 from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.losses import distillation_loss
 
 
 class Distill(Task):

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.losses import ClassCenters, random_partners
 from fpcn_dist.models.compared.pca_net import ATTENTION, FEATURES, SCALE, PCANet, attentive_pool, co_attention, erase
 from fpcn_dist.recipe.schema import ContrastConfig, TrainConfig
 from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
 from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.losses import ClassCenters, random_partners
 
 _DRAWS = 4096
 """Draws of a step, dealt out by image id: two images that share one are none the worse for it."""

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from fpcn_dist.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike, all_reduce_sum, world_size
+from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 
 IMAGES, PIXELS, CHANNELS, HIDDEN, CLASSES = 7, 10, 6, 5, 3
 LABELS = torch.tensor([0, 1, 1, 0, 0, 1, 0])

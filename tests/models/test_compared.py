@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fpcn_dist.losses import random_partners
 from fpcn_dist.models import build_backbone, build_model
 from fpcn_dist.models.compared.bilinear_cnn import bilinear_pool
 from fpcn_dist.models.compared.mmal_net import _windows, crop, object_boxes, part_boxes
 from fpcn_dist.models.compared.pca_net import attentive_pool, co_attention, erase
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.tasks.losses import random_partners
 
 PUBLISHED = [
     # torchvision's tables for 1,000 classes; GoogLeNet's is without its auxiliary classifiers.

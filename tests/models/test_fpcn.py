@@ -10,10 +10,10 @@ import torch
 from fpcn_kernels import pair_contrast
 from torch import nn
 
-from fpcn_dist.losses import gated_contrast_loss, hardest_pairs
 from fpcn_dist.models import FPCN, Classifier, build_model
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.tasks.losses import gated_contrast_loss, hardest_pairs
 
 CLASSES = 3
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])

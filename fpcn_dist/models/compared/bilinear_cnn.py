@@ -18,7 +18,6 @@ from fpcn_dist.models.classifier import Classifier, whole_image
 from fpcn_dist.recipe.schema import ModelConfig
 from fpcn_dist.runtime.errors import UserError
 
-
 _OFFSET = 1e-5
 """Under the square root, whose slope at 0 is infinite."""
 
