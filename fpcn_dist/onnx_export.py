@@ -28,10 +28,10 @@ from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.synthetic import generate
-from fpcn_dist.export import ModelInfo, load_model
 from fpcn_dist.onnx_graph import ExportableModel, quantise, to_onnx
-from fpcn_dist.report.overlay import to_pixels
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.model_folder import ModelInfo, load_model
+from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
 
@@ -80,7 +80,7 @@ def export_onnx(
     """Write model.onnx, and model-int8.onnx if asked for; print parity, sizes and accuracies.
 
     Args:
-        run_dir: a run folder, or (not with ``int8``) any folder that :func:`fpcn_dist.export.save_model` wrote.
+        run_dir: a run folder, or (not with ``int8``) any folder of :func:`fpcn_dist.runs.model_folder.save_model`.
         int8: also quantise the backbone to 8-bit integers, calibrated on training images.
         output: folder to write; the run folder by default.
         data: the image folder, where it is no longer where it was during training.

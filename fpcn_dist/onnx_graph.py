@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fpcn_dist import __version__
 from fpcn_dist.data.normalisation import MEAN, STD
-from fpcn_dist.export import ModelInfo
 from fpcn_dist.models import FPCN, Classifier
 from fpcn_dist.onnx_predict import FORMAT, INPUT, LOGITS, MASK
+from fpcn_dist.runs.model_folder import ModelInfo
 from fpcn_dist.runtime.errors import UserError
 
 # What torch's exporter writes without converting.

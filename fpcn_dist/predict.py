@@ -25,11 +25,11 @@ from rich.table import Table
 from fpcn_dist.data.folders import SUFFIXES, find_images
 from fpcn_dist.data.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.export import ModelInfo, load_model
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.classifier import object_share
 from fpcn_dist.models.modes import autocast
-from fpcn_dist.report.overlay import draw_overlay, to_pixels
+from fpcn_dist.runs.model_folder import ModelInfo, load_model
+from fpcn_dist.runs.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_text
 
@@ -69,7 +69,7 @@ def predict(
     Files that are no readable images are listed and left out.
 
     Args:
-        model_dir: a run folder, or any folder that :func:`fpcn_dist.export.save_model` wrote.
+        model_dir: a run folder, or any folder of :func:`fpcn_dist.runs.model_folder.save_model`.
         paths: image files, and folders that are searched for images at any depth.
         output: folder for the results; made if missing.
         device: where to compute.

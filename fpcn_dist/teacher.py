@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.evaluate import Evaluation
-from fpcn_dist.export import WEIGHTS, ModelInfo, load_model
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.modes import autocast
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.model_folder import WEIGHTS, ModelInfo, load_model
 from fpcn_dist.runtime.errors import UserError
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.metrics import Progress
 from fpcn_dist.profiler import profiled
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.results import finish_run
-from fpcn_dist.rundir import RunFolder, owning, start_runs
+from fpcn_dist.runs.finish import finish_run
+from fpcn_dist.runs.folder import RunFolder, owning, start_runs
+from fpcn_dist.runs.metrics import Progress
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads

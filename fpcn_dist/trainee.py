@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.engine import TrainingState, build_engine, forward_backward
-from fpcn_dist.evaluate import Evaluation, evaluate
+from fpcn_dist.engine import build_engine, forward_backward
 from fpcn_dist.meter import StepMeter
-from fpcn_dist.metrics import MetricsLogger
 from fpcn_dist.models.cost import model_flops, peak_flops
 from fpcn_dist.optim import learning_rate
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState, read_checkpoint
+from fpcn_dist.runs.evaluation import Evaluation, evaluate
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.metrics import MetricsLogger
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
 from fpcn_dist.runtime.ranks import Ranks

@@ -25,8 +25,8 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
-    from fpcn_dist.results import evaluate_run
-    from fpcn_dist.rundir import RunFolder
+    from fpcn_dist.runs.finish import evaluate_run
+    from fpcn_dist.runs.folder import RunFolder
     from fpcn_dist.runtime.ranks import connect
 
     with connect() as ranks:

@@ -40,7 +40,7 @@ def main() -> None:
         return
     if args.int8:
         raise UserError("--int8", None, "only ONNX models are quantised", "leave it out, or use --format onnx")
-    from fpcn_dist.safetensors_export import export_safetensors
+    from fpcn_dist.runs.model_folder import export_safetensors
 
     print("\n".join(map(str, export_safetensors(args.run, args.output))))
 

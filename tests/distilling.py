@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import yaml
 
-from fpcn_dist.export import save_model
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.ranks import Ranks
 from tests.launching import TINY
 

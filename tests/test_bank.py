@@ -19,7 +19,7 @@ from fpcn_dist.bank import SoftLabelBank, prepare_bank
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.teacher import Teacher, name_teacher, open_teacher
 from fpcn_dist.train import train

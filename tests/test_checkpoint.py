@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fpcn_dist.checkpoint import (
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import (
     BEST,
     CheckpointFolder,
     CheckpointInfo,
+    TrainingState,
     read_checkpoint,
     require_same_recipe,
     write_checkpoint,
 )
-from fpcn_dist.engine import TrainingState
-from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -146,14 +146,14 @@ import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 from test_checkpoint import CheckpointFolder, info, state
-from fpcn_dist import cli
+from fpcn_dist.recipe import command_line
 folder = CheckpointFolder(Path({str(tmp_path)!r}), keep=1)
 folder.save(state(1), info(1), best=True)
 folder.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 folder.save(state(2, size=100_000), info(2), best=False)
-cli.run(folder.wait)
+command_line.run(folder.wait)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
@@ -168,7 +168,7 @@ def test_a_slow_disk_holds_training_up_only_where_it_is_slower_than_the_steps_be
         time.sleep(0.5)
         write_checkpoint(*args)
 
-    monkeypatch.setattr("fpcn_dist.checkpoint.write_checkpoint", slowly)
+    monkeypatch.setattr("fpcn_dist.runs.checkpoint.write_checkpoint", slowly)
     with CheckpointFolder(tmp_path, keep=2) as folder:
         stalls = []
         for step, pause in ((1, 0.0), (2, 0.7), (3, 0.0)):

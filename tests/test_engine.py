@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.engine import TrainingState, build_engine, forward_backward
+from fpcn_dist.engine import build_engine, forward_backward
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 

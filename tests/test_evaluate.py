@@ -18,11 +18,11 @@ from torchmetrics.functional import classification as oracle
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.evaluate import AREAS, Evaluation, evaluate
 from fpcn_dist.models import build_model
 from fpcn_dist.models.modes import evaluating
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig
-from fpcn_dist.report.samples import SampleCollector, read_samples
+from fpcn_dist.runs.evaluation import AREAS, Evaluation, evaluate
+from fpcn_dist.runs.report.samples import SampleCollector, read_samples
 from fpcn_dist.runtime.errors import UserError
 
 CLASSES = ("basalt", "dolomite", "marble")

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fpcn_dist import __version__
-from fpcn_dist.evaluate import AreaScore, ClassScore, Evaluation
-from fpcn_dist.export import load_model, save_model, write_card
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
+from fpcn_dist.runs.evaluation import AreaScore, ClassScore, Evaluation
+from fpcn_dist.runs.model_folder import load_model, save_model, write_card
 from fpcn_dist.runtime.errors import UserError
 
 CLASSES = ("basalt", "dolo|mite: <b>", "marble")

@@ -13,8 +13,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.models import resnet18
 
-from fpcn_dist.metrics import FILE, MetricsLogger, Progress, read_metrics
 from fpcn_dist.models.cost import datasheet_flops, model_flops, peak_flops
+from fpcn_dist.runs.metrics import FILE, MetricsLogger, Progress, read_metrics
 from fpcn_dist.runtime.errors import UserError
 
 

@@ -17,15 +17,14 @@ from torch import nn
 from fpcn_dist import onnx_export, onnx_predict
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.export import ModelInfo, load_model, save_model
 from fpcn_dist.models import Classifier, build_model
 from fpcn_dist.onnx_export import export_onnx
 from fpcn_dist.onnx_graph import ExportableModel, to_onnx
 from fpcn_dist.recipe.reading import dump_recipe
 from fpcn_dist.recipe.schema import ContrastConfig, DataConfig, ModelConfig, Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.model_folder import ModelInfo, export_safetensors, load_model, save_model
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.safetensors_export import export_safetensors
 from tests.launching import ROOT
 
 CLASSES = ("basalt", "dolomite", "marble")

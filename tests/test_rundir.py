@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist import rundir
+from fpcn_dist.runs import environment
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    rundir.commit.cache_clear()
+    environment.commit.cache_clear()
     yield
-    rundir.commit.cache_clear()
+    environment.commit.cache_clear()
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A repository with the library in it, which is used from there."""
-    module = tmp_path / "fpcn_dist" / "rundir.py"
-    module.parent.mkdir()
+    module = tmp_path / "fpcn_dist" / "runs" / "environment.py"
+    module.parent.mkdir(parents=True)
     module.touch()
-    (module.parent / "__init__.py").touch()
-    monkeypatch.setattr(rundir, "__file__", str(module))
+    (module.parents[1] / "__init__.py").touch()
+    monkeypatch.setattr(environment, "__file__", str(module))
     git(tmp_path, "init", "--quiet")
     return tmp_path
 
@@ -49,23 +49,23 @@ def record(folder: Path, *files: str) -> str:
 def test_commit_of_the_checkout(checkout):
     commit = record(checkout, "fpcn_dist")
     (checkout / "untracked").touch()
-    assert rundir.commit() == commit
+    assert environment.commit() == commit
 
 
 @needs_git
 def test_commit_with_changed_files(checkout):
     commit = record(checkout, "fpcn_dist")
-    (checkout / "fpcn_dist" / "rundir.py").write_text("changed")
-    assert rundir.commit() == commit + "+"
+    (checkout / "fpcn_dist" / "runs" / "environment.py").write_text("changed")
+    assert environment.commit() == commit + "+"
 
 
 @needs_git
 def test_an_installation_inside_another_repository_has_no_commit(checkout):
     (checkout / "README").touch()
     record(checkout, "README")
-    assert rundir.commit() is None
+    assert environment.commit() is None
 
 
 def test_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert rundir.commit() is None
+    assert environment.commit() is None

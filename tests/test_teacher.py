@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from fpcn_dist import soft_labels
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.recipe.reading import load_recipe
+from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.teacher import Teacher, name_teacher, open_teacher, weights_sha256
 from fpcn_dist.train import train

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpcn_dist import checkpoint
 from fpcn_dist import train as loop
-from fpcn_dist.checkpoint import read_checkpoint
-from fpcn_dist.metrics import read_metrics
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs import checkpoint
+from fpcn_dist.runs.checkpoint import read_checkpoint
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.tasks import Distill
 from fpcn_dist.train import train, train_together

@@ -20,7 +20,7 @@ from fpcn_dist.cluster.live import LiveTable
 from fpcn_dist.cluster.plan import Group
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.files import write_text
 
 _ATTEMPTS = 3

@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fpcn_dist.metrics import FILE
-
-_TAIL = 2**14
-
-
-class Standing(NamedTuple):
-    """What a run has logged last; ``None`` where there is nothing yet."""
-
-    step: int | None = None
-    epoch: float | None = None
-    loss: float | None = None
-    accuracy: float | None = None
-    """On the validation images."""
-    images_per_second: float | None = None
-
-
-def read_standing(run: Path) -> Standing:
-    """From the end of a run's metrics, however long these are."""
-    path = run / FILE
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return Standing()
-    # The first line may be cut by the seek, the last one by a writer.
-    found: dict[str, Any] = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("kind") == "step":
-            found |= {name: entry.get(name) for name in ("step", "epoch", "loss")}
-            found["images_per_second"] = entry.get("images_per_second", found.get("images_per_second"))
-        elif entry.get("kind") == "eval":
-            found["accuracy"] = entry.get("accuracy")
-    return Standing(**found)
+from fpcn_dist.runs.metrics import Standing, read_standing
 
 
 class LiveTable:

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.distill.driver import check_recipe, distill
-from fpcn_dist.export import save_model
-from fpcn_dist.metrics import read_metrics
 from fpcn_dist.models import build_model
 from fpcn_dist.onnx_export import export_onnx
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
+from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.train import train
 

@@ -21,10 +21,10 @@ from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.distill import BASELINE
 from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.distill.table import write_results
-from fpcn_dist.export import WEIGHTS
 from fpcn_dist.models import build_backbone
 from fpcn_dist.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.model_folder import WEIGHTS
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.lock import locked

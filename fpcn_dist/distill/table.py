@@ -14,10 +14,10 @@ from rich.table import Table
 
 from fpcn_dist import __version__
 from fpcn_dist.distill import BASELINE
-from fpcn_dist.evaluate import Evaluation
-from fpcn_dist.export import load_model
 from fpcn_dist.models.cost import Cost, measure
-from fpcn_dist.report.distillation import build_distillation_report
+from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.model_folder import load_model
+from fpcn_dist.runs.report.distillation import build_distillation_report
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 from fpcn_dist.teacher import weights_sha256

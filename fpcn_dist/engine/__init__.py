@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fpcn_dist.engine.accumulate import forward_backward
-from fpcn_dist.engine.base import Engine, TrainingState
+from fpcn_dist.engine.base import Engine
 from fpcn_dist.engine.ddp import DDPEngine
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 
-__all__ = ["Engine", "TrainingState", "build_engine", "forward_backward"]
+__all__ = ["Engine", "build_engine", "forward_backward"]
 
 
 def build_engine(

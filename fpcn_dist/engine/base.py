@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,25 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
-
-
-@dataclass
-class TrainingState:
-    """Everything that training goes on from, whole (never a shard), on the CPU, named as in the task's state dict.
-
-    Attributes:
-        step: updates made so far.
-        weights: parameters and buffers of the task.
-        optimizer: per parameter name, the optimizer's tensors (``momentum_buffer``; ``exp_avg`` ...).
-        ema: parameters and buffers of the averaged model, empty without one.
-    """
-
-    step: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):

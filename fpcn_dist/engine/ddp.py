@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fpcn_dist.engine.base import (
-    TrainingState,
     averaged_model,
     build_ema,
     ema_state,
@@ -22,6 +21,7 @@ from fpcn_dist.engine.base import (
 from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.engine.base import (
-    TrainingState,
     averaged_model,
     build_ema,
     ema_state,
@@ -29,6 +28,7 @@ from fpcn_dist.engine.base import (
 from fpcn_dist.models import Classifier
 from fpcn_dist.optim import build_optimizer, moment_names
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task

@@ -16,14 +16,14 @@ from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.distill import BASELINE as STUDENT_BASELINE
 from fpcn_dist.distill.table import FILE as DISTILLATION
-from fpcn_dist.evaluate import AREAS, Evaluation
-from fpcn_dist.export import load_model
-from fpcn_dist.metrics import read_metrics
 from fpcn_dist.recipe.schema import DataConfig
-from fpcn_dist.report.gradcam import compare
 from fpcn_dist.reproduce import paper
 from fpcn_dist.reproduce.experiments import BASELINE, WITHOUT_ALPHA, Grid, run_name
 from fpcn_dist.reproduce.results import Comparison, Results, Row, RunRecord, Score, Table
+from fpcn_dist.runs.evaluation import AREAS, Evaluation
+from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.runs.model_folder import load_model
+from fpcn_dist.runs.report.gradcam import compare
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import own_device
 

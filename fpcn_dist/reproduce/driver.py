@@ -24,11 +24,11 @@ from fpcn_dist.data.images import refusal_table
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.distill.driver import check_students, distill
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.report.reproduction import build_reproduction_report
 from fpcn_dist.reproduce.collect import RUNS, collect, distillation
 from fpcn_dist.reproduce.estimate import Estimate, bank_seconds, run_seconds
 from fpcn_dist.reproduce.experiments import Grid, Scale, run_name
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.report.reproduction import build_reproduction_report
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked

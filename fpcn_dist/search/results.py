@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.recipe.reading import dump_recipe
-from fpcn_dist.report.search import build_search_report
+from fpcn_dist.runs.report.search import build_search_report
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 from fpcn_dist.search.live import in_words, percent

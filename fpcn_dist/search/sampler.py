@@ -14,7 +14,7 @@ import optuna
 from ray.tune.search.optuna import OptunaSearch
 
 from fpcn_dist.bank import WRITTEN
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.search.plan import TEACHER, Plan
 from fpcn_dist.search.space import Settings
 

@@ -21,21 +21,21 @@ from ray import tune
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fpcn_dist.checkpoint import (
+from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
+from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.models import build_model
+from fpcn_dist.models.cost import measure
+from fpcn_dist.recipe.reading import load_recipe
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import (
     CheckpointFolder,
     CheckpointInfo,
     read_checkpoint,
     require_same_recipe,
     write_checkpoint,
 )
-from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
-from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.metrics import read_metrics
-from fpcn_dist.models import build_model
-from fpcn_dist.models.cost import measure
-from fpcn_dist.recipe.reading import load_recipe
-from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.search.plan import Plan, number_of, run_folders

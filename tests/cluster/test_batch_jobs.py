@@ -11,8 +11,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from fpcn_dist.metrics import read_metrics
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.search.records import load_results
 from tests.cluster.slurm import ENDED, MISSING, SlurmCluster
 from tests.distilling import make_teacher

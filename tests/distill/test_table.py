@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fpcn_dist.distill.table import write_results
-from fpcn_dist.evaluate import Evaluation
-from fpcn_dist.export import save_model
 from fpcn_dist.models import build_model
 from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
+from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.teacher import weights_sha256
 

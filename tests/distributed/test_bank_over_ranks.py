@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 from fpcn_dist import soft_labels
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.teacher import Teacher, open_teacher
 from fpcn_dist.train import train, train_together

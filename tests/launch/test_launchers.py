@@ -9,7 +9,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from fpcn_dist.checkpoint import read_checkpoint
+from fpcn_dist.runs.checkpoint import read_checkpoint
 from tests.launching import environment, free_port, losses
 
 FILES = {

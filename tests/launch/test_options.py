@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fpcn_dist.checkpoint import read_checkpoint
+from fpcn_dist.runs.checkpoint import read_checkpoint
 from tests.launching import command, environment, losses
 
 EVERYTHING = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from fpcn_dist.metrics import read_metrics
+from fpcn_dist.runs.metrics import read_metrics
 from tests.launching import Runs, command, environment, losses
 from tests.ray_cluster import wait_for
 

@@ -14,12 +14,12 @@ import yaml
 
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.evaluate import AREAS, AreaScore, ClassScore, Evaluation, evaluate
-from fpcn_dist.metrics import MetricsLogger
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
-from fpcn_dist.report.build import build_report
-from fpcn_dist.report.samples import SampleCollector, read_samples
+from fpcn_dist.runs.evaluation import AREAS, AreaScore, ClassScore, Evaluation, evaluate
+from fpcn_dist.runs.metrics import MetricsLogger
+from fpcn_dist.runs.report.run import build_report
+from fpcn_dist.runs.report.samples import SampleCollector, read_samples
 from fpcn_dist.runtime.errors import UserError
 from tests.report import browser
 

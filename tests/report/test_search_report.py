@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fpcn_dist.report import search_figures as figures
-from fpcn_dist.report.search import build_search_report
+from fpcn_dist.runs.report import search_figures as figures
+from fpcn_dist.runs.report.search import build_search_report
 from fpcn_dist.search.records import SearchResults, TrialRecord
 from tests.report import browser
 from tests.report.chart import Chart

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from fpcn_dist.report.figures import SERIES, STYLE, to_svg
+from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
 from fpcn_dist.search.space import PAIRS
 
 if TYPE_CHECKING:

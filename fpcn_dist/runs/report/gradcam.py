@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from fpcn_dist.models.backbones import ResNet
 from fpcn_dist.models.classifier import Classifier
 from fpcn_dist.models.fpcn import FPCN
-from fpcn_dist.report.overlay import to_pixels
-from fpcn_dist.report.samples import SIDE
 from fpcn_dist.reproduce.results import Comparison, Heatmap
+from fpcn_dist.runs.report.overlay import to_pixels
+from fpcn_dist.runs.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, replacing
 

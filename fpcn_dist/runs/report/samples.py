@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.report.overlay import draw_overlay, to_pixels
+from fpcn_dist.runs.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.files import replacing, write_text
 
 FOLDER = "samples"
@@ -63,7 +63,7 @@ def read_samples(run_dir: Path) -> list[Sample]:
 
 
 class SampleCollector:
-    """Keeps the images to show while :func:`fpcn_dist.evaluate.evaluate` runs; :meth:`write` then saves them.
+    """Keeps the images to show while :func:`fpcn_dist.runs.evaluation.evaluate` runs; :meth:`write` then saves them.
 
     Args:
         per_kind: how many correct images (chosen by a hash of their id), and how many mistakes (the most probable).

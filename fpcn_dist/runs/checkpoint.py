@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fpcn_dist.engine import TrainingState
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors
@@ -36,6 +35,23 @@ _HARMLESS = {
     "distill.teacher_mode", "distill.bank", "search",
 }  # fmt: skip
 """Recipe fields that may differ when a run resumes: they change how it is computed, not what."""
+
+
+@dataclass
+class TrainingState:
+    """Everything that training goes on from, whole (never a shard), on the CPU, named as in the task's state dict.
+
+    Attributes:
+        step: updates made so far.
+        weights: parameters and buffers of the task.
+        optimizer: per parameter name, the optimizer's tensors (``momentum_buffer``; ``exp_avg`` ...).
+        ema: parameters and buffers of the averaged model, empty without one.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,3 +251,9 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
         data: Any = tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy()
         crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return crc
+
+
+def model_weights(state: TrainingState) -> dict:
+    """State dict of the bare model in ``state``: the moving average where there is one."""
+    prefix, tensors = ("module.", state.ema) if state.ema else ("model.", state.weights)
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

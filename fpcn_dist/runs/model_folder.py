@@ -7,6 +7,7 @@ read with safetensors alone.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from fpcn_dist import __version__
 from fpcn_dist.data.normalisation import MEAN, STD
-from fpcn_dist.evaluate import Evaluation
 from fpcn_dist.models import Classifier, build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task
+from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import write_tensors, write_text
+from fpcn_dist.runtime.files import replacing, write_tensors, write_text
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _FORMAT = 1
@@ -83,7 +84,10 @@ def save_model(
 def write_card(run_dir: Path, recipe: Recipe, classes: Sequence[str], evaluation: Evaluation | None) -> None:
     """Write README.md, the model card; call it again once there is an evaluation."""
     templates = Environment(
-        loader=PackageLoader("fpcn_dist.report", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("fpcn_dist.runs.report", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     templates.filters["yaml"] = json.dumps  # a JSON string is a YAML string, whatever characters a name holds
     templates.filters["cell"] = _table_cell
@@ -176,3 +180,30 @@ def _table_cell(text: str) -> str:
     for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
         text = text.replace(character, written)
     return text
+
+
+def export_safetensors(run_dir: Path, output: Path | None = None) -> list[Path]:
+    """Copy model.safetensors, config.json and the model card (the Hugging Face layout) to ``output``.
+
+    Args:
+        run_dir: a run folder, or any folder of :func:`fpcn_dist.runs.model_folder.save_model`.
+        output: folder to write, made if missing; by default the run folder, which has that layout already.
+
+    Returns:
+        The files in ``output``.
+
+    Raises:
+        UserError: no model in the folder, or nothing can be written to ``output``.
+    """
+    run_dir, output = Path(run_dir), Path(output or run_dir)
+    load_model(run_dir)
+    names = [name for name in (WEIGHTS, CONFIG, CARD) if (run_dir / name).is_file()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("--output", output, str(error.strerror).lower(), "choose another folder") from None
+    if output.resolve() != run_dir.resolve():
+        for name in names:
+            with replacing(output / name) as temporary:
+                shutil.copyfile(run_dir / name, temporary)
+    return [output / name for name in names]

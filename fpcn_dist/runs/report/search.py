@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from fpcn_dist.report import search_figures as figures
-from fpcn_dist.report.page import FILE, write_page
+from fpcn_dist.runs.report import search_figures as figures
+from fpcn_dist.runs.report.page import FILE, write_page
 from fpcn_dist.search.space import NUM_PAIRS
 
 if TYPE_CHECKING:

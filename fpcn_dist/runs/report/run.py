@@ -14,11 +14,11 @@ from typing import Any
 from markupsafe import Markup
 
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.evaluate import Evaluation
-from fpcn_dist.metrics import read_metrics
-from fpcn_dist.report.figures import draw_curves, read_curves
-from fpcn_dist.report.page import write_page
-from fpcn_dist.report.samples import FOLDER, read_samples
+from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.runs.report.figures import draw_curves, read_curves
+from fpcn_dist.runs.report.page import write_page
+from fpcn_dist.runs.report.samples import FOLDER, read_samples
 from fpcn_dist.runtime.errors import UserError
 
 _SPLITS = ("train", "val", "test")
@@ -47,7 +47,7 @@ def build_report(run_dir: Path) -> Path:
 
     return write_page(
         run_dir,
-        "template.html.j2",
+        "run.html.j2",
         title=run_dir.resolve().name,
         subtitle=str(manifest.root) if manifest else "",
         tiles=_tiles(evaluation, manifest, metrics),

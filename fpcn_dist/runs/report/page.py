@@ -20,7 +20,7 @@ def write_page(folder: Path, template: str, **values: Any) -> Path:
         UserError: it cannot be written.
     """
     templates = Environment(
-        loader=PackageLoader("fpcn_dist.report", "."), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("fpcn_dist.runs.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     write_text(folder / FILE, templates.get_template(template).render(**values, version=__version__))

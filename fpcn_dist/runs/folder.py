@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import platform
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from fpcn_dist.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint, require_same_recipe
 from fpcn_dist.data.images import refusal_table
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.reading import dump_recipe, load_recipe
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint, require_same_recipe
+from fpcn_dist.runs.environment import describe_environment
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.teacher import name_teacher
-
-_PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "deepspeed", "timm")
 
 
 class RunFolder:
@@ -60,7 +51,7 @@ class RunFolder:
         """Write recipe, manifest and environment."""
         write_text(self.recipe, dump_recipe(recipe))
         manifest.save(self.manifest)
-        environment = _environment(ranks) | {"first_world_size": first_world_size}
+        environment = describe_environment(ranks) | {"first_world_size": first_world_size}
         write_text(self.environment, json.dumps(environment, indent=2) + "\n")
 
     def first_world_size(self) -> int | None:
@@ -193,41 +184,3 @@ def _changes(before: Manifest, now: Manifest) -> str:
     }
     found = [f"{len(paths)} {kind}, such as {paths[0]}" for kind, paths in kinds.items() if paths]
     return "; ".join(found) or "the checkpoint is of another folder"
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of the checkout that this library is used from, with "+" where its files differ; ``None`` without."""
-    package = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        argv = ["git", "--no-optional-locks", "-C", str(package), *words]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # else it is installed somewhere inside another repository
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _environment(ranks: Ranks) -> dict[str, object]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    cuda = torch.cuda.is_available()
-    return {
-        "command": shlex.join(sys.argv),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "world_size": ranks.world_size,
-        "device": torch.cuda.get_device_name(ranks.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "cuda": torch.version.cuda if cuda else None,
-    }

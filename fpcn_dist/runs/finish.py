@@ -8,16 +8,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.checkpoint import BEST, CheckpointFolder, read_checkpoint
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.engine import TrainingState
-from fpcn_dist.evaluate import Evaluation, evaluate
-from fpcn_dist.export import load_model, save_model, write_card
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.report.build import build_report
-from fpcn_dist.report.samples import SampleCollector
-from fpcn_dist.rundir import RunFolder
+from fpcn_dist.runs.checkpoint import BEST, CheckpointFolder, model_weights, read_checkpoint
+from fpcn_dist.runs.evaluation import Evaluation, evaluate
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.model_folder import load_model, save_model, write_card
+from fpcn_dist.runs.report.run import build_report
+from fpcn_dist.runs.report.samples import SampleCollector
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 
@@ -38,12 +37,6 @@ def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
     model.load_state_dict(model_weights(state))
     save_model(run.path, model, recipe, info.classes)
     return path.name, info.step
-
-
-def model_weights(state: TrainingState) -> dict:
-    """State dict of the bare model in ``state``: the moving average where there is one."""
-    prefix, tensors = ("module.", state.ema) if state.ema else ("model.", state.weights)
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def evaluate_run(

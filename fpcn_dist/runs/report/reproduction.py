@@ -12,8 +12,6 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from fpcn_dist.report.page import FILE, write_page
-from fpcn_dist.report.reproduction_figures import draw
 from fpcn_dist.reproduce.results import (
     CAVEAT,
     CSV,
@@ -30,6 +28,8 @@ from fpcn_dist.reproduce.results import (
     signed,
 )
 from fpcn_dist.reproduce.results import FILE as JSON
+from fpcn_dist.runs.report.page import FILE, write_page
+from fpcn_dist.runs.report.reproduction_figures import draw
 from fpcn_dist.runtime.errors import UserError
 
 _OURS = "FPCN"
@@ -46,7 +46,7 @@ def build_reproduction_report(output: Path, results: Results) -> Path:
     Raises:
         UserError: an image of a comparison cannot be read, or the page not be written.
     """
-    script = resources.files("fpcn_dist.report").joinpath("sort.js").read_text(encoding="utf-8")
+    script = resources.files("fpcn_dist.runs.report").joinpath("sort.js").read_text(encoding="utf-8")
     runs = {run.folder for table in results.tables for row in table.rows for run in row.runs}
     return write_page(
         output,

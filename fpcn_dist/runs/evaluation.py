@@ -27,7 +27,7 @@ from fpcn_dist.runtime.files import write_text
 
 if TYPE_CHECKING:
     from fpcn_dist.models import Classifier
-    from fpcn_dist.report.samples import SampleCollector
+    from fpcn_dist.runs.report.samples import SampleCollector
 
 FILE = "evaluation.json"
 AREAS = ("0-25%", "25-50%", "50-75%", "75-100%")

@@ -15,8 +15,8 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from fpcn_dist.report.figures import SERIES, STYLE, to_svg
-from fpcn_dist.report.page import FILE, write_page
+from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
+from fpcn_dist.runs.report.page import FILE, write_page
 
 if TYPE_CHECKING:
     from fpcn_dist.distill.table import Results

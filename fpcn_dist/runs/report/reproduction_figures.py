@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from fpcn_dist.report.figures import SERIES, STYLE, to_svg
 from fpcn_dist.reproduce.results import Row, Score, Table
+from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
 
 # Names are the user's: a dollar sign in them is no mathematics.
 _STYLE: dict[Any, Any] = STYLE | {"text.parse_math": False}
