@@ -29,7 +29,7 @@ def main() -> None:
     args = command_line.parse(Args)
     from fpcn_dist.runtime.preemption import Preemption
     from fpcn_dist.runtime.ranks import connect
-    from fpcn_dist.train import train
+    from fpcn_dist.training.loop import train
 
     recipe = args.overrides
     output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"

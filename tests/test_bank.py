@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpcn_dist.bank import SoftLabelBank, prepare_bank
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.teacher import Teacher, name_teacher, open_teacher
-from fpcn_dist.train import train
+from fpcn_dist.training.loop import train
+from fpcn_dist.training.soft_labels.bank import SoftLabelBank, prepare_bank
+from fpcn_dist.training.soft_labels.teacher import Teacher, name_teacher, open_teacher
 from tests.distilling import ALONE, CPU, make_teacher, recipe
 from tests.launching import ROOT, environment, losses
 
@@ -110,10 +110,10 @@ def test_a_killed_writer_is_resumed_by_others_and_nothing_is_computed_twice(
     program = f"""
 import sys
 from pathlib import Path
-from fpcn_dist.bank import prepare_bank
+from fpcn_dist.training.soft_labels.bank import prepare_bank
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.teacher import open_teacher
+from fpcn_dist.training.soft_labels.teacher import open_teacher
 from tests.test_bank import CPU, Counting
 recipe = Recipe.model_validate_json({chosen.model_dump_json()!r})
 manifest = Manifest.load(Path({str(tmp_path / "manifest.json")!r}))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.engine import build_engine, forward_backward
-from fpcn_dist.optim import build_optimizer
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.tasks import MMALNetTask, build_task
+from fpcn_dist.training.engine import build_engine, forward_backward
+from fpcn_dist.training.engine.optim import build_optimizer
 from tests.distilling import ALONE
 from tests.models.compared import CLASSES, SYSTEMS, batch, recipe
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.engine import build_engine, forward_backward
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
+from fpcn_dist.training.engine import build_engine, forward_backward
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 MODEL = {"backbone": "resnet18", "pretrained": False, "norm": "group", "hidden": 16}

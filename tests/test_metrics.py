@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.models import resnet18
 
 from fpcn_dist.models.cost import datasheet_flops, model_flops, peak_flops
-from fpcn_dist.runs.metrics import FILE, MetricsLogger, Progress, read_metrics
+from fpcn_dist.runs.metrics import FILE, MetricsLogger, read_metrics
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.training.progress import Progress
 
 
 def _log_steps(run_dir: Path, first: int, last: int, *, start_step: int = 0, offset: float = 0.0) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fpcn_dist.optim import build_optimizer, learning_rate
 from fpcn_dist.recipe.schema import OptimConfig
 from fpcn_dist.runtime.keys import key
+from fpcn_dist.training.engine.optim import build_optimizer, learning_rate
 
 
 def test_schedule():

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpcn_dist import soft_labels
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.teacher import Teacher, name_teacher, open_teacher, weights_sha256
-from fpcn_dist.train import train
+from fpcn_dist.training.loop import train
+from fpcn_dist.training.soft_labels.teacher import Teacher, name_teacher, open_teacher, weights_sha256
 from tests.distilling import ALONE, CPU, make_teacher, recipe
 from tests.launching import losses
 
@@ -46,7 +45,7 @@ def test_students_leave_the_teacher_as_it_was(tmp_path, rocks, trained, monkeypa
         opened.append(open_teacher(*args))
         return opened[0]
 
-    monkeypatch.setattr(soft_labels, "open_teacher", open_and_note)
+    monkeypatch.setattr(attach, "open_teacher", open_and_note)
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     chosen = recipe(distill={"teacher": str(trained), "teacher_mode": mode}, model={"norm": "batch"})
     train(chosen, rocks, tmp_path / "student", ALONE)

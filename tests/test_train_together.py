@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpcn_dist import train as loop
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs import checkpoint
 from fpcn_dist.runs.checkpoint import read_checkpoint
@@ -17,7 +16,8 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.tasks import Distill
-from fpcn_dist.train import train, train_together
+from fpcn_dist.training import loop
+from fpcn_dist.training.loop import train, train_together
 from tests.distilling import ALONE, make_teacher, recipe
 from tests.launching import losses
 

@@ -12,11 +12,11 @@ import torch
 from fpcn_dist.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.optim import build_optimizer
 from fpcn_dist.recipe.schema import ContrastConfig, Recipe
 from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.tasks import build_task
-from fpcn_dist.train import train_together
+from fpcn_dist.training.engine.optim import build_optimizer
+from fpcn_dist.training.loop import train_together
 
 _TIMED_IMAGES = 8
 _TIMED_STEPS = 3

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fpcn_dist.bank import SoftLabelBank, prepare_bank
 from fpcn_dist.cluster import Slots, task_result
 from fpcn_dist.cluster.ranks import write_output_to
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import own_device, use_threads
-from fpcn_dist.teacher import open_teacher
+from fpcn_dist.training.soft_labels.bank import SoftLabelBank, prepare_bank
+from fpcn_dist.training.soft_labels.teacher import open_teacher
 
 _ATTEMPTS = 3
 """How often the process of a share may be lost."""

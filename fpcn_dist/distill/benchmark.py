@@ -20,7 +20,7 @@ from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.ranks import connect
-from fpcn_dist.train import train
+from fpcn_dist.training.loop import train
 
 
 def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], teacher: Path | None) -> dict[str, float]:

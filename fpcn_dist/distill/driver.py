@@ -29,7 +29,7 @@ from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.ranks import CPU
-from fpcn_dist.teacher import name_teacher, open_teacher
+from fpcn_dist.training.soft_labels.teacher import name_teacher, open_teacher
 
 
 def distill(

@@ -20,7 +20,7 @@ from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runs.report.distillation import build_distillation_report
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
-from fpcn_dist.teacher import weights_sha256
+from fpcn_dist.training.soft_labels.teacher import weights_sha256
 
 FILE = "distillation.json"
 

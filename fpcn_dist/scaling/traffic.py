@@ -28,13 +28,13 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.engine import Engine, build_engine, forward_backward
-from fpcn_dist.engine.ddp import DDPEngine
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import Ranks, connect
 from fpcn_dist.scaling.memory import Case, contrast_peak, ring_forced
 from fpcn_dist.scaling.processes import loopback_bytes, own_network, raise_loopback, run_module
 from fpcn_dist.tasks import build_task
+from fpcn_dist.training.engine import Engine, build_engine, forward_backward
+from fpcn_dist.training.engine.ddp import DDPEngine
 
 GRADIENTS, CONTRAST, CENTER, OTHER = "gradients", "contrast", "centre loss", "other"
 CLASSES, CHANNELS, WIDTH = 3, 512, 512

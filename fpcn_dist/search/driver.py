@@ -25,7 +25,7 @@ from fpcn_dist.search.plan import Plan
 from fpcn_dist.search.request import Request, checked, make_plan
 from fpcn_dist.search.resources import Bundle, require_places, trial_bundles
 from fpcn_dist.search.results import finish_search
-from fpcn_dist.teacher import open_teacher
+from fpcn_dist.training.soft_labels.teacher import open_teacher
 
 _DESCRIPTION, _TUNE = "search.json", "tune"
 _ATTEMPTS = 3

@@ -13,10 +13,10 @@ import numpy as np
 import optuna
 from ray.tune.search.optuna import OptunaSearch
 
-from fpcn_dist.bank import WRITTEN
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.search.plan import TEACHER, Plan
 from fpcn_dist.search.space import Settings
+from fpcn_dist.training.soft_labels.bank import WRITTEN
 
 _START_UP = 10
 """Trials drawn at random before what is known is made use of; a third of a short search."""

@@ -40,8 +40,8 @@ from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.search.plan import Plan, number_of, run_folders
 from fpcn_dist.search.space import Settings
-from fpcn_dist.teacher import name_teacher
-from fpcn_dist.train import train_together
+from fpcn_dist.training.loop import train_together
+from fpcn_dist.training.soft_labels.teacher import name_teacher
 
 # Read by Tune in this process: how long it waits for an ended trial's thread before it uses the process again.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")

@@ -23,9 +23,9 @@ from torch import Tensor
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import FPCN, build_model
 from fpcn_dist.models.cost import datasheet_flops, model_flops
-from fpcn_dist.optim import build_optimizer
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, TrainConfig
 from fpcn_dist.tasks import Task, build_task
+from fpcn_dist.training.engine.optim import build_optimizer
 
 CLASSES = 3
 NAMES = {"classify": "plain classifier", "contrast": "FPCN"}

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from fpcn_dist import soft_labels
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.ranks import connect
-from fpcn_dist.teacher import Teacher, open_teacher
-from fpcn_dist.train import train, train_together
+from fpcn_dist.training.loop import train, train_together
+from fpcn_dist.training.soft_labels import attach
+from fpcn_dist.training.soft_labels.teacher import Teacher, open_teacher
 from tests.distilling import ALONE, make_teacher, recipe
 from tests.launching import free_port, losses
 
@@ -46,7 +46,7 @@ def rank_main(rank: int, port: int, folder: Path, teacher: Path, data: Path) -> 
         teacher.model.pool = lambda images: (computed.append(len(images)), pool(images))[1]
         return teacher
 
-    soft_labels.open_teacher = open_and_count
+    attach.open_teacher = open_and_count
     chosen = students(teacher)
     with connect() as ranks:
         failures = train_together({folder / "together" / name: r for name, r in chosen.items()}, data, ranks)

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from fpcn_dist.engine import build_engine, forward_backward
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.tasks import build_task
+from fpcn_dist.training.engine import build_engine, forward_backward
 from tests.test_engine import batch, recipe
 
 

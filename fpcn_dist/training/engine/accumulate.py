@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.engine.base import Engine
 from fpcn_dist.tasks import TaskOutput
+from fpcn_dist.training.engine.base import Engine
 
 
 def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int) -> TaskOutput:

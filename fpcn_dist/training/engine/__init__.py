@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fpcn_dist.engine.accumulate import forward_backward
-from fpcn_dist.engine.base import Engine
-from fpcn_dist.engine.ddp import DDPEngine
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task
+from fpcn_dist.training.engine.accumulate import forward_backward
+from fpcn_dist.training.engine.base import Engine
+from fpcn_dist.training.engine.ddp import DDPEngine
 
 __all__ = ["Engine", "build_engine", "forward_backward"]
 
@@ -21,7 +21,7 @@ def build_engine(
     A state fits whichever engine and number of ranks wrote it. Collective.
     """
     if recipe.engine.name == "deepspeed":
-        from fpcn_dist.engine.deepspeed import DeepSpeedEngine
+        from fpcn_dist.training.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(task, recipe, ranks, frozen_backbone=frozen_backbone, state=state)
     return DDPEngine(task, recipe, ranks, frozen_backbone=frozen_backbone, state=state)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.engine.base import (
+from fpcn_dist.models import Classifier
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.ranks import Ranks
+from fpcn_dist.tasks import Task
+from fpcn_dist.training.engine.base import (
     averaged_model,
     build_ema,
     ema_state,
@@ -25,17 +31,11 @@ from fpcn_dist.engine.base import (
     sync_batch_statistics,
     to_cpu,
 )
-from fpcn_dist.models import Classifier
-from fpcn_dist.optim import build_optimizer, moment_names
-from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.checkpoint import TrainingState
-from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.tasks import Task
+from fpcn_dist.training.engine.optim import build_optimizer, moment_names
 
 
 class DeepSpeedEngine:
-    """See :class:`fpcn_dist.engine.base.Engine`.
+    """See :class:`fpcn_dist.training.engine.base.Engine`.
 
     With ``train.channels_last`` the images are in that order but not the weights, which DeepSpeed could not broadcast.
 

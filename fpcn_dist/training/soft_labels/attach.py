@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fpcn_dist.bank import SoftLabelBank, prepare_bank
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.teacher import open_teacher
+from fpcn_dist.training.soft_labels.bank import SoftLabelBank, prepare_bank
+from fpcn_dist.training.soft_labels.teacher import open_teacher
 
 OnlineTeacher = Callable[[Batch], Batch]
 

@@ -12,10 +12,7 @@ import torch
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.engine import build_engine, forward_backward
-from fpcn_dist.meter import StepMeter
 from fpcn_dist.models.cost import model_flops, peak_flops
-from fpcn_dist.optim import learning_rate
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState, read_checkpoint
 from fpcn_dist.runs.evaluation import Evaluation, evaluate
@@ -24,8 +21,11 @@ from fpcn_dist.runs.metrics import MetricsLogger
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
 from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.schedule import Schedule
 from fpcn_dist.tasks import build_task
+from fpcn_dist.training.engine import build_engine, forward_backward
+from fpcn_dist.training.engine.optim import learning_rate
+from fpcn_dist.training.meter import StepMeter
+from fpcn_dist.training.schedule import Schedule
 
 
 class Trainee:

@@ -9,17 +9,18 @@ from pathlib import Path
 
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.profiler import profiled
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.finish import finish_run
-from fpcn_dist.runs.folder import RunFolder, owning, start_runs
-from fpcn_dist.runs.metrics import Progress
+from fpcn_dist.runs.folder import RunFolder, owning
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads
-from fpcn_dist.schedule import Schedule
-from fpcn_dist.soft_labels import attach_teacher
-from fpcn_dist.trainee import Trainee
+from fpcn_dist.training.profiler import profiled
+from fpcn_dist.training.progress import Progress
+from fpcn_dist.training.run import Trainee
+from fpcn_dist.training.schedule import Schedule
+from fpcn_dist.training.soft_labels.attach import attach_teacher
+from fpcn_dist.training.start import start_runs
 
 Watch = Callable[[Path, float, float], None]
 """Called on the first rank after each evaluation with run folder, epoch and validation accuracy."""

@@ -31,7 +31,7 @@ from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import write_text
-from fpcn_dist.teacher import Teacher
+from fpcn_dist.training.soft_labels.teacher import Teacher
 
 META, LOGITS, WRITTEN = "bank.json", "logits.f32", "written"
 _FORMAT = 1

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fpcn_dist.engine.base import (
+from fpcn_dist.models import Classifier
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.checkpoint import TrainingState
+from fpcn_dist.runtime.ranks import Ranks
+from fpcn_dist.tasks import Task
+from fpcn_dist.training.engine.base import (
     averaged_model,
     build_ema,
     ema_state,
@@ -18,16 +23,11 @@ from fpcn_dist.engine.base import (
     sync_batch_statistics,
     to_cpu,
 )
-from fpcn_dist.models import Classifier
-from fpcn_dist.optim import build_optimizer
-from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.checkpoint import TrainingState
-from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.tasks import Task
+from fpcn_dist.training.engine.optim import build_optimizer
 
 
 class DDPEngine:
-    """See :class:`fpcn_dist.engine.base.Engine`.
+    """See :class:`fpcn_dist.training.engine.base.Engine`.
 
     With one backward pass a step, DDP averages gradients while that pass still runs. With several
     (``train.micro_batches``), they are added up locally and averaged once, in :meth:`update`.

@@ -1,0 +1,1 @@
+"""One training: the loop, the networks in it, their engine and their soft labels."""

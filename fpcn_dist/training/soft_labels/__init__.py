@@ -1,0 +1,1 @@
+"""Where the batches of a distillation get the logits of their teacher from."""
