@@ -32,7 +32,7 @@ def main() -> None:
     args = command_line.parse(Args)
     if args.format == "onnx":
         try:
-            from fpcn_dist.onnx_export import export_onnx
+            from fpcn_dist.deploy.onnx_export import export_onnx
         except ModuleNotFoundError as error:
             reason, mend = f"package {error.name} is not installed", "pip install -e '.[export]'"
             raise UserError("--format", "onnx", reason, mend) from None

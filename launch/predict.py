@@ -13,7 +13,7 @@ if _model.lower().endswith(".onnx"):
     # A field laptop has neither torch nor what the other commands import.
     def main() -> None:
         try:
-            from fpcn_dist import onnx_predict
+            from fpcn_dist.deploy import onnx_predict
         except ModuleNotFoundError as error:
             mend = "pip install onnxruntime numpy pillow, and in the checkout pip install --no-deps ."
             print(f"error: package {error.name}: is not installed; {mend}", file=sys.stderr)
@@ -40,7 +40,7 @@ else:
         args = command_line.parse(Args)
         import torch
 
-        from fpcn_dist.predict import predict
+        from fpcn_dist.deploy.predict import predict
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         predict(args.model, args.images, args.output, device=device)

@@ -14,12 +14,12 @@ from fpcn_kernels import masked_pool
 from rich.console import Console
 from torch import nn
 
-from fpcn_dist import onnx_export, onnx_predict
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.deploy import onnx_export, onnx_predict
+from fpcn_dist.deploy.onnx_export import export_onnx
+from fpcn_dist.deploy.onnx_graph import ExportableModel, to_onnx
 from fpcn_dist.models import Classifier, build_model
-from fpcn_dist.onnx_export import export_onnx
-from fpcn_dist.onnx_graph import ExportableModel, to_onnx
 from fpcn_dist.recipe.reading import dump_recipe
 from fpcn_dist.recipe.schema import ContrastConfig, DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.folder import RunFolder

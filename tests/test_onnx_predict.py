@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fpcn_dist import onnx_predict
 from fpcn_dist.data.folders import SUFFIXES
 from fpcn_dist.data.loader import EvalLoader
+from fpcn_dist.deploy import onnx_predict
+from fpcn_dist.deploy.onnx_graph import ExportableModel, to_onnx
+from fpcn_dist.deploy.predict import _find, predict
 from fpcn_dist.models import build_model
-from fpcn_dist.onnx_graph import ExportableModel, to_onnx
-from fpcn_dist.predict import _find, predict
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.model_folder import load_model, save_model
 from fpcn_dist.runs.report.overlay import to_pixels

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fpcn_dist.deploy.predict import Prediction, overlay_names, predict
 from fpcn_dist.models import build_model
-from fpcn_dist.predict import Prediction, overlay_names, predict
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.model_folder import load_model, save_model
 from fpcn_dist.runs.report.overlay import CONTOUR

@@ -14,6 +14,7 @@ from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.training.loop import train
+from fpcn_dist.training.soft_labels import attach
 from fpcn_dist.training.soft_labels.teacher import Teacher, name_teacher, open_teacher, weights_sha256
 from tests.distilling import ALONE, CPU, make_teacher, recipe
 from tests.launching import losses

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.data.manifest import build_manifest
+from fpcn_dist.deploy.onnx_export import export_onnx
 from fpcn_dist.distill.driver import check_recipe, distill
 from fpcn_dist.models import build_model
-from fpcn_dist.onnx_export import export_onnx
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runs.model_folder import save_model

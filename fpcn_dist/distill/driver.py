@@ -18,11 +18,11 @@ from fpcn_dist.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.cluster.plan import Group, make_plan
 from fpcn_dist.data.manifest import build_manifest
+from fpcn_dist.deploy.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.distill import BASELINE
 from fpcn_dist.distill.bank_job import write_bank
 from fpcn_dist.distill.table import write_results
 from fpcn_dist.models import build_backbone
-from fpcn_dist.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.model_folder import WEIGHTS
 from fpcn_dist.runtime.errors import UserError

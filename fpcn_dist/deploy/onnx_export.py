@@ -1,7 +1,7 @@
 """A trained model as one ONNX file that knows its classes and preprocessing, in float32 and in 8-bit integers.
 
 Nothing is written before onnxruntime has computed what PyTorch computes, on photographs of the run; and the files are
-read by :mod:`fpcn_dist.onnx_predict`, which needs no PyTorch.
+read by :mod:`fpcn_dist.deploy.onnx_predict`, which needs no PyTorch.
 
 Shape legend: B images of a batch, C channels and h x w cells of the feature map, K classes.
 """
@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fpcn_dist import onnx_predict
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.synthetic import generate
-from fpcn_dist.onnx_graph import ExportableModel, quantise, to_onnx
+from fpcn_dist.deploy import onnx_predict
+from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.report.overlay import to_pixels

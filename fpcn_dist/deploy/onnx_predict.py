@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
 import json
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fpcn_dist.data.folders import find_files
+from fpcn_dist.deploy.predictions import Prediction, to_csv, to_table
 from fpcn_dist.runtime.errors import UserError
 
 FORMAT = 1
@@ -37,7 +35,6 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _BATCH = 8
-_TABLE_ROWS = 40
 _EXPORT = "export one with launch/export.py RUN --format onnx"
 
 
@@ -72,23 +69,6 @@ class OnnxModel:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         images = (np.stack(pixels) / np.float32(255) - mean) / std
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about one file.
-
-    Attributes:
-        file: the file, as it was given or found in a given folder.
-        predicted: the most probable class.
-        probabilities: of every class, in label order; they sum to 1.
-        object_share: share of the image inside the region that the model looked at.
-    """
-
-    file: str
-    predicted: str
-    probabilities: dict[str, float]
-    object_share: float
 
 
 def open_session(model: str | bytes) -> onnxruntime.InferenceSession:
@@ -255,10 +235,10 @@ def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Predi
     try:
         output.mkdir(parents=True, exist_ok=True)
         _replace(output / "predictions.json", json.dumps([asdict(one) for one in predictions], indent=2))
-        _replace(output / "predictions.csv", _csv(predictions, model.classes))
+        _replace(output / "predictions.csv", to_csv(predictions, model.classes))
     except OSError as error:
         raise UserError("--output", output, str(error.strerror).lower(), "choose another folder") from None
-    print("\n".join(_table(predictions)))
+    print("\n".join(to_table(predictions)))
     print(f"Wrote {output}/predictions.json and predictions.csv.")
     return predictions
 
@@ -272,33 +252,6 @@ def _replace(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-
-
-def _csv(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "predicted", *(f"probability {name}" for name in classes), "object_share"])
-    for one in predictions:
-        shown = (f"{one.probabilities[name]:.6f}" for name in classes)
-        rows.writerow([one.file, one.predicted, *shown, f"{one.object_share:.4f}"])
-    return text.getvalue()
-
-
-def _table(predictions: Sequence[Prediction]) -> Iterator[str]:
-    """Lines: a head, the first predictions, and how often each class was found where not all are shown."""
-    rows = [("file", "class", "probability", "runner-up")]
-    for one in predictions[:_TABLE_ROWS]:
-        ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
-        runner_up = f"{ranked[1][0]} {100 * ranked[1][1]:.1f} %" if len(ranked) > 1 else ""
-        rows.append((one.file, one.predicted, f"{100 * ranked[0][1]:.1f} %", runner_up))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for file, name, probability, runner_up in rows:
-        line = f"{file:<{widths[0]}}  {name:<{widths[1]}}  {probability:>{widths[2]}}  {runner_up}"
-        yield line.rstrip()
-    if len(predictions) > _TABLE_ROWS:
-        counts = Counter(one.predicted for one in predictions).most_common()
-        found = ", ".join(f"{name} {number}" for name, number in counts)
-        yield f"{_TABLE_ROWS} of {len(predictions)} files shown; in all: {found}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fpcn_dist import __version__
 from fpcn_dist.data.normalisation import MEAN, STD
+from fpcn_dist.deploy.onnx_predict import FORMAT, INPUT, LOGITS, MASK
 from fpcn_dist.models import FPCN, Classifier
-from fpcn_dist.onnx_predict import FORMAT, INPUT, LOGITS, MASK
 from fpcn_dist.runs.model_folder import ModelInfo
 from fpcn_dist.runtime.errors import UserError
 
@@ -140,7 +140,7 @@ def _nodes_after(graph: onnx.GraphProto, tensor: str) -> list[str]:
 
 
 def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
-    """Write into a model what :func:`fpcn_dist.onnx_predict.describe` reads."""
+    """Write into a model what :func:`fpcn_dist.deploy.onnx_predict.describe` reads."""
     metadata = {
         "format": str(FORMAT),
         "fpcn_dist_version": __version__,
