@@ -14,7 +14,7 @@ setup(
     packages=find_packages(include=["fpcn_dist*"]) + find_packages("kernels", include=["fpcn_kernels*"]),
     package_dir={"fpcn_kernels": "kernels/fpcn_kernels"},
     package_data={
-        "fpcn_dist": ["runs/report/*.j2", "runs/report/*.css", "runs/report/*.js", "py.typed"],
+        "fpcn_dist": ["runs/report/*.j2", "runs/report/*.css", "runs/report/*.js", "studies/*/*.j2", "py.typed"],
         "fpcn_kernels": ["py.typed"],
     },
     install_requires=[

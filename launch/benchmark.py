@@ -6,12 +6,12 @@ from pathlib import Path
 
 import tyro
 
-from fpcn_dist.distill import STUDENTS
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.reading import load_recipe, recipe_from_dict
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.scaling.model import Inputs
+from fpcn_dist.studies.distill import STUDENTS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -48,7 +48,7 @@ def distill(
         views: Instead of the recipe's.
         teacher: Run folder; default: an untrained ResNet-101.
     """
-    from fpcn_dist.distill.benchmark import distill_benchmark
+    from fpcn_dist.studies.distill.benchmark import distill_benchmark
 
     values = load_recipe(recipe).model_dump()
     values["train"]["epochs"] = values["train"]["epochs"] if epochs is None else epochs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpcn_dist.distill import STUDENTS
 from fpcn_dist.recipe import command_line
+from fpcn_dist.studies.distill import STUDENTS
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
-    from fpcn_dist.distill.driver import distill
+    from fpcn_dist.studies.distill.driver import distill
 
     distill_config = args.overrides.distill.model_copy(update={"teacher": str(args.teacher)})
     recipe = args.overrides.model_copy(update={"distill": distill_config})

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fpcn_dist.distill import STUDENTS
 from fpcn_dist.recipe import command_line
+from fpcn_dist.studies.distill import STUDENTS
 
 RECIPES = Path(__file__).parent / "recipes"
 SCALES = {"tiny": RECIPES / "fpcn_tiny.yaml", "paper": RECIPES / "fpcn_resnet101.yaml"}
@@ -42,8 +42,8 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args, presets=("--scale", "tiny", SCALES))
-    from fpcn_dist.reproduce.driver import Request, reproduce
-    from fpcn_dist.reproduce.experiments import parse_sections
+    from fpcn_dist.studies.reproduce.driver import Request, reproduce
+    from fpcn_dist.studies.reproduce.experiments import parse_sections
 
     output = args.output or Path("runs") / f"reproduce-{args.scale}-{args.data.resolve().name}"
     students = tuple(name.strip() for name in args.students.split(",") if name.strip())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fpcn_dist.reproduce.results import Comparison, Heatmap, Results, Row, RunRecord, Score, Table
+from fpcn_dist.studies.reproduce.results import Comparison, Heatmap, Results, Row, RunRecord, Score, Table
 
 HOSTILE = "<script>alert('1')</script> & {{ 7 * 7 }} $x^2$ | `a` *b*"
 SEEDS = (0, 1, 2)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fpcn_dist.cluster import Slots, find_slots
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.studies.cluster import Slots, find_slots
 
 GONE = {"Alive": False, "Resources": {"CPU": 64.0}}
 

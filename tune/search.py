@@ -46,8 +46,8 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
-    from fpcn_dist.search.driver import search
-    from fpcn_dist.search.request import Request
+    from fpcn_dist.studies.search.driver import search
+    from fpcn_dist.studies.search.request import Request
 
     def split(text: str) -> tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -21,4 +21,4 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
     # They try again until the head answers.
     ray_node --nodes=$others --ntasks=$others --ntasks-per-node=1 --exclude="$head" > "$output/logs/ray-workers.log" 2>&1
 fi
-"${FPCN_LAUNCH[@]}" python -m fpcn_dist.cluster "$address" "$SLURM_NNODES" || exit
+"${FPCN_LAUNCH[@]}" python -m fpcn_dist.studies.cluster "$address" "$SLURM_NNODES" || exit

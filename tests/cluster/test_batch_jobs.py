@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
-from fpcn_dist.search.records import load_results
+from fpcn_dist.studies.search.records import load_results
 from tests.cluster.slurm import ENDED, MISSING, SlurmCluster
 from tests.distilling import make_teacher
 from tests.launching import ROOT, TINY, Runs, environment, losses

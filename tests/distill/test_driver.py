@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fpcn_dist.cluster import Slots
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.studies.cluster import Slots
 from tests.distilling import make_teacher
 from tests.launching import ROOT, TINY, environment, finish, losses, start
 from tests.ray_cluster import ENVIRONMENT as CLUSTER

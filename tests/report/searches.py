@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from fpcn_dist.search.records import SearchResults, TrialRecord
+from fpcn_dist.studies.search.records import SearchResults, TrialRecord
 
 WEIGHT, PAIRS, NUM_PAIRS, LR = "contrast.center_weight", "contrast.pairs", "contrast.num_pairs", "optim.lr"
 

@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fpcn_dist.distill.table import Results, StudentRow, TeacherRow
 from fpcn_dist.models.cost import Cost
 from fpcn_dist.runs.evaluation import Evaluation
-from fpcn_dist.runs.report.distillation import build_distillation_report, draw_accuracy_against_cost
+from fpcn_dist.studies.distill.report import build_distillation_report, draw_accuracy_against_cost
+from fpcn_dist.studies.distill.results import Results, StudentRow, TeacherRow
 from tests.report import browser
 from tests.report.test_report import Page
 

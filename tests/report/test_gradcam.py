@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.models import FPCN, Backbone, BilinearCNN, Classifier
 from fpcn_dist.recipe.schema import ModelConfig
-from fpcn_dist.runs.report import gradcam
 from fpcn_dist.runs.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.studies.reproduce import gradcam
 
 CLASSES = ("basalt", "dolomite", "marble")
 
@@ -252,7 +252,6 @@ def test_a_missing_package_is_named(
 
 
 def test_only_a_reproduction_with_figure_5_loads_the_package() -> None:
-    code = (
-        "import sys, fpcn_dist.runs.report.gradcam; sys.exit('cv2' in sys.modules or 'pytorch_grad_cam' in sys.modules)"
-    )
+    module = "fpcn_dist.studies.reproduce.gradcam"
+    code = f"import sys, {module}; sys.exit('cv2' in sys.modules or 'pytorch_grad_cam' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.reproduce.results import CAVEAT, Comparison, Heatmap, Results, Row, RunRecord, Score, Table
-from fpcn_dist.runs.report import reproduction_figures as figures
-from fpcn_dist.runs.report.reproduction import build_reproduction_report
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.studies.reproduce import figures
+from fpcn_dist.studies.reproduce.report import build_reproduction_report
+from fpcn_dist.studies.reproduce.results import CAVEAT, Comparison, Heatmap, Results, Row, RunRecord, Score, Table
 from tests.report import browser
 from tests.report.chart import Chart
 from tests.report.test_report import Page

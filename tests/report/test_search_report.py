@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fpcn_dist.runs.report import search_figures as figures
-from fpcn_dist.runs.report.search import build_search_report
-from fpcn_dist.search.records import SearchResults, TrialRecord
+from fpcn_dist.studies.search import figures
+from fpcn_dist.studies.search.records import SearchResults, TrialRecord
+from fpcn_dist.studies.search.report import build_search_report
 from tests.report import browser
 from tests.report.chart import Chart
 from tests.report.searches import LR, NUM_PAIRS, PAIRS, WEIGHT, many, settings, trial

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.reproduce.estimate import in_words
 from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.studies.reproduce.estimate import in_words
 from tests.launching import ROOT, Runs, environment, finish, start
 from tests.ray_cluster import wait_for
 

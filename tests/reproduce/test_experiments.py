@@ -8,9 +8,9 @@ import pytest
 
 from fpcn_dist.recipe.reading import load_recipe, recipe_from_dict
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.reproduce import paper
-from fpcn_dist.reproduce.experiments import SECTIONS, Grid, parse_sections
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.studies.reproduce import paper
+from fpcn_dist.studies.reproduce.experiments import SECTIONS, Grid, parse_sections
 from tests.launching import ROOT
 
 RECIPES = ROOT / "launch/recipes"

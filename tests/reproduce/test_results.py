@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.reproduce.results import CAVEAT, Results, Row, RunRecord, Score, Table, to_csv, to_markdown
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.studies.reproduce.results import CAVEAT, Results, Row, RunRecord, Score, Table, to_csv, to_markdown
 from tests.reproduction import HOSTILE, LOST, REASON, fabricate
 
 

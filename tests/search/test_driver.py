@@ -18,7 +18,7 @@ import yaml
 
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runs.metrics import read_metrics
-from fpcn_dist.search.records import SearchResults, TrialRecord, load_results
+from fpcn_dist.studies.search.records import SearchResults, TrialRecord, load_results
 from tests.distilling import make_teacher
 from tests.launching import ROOT, TINY, Runs, command, environment, finish, losses, start
 from tests.ray_cluster import ENVIRONMENT as CLUSTER

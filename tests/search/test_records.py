@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.search.live import TrialTable
-from fpcn_dist.search.records import FILE, TABLE, SearchResults, TrialRecord, load_results, save_results
-from fpcn_dist.search.results import importance
+from fpcn_dist.studies.search.finish import importance
+from fpcn_dist.studies.search.live import TrialTable
+from fpcn_dist.studies.search.records import FILE, TABLE, SearchResults, TrialRecord, load_results, save_results
 
 
 def trial(

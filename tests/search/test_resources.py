@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fpcn_dist.cluster import Slots
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.search.resources import count_places, require_places, trial_bundles
+from fpcn_dist.studies.cluster import Slots
+from fpcn_dist.studies.search.resources import count_places, require_places, trial_bundles
 
 GPUS, CPUS = Slots("GPU", 8, 6), Slots("CPU", 2, 16)
 

@@ -10,7 +10,7 @@ import pytest
 
 from fpcn_dist.recipe.schema import Dimension, Recipe
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.search.space import Space
+from fpcn_dist.studies.search.space import Space
 
 SMALL = {"data": {"classes_per_batch": None, "images_per_class": 4}}
 

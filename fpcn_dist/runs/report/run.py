@@ -21,6 +21,7 @@ from fpcn_dist.runs.report.page import write_page
 from fpcn_dist.runs.report.samples import FOLDER, read_samples
 from fpcn_dist.runtime.errors import UserError
 
+_TEMPLATE = Path(__file__).with_name("run.html.j2")
 _SPLITS = ("train", "val", "test")
 _LARGEST_MATRIX = 25
 """Classes up to which the whole confusion matrix is shown; beyond, the pairs most often confused."""
@@ -47,7 +48,7 @@ def build_report(run_dir: Path) -> Path:
 
     return write_page(
         run_dir,
-        "run.html.j2",
+        _TEMPLATE,
         title=run_dir.resolve().name,
         subtitle=str(manifest.root) if manifest else "",
         tiles=_tiles(evaluation, manifest, metrics),

@@ -1,0 +1,222 @@
+"""A search from beginning to end: Ray Tune runs the trials; all that must outlive it lies in the output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fpcn_dist.data.images import refusal_table
+from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import make_folder, write_text
+from fpcn_dist.runtime.lock import locked
+from fpcn_dist.runtime.ranks import CPU
+from fpcn_dist.studies.cluster import connect_ray, find_slots
+from fpcn_dist.studies.distill.bank_job import write_bank
+from fpcn_dist.studies.search.finish import finish_search
+from fpcn_dist.studies.search.plan import Plan
+from fpcn_dist.studies.search.request import Request, checked, make_plan
+from fpcn_dist.studies.search.resources import Bundle, require_places, trial_bundles
+from fpcn_dist.training.soft_labels.teacher import open_teacher
+
+_DESCRIPTION, _TUNE = "search.json", "tune"
+_ATTEMPTS = 3
+"""How often a trial may lose a process or a node before it is given up."""
+_CUT = 3
+"""Of the trials that come as far, one in so many goes on."""
+
+
+def search(request: Request, data: Path, output: Path, *, address: str | None = None, resume: bool = False) -> None:
+    """Run all trials; leave results, the best recipe and a report in ``output``.
+
+    Args:
+        request: what is asked for.
+        data: the image folder.
+        output: folder of the search, on storage that every node sees.
+        address: of a Ray cluster; ``None`` starts one on this machine.
+        resume: go on with the search in ``output``.
+
+    Raises:
+        UserError: the request, the data or the cluster do not fit; names what does not. Or no trial has finished.
+    """
+    request, output = checked(request), output.resolve()
+    recipe = request.student or request.recipe
+    manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
+    if manifest.refused:
+        Console(soft_wrap=True).print(refusal_table(manifest.refused))
+    if request.stage == "student":
+        print(open_teacher(recipe, manifest, CPU), flush=True)
+    # Of the space, too, before anything is started.
+    make_plan(request, output, len(manifest.classes), [{"CPU": 1.0}])
+    with connect_ray(address) as ray, contextlib.ExitStack() as held:
+        slots = find_slots(ray)
+        bundles = trial_bundles(slots, recipe.data.threads, workers=request.workers, gpus=request.gpus)
+        places = require_places([node["Resources"] for node in ray.nodes() if node["Alive"]], bundles)
+        make_folder(output)
+        (output / "logs").mkdir(exist_ok=True)
+        held.enter_context(locked(output))
+        _describe_folder(output, request, manifest, resume)
+        plan = make_plan(request, output, len(manifest.classes), bundles)
+        if request.stage == "student" and recipe.distill.teacher_mode == "bank":
+            assert plan.student is not None
+            write_bank(ray, slots, plan.student, manifest, output)
+        rank = ", ".join(f"{amount:g} {kind}" for kind, amount in bundles[0].items())
+        print(f"{request.trials} trials, {places} at a time, each of {len(bundles)} rank(s) with {rank}", flush=True)
+        began = time.monotonic()
+        recorder = _run(request, plan, bundles, places, resume)
+        elapsed = time.monotonic() - began
+    share = recorder.seconds / (elapsed * places)
+    print(f"{recorder.seconds:.0f} s in trials of {elapsed:.0f} s x {places}: {100 * share:.0f} %", flush=True)
+    finish_search(plan, recorder.results())
+
+
+def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resume: bool) -> Any:
+    """All trials; gives the recorder of them."""
+    # A killed driver forgets at most a second; trials keep their records themselves.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    from ray import tune
+
+    # What a user must know of it, the recorder says.
+    log = logging.getLogger("ray.tune")
+    log.handlers, log.propagate = [logging.FileHandler(plan.output / "logs" / "tune.log")], False
+
+    from fpcn_dist.studies.search.recorder import Recorder
+    from fpcn_dist.studies.search.trial import clear_checkpoints, run_trial
+
+    def trainable(config: dict[str, Any]) -> None:
+        run_trial(config, plan)
+
+    placed = tune.with_resources(trainable, tune.PlacementGroupFactory(bundles))
+    path = plan.output / _TUNE
+    if resume and tune.Tuner.can_restore(str(path)):
+        try:
+            tuner = tune.Tuner.restore(
+                str(path), placed, resume_unfinished=True, resume_errored=True, param_space=_parameters(request, plan)
+            )
+        except Exception as error:  # pickles of Tune's, which may break in any way
+            reason = f"Ray Tune's state cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            raise UserError("--resume", path, reason, "search anew in another --output") from error
+        callbacks: Any = tuner._local_tuner.get_run_config().callbacks  # pyright: ignore
+        (recorder,) = [callback for callback in callbacks if isinstance(callback, Recorder)]
+        recorder.plan = plan  # the folder may have moved
+    else:
+        recorder = Recorder(plan)
+        tuner = tune.Tuner(
+            placed,
+            param_space=_parameters(request, plan),
+            tune_config=_tune_config(request, plan, places),
+            run_config=tune.RunConfig(
+                name=_TUNE, storage_path=str(plan.output), callbacks=[recorder], verbose=0, stop={"epoch": plan.epochs},
+                failure_config=tune.FailureConfig(max_failures=_ATTEMPTS),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+            ),
+        )  # fmt: skip
+    try:
+        tuner.fit()
+    finally:
+        recorder.close()
+    for record in recorder.results().trials:  # of members of a population, and of those that were given up
+        clear_checkpoints(plan, record.number)
+    return recorder
+
+
+def _parameters(request: Request, plan: Plan) -> dict[str, Any]:
+    """What Tune itself draws: nothing, but the members of a population, which know no search algorithm."""
+    if not plan.population:
+        return {}
+    from ray import tune
+
+    from fpcn_dist.studies.search.sampler import draw_at_random
+
+    settings = draw_at_random(plan, request.trials, plan.main.seed)
+    return {"settings": tune.grid_search(settings)}
+
+
+def _tune_config(request: Request, plan: Plan, places: int) -> Any:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+
+    from fpcn_dist.studies.search.sampler import build_sampler, perturbing
+
+    grace = -(-plan.epochs // _CUT**2)
+    grace += -grace % plan.main.train.eval_every
+    goal: dict[str, Any] = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
+    if request.scheduler == "pbt":
+        scheduler = PopulationBasedTraining(
+            **goal, perturbation_interval=grace, custom_explore_fn=perturbing(plan, plan.main.seed), log_config=False
+        )
+        return tune.TuneConfig(
+            scheduler=scheduler, num_samples=1, reuse_actors=True, trial_dirname_creator=_name_of_folder
+        )
+    scheduler = FIFOScheduler()
+    if request.scheduler == "asha":
+        scheduler = ASHAScheduler(**goal, max_t=plan.epochs, grace_period=grace, reduction_factor=_CUT)
+    sampler = build_sampler(
+        plan, trials=request.trials, seed=plan.main.seed, trials_per_teacher=request.recipe.search.trials_per_teacher
+    )
+    return tune.TuneConfig(
+        search_alg=sampler, scheduler=scheduler, num_samples=request.trials, max_concurrent_trials=places,
+        reuse_actors=True, trial_dirname_creator=_name_of_folder,
+    )  # fmt: skip
+
+
+def _name_of_folder(trial: Any) -> str:
+    return trial.trial_id
+
+
+def _describe_folder(output: Path, request: Request, manifest: Manifest, resume: bool) -> None:
+    """Write what is searched into a new folder, or see that it is what the folder holds, where that is resumed.
+
+    Raises:
+        UserError: it holds something else, or a search that was asked for otherwise.
+    """
+    path = output / _DESCRIPTION
+    now = json.loads(json.dumps(_describe(request, manifest)))
+    try:
+        before = _read(path) if path.is_file() else None
+        strangers = [p.name for p in output.iterdir() if p.name not in ("logs", _DESCRIPTION) and p.name[0] != "."]
+    except OSError as error:
+        raise UserError("--output", output, f"cannot be used ({error})", "choose another folder") from None
+    if before is None:
+        if resume or strangers:
+            reason = "holds no search" if resume else f"holds other files ({', '.join(sorted(strangers)[:3])})"
+            raise UserError("--output", output, reason, "drop --resume" if resume else "choose a new or empty folder")
+    elif not resume:
+        raise UserError("--output", output, "holds a search already", "add --resume, or choose another folder")
+    else:
+        changed = sorted(name for name in now if now[name] != before.get(name))
+        if changed:
+            name = changed[0]
+            reason = f"the search in {output} has another {name} ({_short(before.get(name))}, now {_short(now[name])})"
+            raise UserError("--resume", None, reason, "give the same command as before, or another --output")
+    write_text(path, json.dumps(now, indent=1) + "\n")
+    manifest.save(output / "manifest.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError("--output", path, f"is damaged ({error})", "choose another folder") from None
+
+
+def _describe(request: Request, manifest: Manifest) -> dict[str, Any]:
+    """All that must be the same for a search to go on."""
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    for name in ("recipe", "student"):
+        values[name] = values[name] and values[name].model_dump()
+    return values | {"data": manifest.hash}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

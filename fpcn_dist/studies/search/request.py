@@ -1,0 +1,148 @@
+"""What a user asks of a search, checked, and made into a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.studies.distill.driver import check_recipe, check_students
+from fpcn_dist.studies.search.plan import Plan
+from fpcn_dist.studies.search.resources import Bundle
+from fpcn_dist.studies.search.space import Stage
+
+Scheduler = Literal["asha", "pbt", "none"]
+OBJECTIVES = (("accuracy",), ("accuracy", "latency"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A search.
+
+    Attributes:
+        recipe: of what is searched: a teacher's or, in stage "student", a student's.
+        stage: what to search.
+        student: recipe of a student, in stage "joint".
+        students: networks to distil in each trial; none: the recipe's own.
+        trials: how many.
+        scheduler: who ends trials early.
+        objectives: "accuracy", or "accuracy" and "latency".
+        workers, gpus: of a trial; ``None`` lets the cluster decide.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    student: Recipe | None = None
+    students: tuple[str, ...] = ()
+    trials: int = 40
+    scheduler: Scheduler = "asha"
+    objectives: tuple[str, ...] = ("accuracy",)
+    workers: int | None = None
+    gpus: float | None = None
+
+
+def checked(request: Request) -> Request:
+    """``request`` with what it leaves open: the student's recipe under ``student``, its teacher found, paths absolute.
+
+    Raises:
+        UserError: parts of it do not go together.
+    """
+    if request.trials < 1:
+        raise UserError("--trials", request.trials, "leaves nothing to do", "give 1 or more")
+    if request.objectives not in OBJECTIVES:
+        mend = "give accuracy, or accuracy,latency"
+        raise UserError("--multi-objective", ",".join(request.objectives), "is not known", mend)
+    recipe, student, stage = request.recipe, request.student, request.stage
+    if stage != "student" and recipe.task == "distill":
+        raise UserError("task", recipe.task, f"stage '{stage}' trains a teacher", "give a teacher's recipe")
+    if stage != "joint" and student is not None:
+        raise UserError("--student-recipe", None, f"stage '{stage}' has one recipe", "give it with --recipe")
+    if stage == "teacher" and request.students:
+        raise UserError("--students", ",".join(request.students), "stage 'teacher' has none", "leave it out")
+    if stage == "joint" and student is None:
+        raise UserError("--student-recipe", None, "stage 'joint' trains students, too", "give a student's recipe")
+    if stage == "student":
+        student = recipe
+    students = request.students
+    if student is not None:
+        students = students or (student.model.backbone,)
+        if stage == "student":
+            student = check_recipe(student, students)
+        else:
+            check_students(student, students)
+            _require_same_images(recipe, student)
+        student = _absolute(student)
+    _require_population(request, students)
+    return dataclasses.replace(request, recipe=_absolute(recipe), student=student, students=students)
+
+
+def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle]) -> Plan:
+    """The plan of a checked request.
+
+    Args:
+        request: see :func:`checked`.
+        output: absolute folder.
+        classes: number of classes of the data.
+        bundles: resources of a trial, one a rank.
+
+    Raises:
+        UserError: the space cannot be searched.
+    """
+    threads = int(bundles[0]["CPU"])
+    student = request.student
+    if request.stage == "student" and student is not None and student.distill.bank is None:
+        student = _with(student, "distill", bank=str(output / "bank"))
+    plan = Plan(
+        stage=request.stage,
+        teacher=None if request.stage == "student" else _with(request.recipe, "data", threads=threads),
+        student=student and _with(student, "data", threads=threads),
+        students=request.students,
+        output=output,
+        classes=classes,
+        workers=len(bundles),
+        latency="latency" in request.objectives,
+        population=request.scheduler == "pbt",
+    )
+    for space in plan.spaces.values():
+        if plan.population:
+            space.require_mutable()
+    return plan
+
+
+def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Trials have working directories of their own."""
+    weights = recipe.model.pretrained
+    if isinstance(weights, str) and Path(weights).exists():
+        recipe = _with(recipe, "model", pretrained=str(Path(weights).resolve()))
+    if recipe.distill.bank is not None:
+        recipe = _with(recipe, "distill", bank=str(Path(recipe.distill.bank).resolve()))
+    return recipe
+
+
+def _require_same_images(teacher: Recipe, student: Recipe) -> None:
+    """What makes the images that both see, and their split, the same."""
+    for field in ("seed", "data.resize", "data.crop", "data.val_fraction", "data.test_fraction", "data.max_pixels"):
+        section, _, name = field.rpartition(".")
+        theirs, ours = (getattr(getattr(r, section) if section else r, name) for r in (teacher, student))
+        if theirs != ours:
+            reason = f"differs from the teacher's recipe, which has {theirs}, and both see the same images"
+            raise UserError(f"--student-recipe: {field}", ours, reason, "make it the same in both")
+
+
+def _require_population(request: Request, students: tuple[str, ...]) -> None:
+    """Population-based training carries the weights of one network from trial to trial."""
+    if request.scheduler != "pbt":
+        return
+    if request.stage == "joint" or len(students) > 1:
+        what = "stage 'joint' trains" if request.stage == "joint" else "a trial with several students has"
+        raise UserError("--scheduler", "pbt", f"{what} more than one network", "use asha")
+    if "latency" in request.objectives:
+        raise UserError("--scheduler", "pbt", "it knows one objective", "use asha, or drop --multi-objective")
+    if request.trials < 2:
+        raise UserError("--trials", request.trials, "is no population", "give 4 or more")
