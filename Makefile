@@ -28,9 +28,9 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal
 
 benchmark: setup
-	$(PY) kernels/benchmarks/masked_pool.py
-	$(PY) kernels/benchmarks/pair_contrast.py
-	$(PY) kernels/benchmarks/step.py
+	$(PY) -m benchmarks masked_pool
+	$(PY) -m benchmarks pair_contrast
+	$(PY) -m benchmarks step
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -79,8 +79,11 @@ class Runs:
         base = [str(ROOT / "launch/train.py"), "--recipe", str(self.recipe), "--data", str(data or self.data)]
         return [*base, "--output", str(run), *overrides]
 
-    def run(self, argv: list[str], *, expect: int | None = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=self.folder)
+    def run(
+        self, argv: list[str], *, expect: int | None = 0, timeout: float = 240, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        cwd = cwd or self.folder
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=cwd)
         if expect is not None:
             assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"
         return done

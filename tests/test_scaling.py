@@ -15,12 +15,8 @@ from fpcn_kernels._pair_torch import side_loss
 from fpcn_kernels.row_shards import PassingRows
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpcn_dist.models import FPCN
-from fpcn_dist.models.cost import model_flops
-from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.scaling.benchmark import scaling_benchmark, scenarios
-from fpcn_dist.scaling.memory import Case, lone_rank_peaks
-from fpcn_dist.scaling.model import (
+from benchmarks.scaling.memory import Case, lone_rank_peaks
+from benchmarks.scaling.model import (
     Inputs,
     center_bytes,
     contrast_bytes,
@@ -29,7 +25,8 @@ from fpcn_dist.scaling.model import (
     gradient_bytes,
     predict,
 )
-from fpcn_dist.scaling.traffic import (
+from benchmarks.scaling.tables import scaling_benchmark, scenarios
+from benchmarks.scaling.traffic import (
     CENTER,
     CHANNELS,
     CLASSES,
@@ -40,6 +37,9 @@ from fpcn_dist.scaling.traffic import (
     Traffic,
     measure_traffic,
 )
+from fpcn_dist.models import FPCN
+from fpcn_dist.models.cost import model_flops
+from fpcn_dist.runtime.errors import UserError
 
 IMAGES = 6
 GPUS = [1, 2, 4, 8, 16, 24, 64, 512, 1024, 4096]

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 
 import torch
 from fpcn_kernels import _pair_triton, _pool_triton
-from fpcn_kernels._compile import LaunchRecord, compile_launch, specialize
 from fpcn_kernels._launch import recording
 from fpcn_kernels._pair_problem import Side, SideGradients
 from fpcn_kernels._random import PairDropout, RandomPairs
+
+from benchmarks._compile import LaunchRecord, compile_launch, specialize
 
 DEVICE = torch.device("meta")
 

@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fpcn_kernels import _compile
 from fpcn_kernels._launch import interpreting, recording
+
+from benchmarks import _compile
 
 PRODUCTION = Path(__file__).with_name("compile_production.py")
 

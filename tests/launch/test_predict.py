@@ -49,7 +49,9 @@ def test_synthesize(runs, tmp_path):
 
 
 def test_loader_benchmark(runs):
-    argv = [*command("python"), str(ROOT / "launch/benchmark.py"), "loader", "--data", str(runs.data)]
-    done = runs.run([*argv, "--images", "32", "--repeats", "1", "--config.resize", "40", "--config.crop", "32"])
+    argv = [*command("python"), "-m", "benchmarks", "loader", "--data", str(runs.data)]
+    done = runs.run(
+        [*argv, "--images", "32", "--repeats", "1", "--config.resize", "40", "--config.crop", "32"], cwd=ROOT
+    )
     for row in ("fpcn_dist (DALI)", "PIL", "decode_jpeg"):
         assert row in done.stdout

@@ -12,8 +12,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).parents[2]
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -31,7 +33,7 @@ def run_module(module: str, request: Any, *, prefix: Sequence[str] = ()) -> Any:
         RuntimeError: it failed; with all that it wrote to stderr.
     """
     argv = [*prefix, sys.executable, "-m", module, json.dumps(request)]
-    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | _ENVIRONMENT)
+    done = subprocess.run(argv, cwd=_ROOT, capture_output=True, text=True, env=os.environ | _ENVIRONMENT)
     if done.returncode:
         raise RuntimeError(f"{module} failed with status {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

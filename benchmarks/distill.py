@@ -9,18 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.deploy.onnx_export import export_onnx
 from fpcn_dist.models import build_model
+from fpcn_dist.recipe import command_line
+from fpcn_dist.recipe.reading import load_recipe, recipe_from_dict
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.ranks import connect
+from fpcn_dist.studies.distill import STUDENTS
 from fpcn_dist.studies.distill.driver import check_recipe, distill
 from fpcn_dist.training.loop import train
+
+RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "distill_small.yaml"
 
 
 def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], teacher: Path | None) -> dict[str, float]:
@@ -84,3 +90,32 @@ def _show(seconds: dict[str, float], images: int, title: str) -> None:
         table.add_row(name, f"{taken:.1f}", f"{images / taken:.1f}", f"{taken / sequential:.2f}")
     Console().print(table)
     print(json.dumps({name: round(taken, 2) for name, taken in seconds.items()}))
+
+
+def distillation(
+    data: Path,
+    recipe: Path = RECIPE,
+    students: str = STUDENTS,
+    epochs: int | None = None,
+    views: int | None = None,
+    teacher: Path | None = None,
+) -> None:
+    """Time of all students at once beside one after the other, each with its own teacher.
+
+    Args:
+        data: Image folder.
+        recipe: Recipe of a student.
+        students: Networks, separated by commas.
+        epochs: Instead of the recipe's.
+        views: Instead of the recipe's.
+        teacher: Run folder; default: an untrained ResNet-101.
+    """
+    values = load_recipe(recipe).model_dump()
+    values["train"]["epochs"] = values["train"]["epochs"] if epochs is None else epochs
+    values["data"]["views"] = values["data"]["views"] if views is None else views
+    loaded = recipe_from_dict(values, recipe)
+    distill_benchmark(data, loaded, students=students.split(","), teacher=teacher)
+
+
+def main() -> None:
+    command_line.run(lambda: tyro.cli(distillation))

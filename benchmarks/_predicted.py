@@ -16,14 +16,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from _harness import show
 from fpcn_kernels import _pair_triton, _pool_triton
-from fpcn_kernels._compile import Compiled, LaunchRecord, compile_launch, specialize
 from fpcn_kernels._launch import recording
 from fpcn_kernels._pair_loss import all_pairs
 from fpcn_kernels._pair_problem import Gradients, PairProblem
 from fpcn_kernels.row_shards import PassingRows
 from torch import Tensor
+
+from benchmarks._compile import Compiled, LaunchRecord, compile_launch, specialize
+from benchmarks._harness import show
 
 ARCH = 90
 BANDWIDTH = 4.8e12

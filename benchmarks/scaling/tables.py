@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.scaling.memory import Case, lone_rank_peaks
-from fpcn_dist.scaling.model import (
+from benchmarks.scaling.memory import Case, lone_rank_peaks
+from benchmarks.scaling.model import (
     Inputs,
     Prediction,
     center_bytes,
@@ -22,7 +22,7 @@ from fpcn_dist.scaling.model import (
     gradient_bytes,
     predict,
 )
-from fpcn_dist.scaling.traffic import (
+from benchmarks.scaling.traffic import (
     CENTER,
     CHANNELS,
     CLASSES,
@@ -33,6 +33,8 @@ from fpcn_dist.scaling.traffic import (
     Traffic,
     measure_traffic,
 )
+from fpcn_dist.recipe import command_line
+from fpcn_dist.runtime.errors import UserError
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 GLOBAL_IMAGES = (256, 1024, 4096, 16384)
@@ -188,3 +190,23 @@ def _plain(traffic: Traffic) -> dict[str, Any]:
         exchange._asdict() | {"calls": [call._asdict() for call in exchange.calls]} for exchange in traffic.exchanges
     ]
     return traffic._asdict() | {"exchanges": exchanges}
+
+
+def scaling(ranks: str = "1,2,4,8", images: int = 42, measure: bool = True, model: Inputs = Inputs()) -> None:  # noqa: B008
+    """Bytes that ranks send and memory that they need, measured here; and the time of a step on up to 1,024 GPUs.
+
+    Args:
+        ranks: Numbers of gloo ranks to start on this machine, separated by commas.
+        images: Images of each of these ranks.
+        measure: Measure at all; else only compute.
+        model: What the time of a step is computed from; docs/scaling.md names the sources.
+    """
+    try:
+        sizes = [int(size) for size in ranks.split(",")]
+    except ValueError:
+        raise UserError("--ranks", ranks, "are numbers separated by commas", "give for example 1,2,4,8") from None
+    scaling_benchmark(model, ranks=sizes, images=images, measure=measure)
+
+
+def main() -> None:
+    command_line.run(lambda: tyro.cli(scaling))

@@ -1,6 +1,6 @@
 """Times a whole training step of FPCN beside that of the plain classifier on the same backbone, in one run.
 
-    python kernels/benchmarks/step.py [--backbone resnet18] [--crop 96] [--batches 42] [--json FILE]
+    python -m benchmarks step [--backbone resnet18] [--crop 96] [--batches 42] [--json FILE]
 
 A step is what training does with a batch that is on its device: forward, loss, backward and SGD's update, by the
 project's own tasks and optimizer; random images, fresh weights. The steps of both take turns, and each ratio is that of
@@ -16,10 +16,10 @@ import argparse
 from typing import Any
 
 import torch
-from _harness import Spread, arguments, machine, milliseconds, show, write_json
 from fpcn_kernels import reference
 from torch import Tensor
 
+from benchmarks._harness import Spread, arguments, machine, milliseconds, show, write_json
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import FPCN, build_model
 from fpcn_dist.models.cost import datasheet_flops, model_flops
@@ -87,7 +87,7 @@ def check(options: argparse.Namespace) -> float:
 
 
 def predict(batches: list[int], channels: int = 2048, crop: int = 448) -> list[dict[str, Any]]:
-    from _predicted import masked_pool_work, pair_contrast_work, show_prediction
+    from benchmarks._predicted import masked_pool_work, pair_contrast_work, show_prediction
 
     config = ModelConfig(backbone="resnet101", pretrained=False)
     flops = model_flops(build_model(config, CLASSES, task="classify"), crop)
@@ -145,7 +145,3 @@ def main() -> None:
     if not on_gpu:
         report["predicted_h200"] = predict([42, 256])
     write_json(options.json, report)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,11 +27,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.scaling.memory import Case, contrast_peak, ring_forced
+from benchmarks.scaling.processes import loopback_bytes, own_network, raise_loopback, run_module
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.ranks import Ranks, connect
-from fpcn_dist.scaling.memory import Case, contrast_peak, ring_forced
-from fpcn_dist.scaling.processes import loopback_bytes, own_network, raise_loopback, run_module
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import Engine, build_engine, forward_backward
 from fpcn_dist.training.engine.ddp import DDPEngine
@@ -92,7 +92,7 @@ class Traffic(NamedTuple):
     parameters: int
     exchanges: list[Exchange]
     contrast_peak: int
-    """See :func:`fpcn_dist.scaling.memory.contrast_peak`; of rank 0."""
+    """See :func:`benchmarks.scaling.memory.contrast_peak`; of rank 0."""
 
 
 class Counter:

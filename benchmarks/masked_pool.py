@@ -1,6 +1,6 @@
 """Times masked pooling, forward and backward, beside the form that its equations suggest, in one run.
 
-    python kernels/benchmarks/masked_pool.py [--batches 42 16] [--channels 2048] [--json FILE]
+    python -m benchmarks masked_pool [--batches 42 16] [--channels 2048] [--json FILE]
 
 Every side is first checked against the reference in float64, on features that are small multiples of 1/8, whose sums
 are exact, so that all must find the same region. Rows: the equations as one would write them in PyTorch, the same under
@@ -19,9 +19,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _harness import GRAPH, MODES, Spread, arguments, compiled, copy_bandwidth, machine, show, timings, write_json
 from fpcn_kernels import masked_pool, reference
 from torch import Tensor
+
+from benchmarks._harness import (
+    GRAPH,
+    MODES,
+    Spread,
+    arguments,
+    compiled,
+    copy_bandwidth,
+    machine,
+    show,
+    timings,
+    write_json,
+)
 
 THETA = 0.1
 PARTS = ("forward", "backward", "both")
@@ -131,7 +143,7 @@ def measure(features: Tensor, region: str, repeats: int) -> Iterator[tuple[str, 
 
 
 def predict(batches: list[int], channels: int, size: int) -> list[dict[str, Any]]:
-    from _predicted import masked_pool_work, show_prediction
+    from benchmarks._predicted import masked_pool_work, show_prediction
 
     sections = {}
     for batch in batches:
@@ -187,7 +199,3 @@ def main() -> None:
     if not on_gpu:
         report["predicted_h200"] = predict([256, 42], options.channels, options.size)
     write_json(options.json, report)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from fpcn_kernels import pair_contrast
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.scaling.processes import run_module
 from fpcn_dist.runtime.collectives import Group
-from fpcn_dist.scaling.processes import run_module
 
 
 class Case(NamedTuple):

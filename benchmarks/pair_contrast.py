@@ -1,6 +1,6 @@
 """Times the all-pairs contrast, forward and backward, beside the form that its equations suggest, in one run.
 
-    python kernels/benchmarks/pair_contrast.py [--images 84 336 2048] [--classes 3] [--huge] [--json FILE]
+    python -m benchmarks pair_contrast [--images 84 336 2048] [--classes 3] [--huge] [--json FILE]
 
 The loss and all gradients are first checked against the reference in float64 at a small shape, and every side against
 the written-out form at the smallest timed batch (the PyTorch backend in float64, the others in float32). Rows: the
@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import MODES, arguments, compiled, machine, matmul_rate, show, timings, write_json
 from fpcn_kernels import pair_contrast
 from torch import Tensor
+
+from benchmarks._harness import MODES, arguments, compiled, machine, matmul_rate, show, timings, write_json
 
 MIB = 2**20
 Loss = Callable[..., Tensor]
@@ -165,7 +166,7 @@ def floor_flops(images: int, channels: int, width: int, classes: int) -> float:
 
 
 def predict(channels: int, width: int) -> list[dict[str, Any]]:
-    from _predicted import pair_contrast_work, show_prediction
+    from benchmarks._predicted import pair_contrast_work, show_prediction
 
     sections = {}
     for images, classes, precision in [
@@ -252,7 +253,3 @@ def main() -> None:
     if not on_gpu:
         report["predicted_h200"] = predict(options.channels, options.width)
     write_json(options.json, report)
-
-
-if __name__ == "__main__":
-    main()
