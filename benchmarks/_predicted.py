@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from fpcn_kernels import _pair_triton, _pool_triton
 from fpcn_kernels._launch import recording
-from fpcn_kernels._pair_loss import all_pairs
-from fpcn_kernels._pair_problem import Gradients, PairProblem
-from fpcn_kernels.row_shards import PassingRows
+from fpcn_kernels.pairs import backend_triton as pairs_triton
+from fpcn_kernels.pairs.assemble import all_pairs
+from fpcn_kernels.pairs.problem import Gradients, PairProblem
+from fpcn_kernels.pooling import backend_triton as pooling_triton
+from fpcn_kernels.shards import PassingRows
 from torch import Tensor
 
 from benchmarks._compile import Compiled, LaunchRecord, compile_launch, specialize
@@ -97,8 +98,8 @@ def masked_pool_work(batch: int, channels: int, size: int, theta: float) -> tupl
     features = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta")
     features = features.to(memory_format=torch.channels_last)
     with recording() as records:
-        pooled, mask, area = _pool_triton.forward(features, None, theta, largest=False)
-        _pool_triton.backward(pooled, mask, area, theta, features.dtype, (0, 2, 3, 1))
+        pooled, mask, area = pooling_triton.forward(features, None, theta, largest=False)
+        pooling_triton.backward(pooled, mask, area, theta, features.dtype, (0, 2, 3, 1))
     find, pool, backward = compile_all(records)
     splits = find.programs // batch
     # A program of the first kernel sums, which costs what pooling costs; one of an image's also finds the mask; and
@@ -132,7 +133,7 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int) -> 
     )
     others = PassingRows(0, problem.uv_B2D, torch.empty_like(problem.uv_B2D))
     with recording() as records:
-        all_pairs(problem, others, None, Gradients.zeros(problem), _pair_triton.side_loss)
+        all_pairs(problem, others, None, Gradients.zeros(problem), pairs_triton.side_loss)
     dense = images * channels * width * (12 + 6 * classes)
     in_tf32 = torch.get_float32_matmul_precision() != "highest"
     products = (0.0, dense) if in_tf32 else (dense / FMA_FLOPS, 0.0)

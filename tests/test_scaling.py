@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fpcn_kernels._pair_loss import all_pairs
-from fpcn_kernels._pair_problem import Gradients, PairProblem
-from fpcn_kernels._pair_torch import side_loss
-from fpcn_kernels.row_shards import PassingRows
+from fpcn_kernels.pairs.assemble import all_pairs
+from fpcn_kernels.pairs.backend_torch import side_loss
+from fpcn_kernels.pairs.problem import Gradients, PairProblem
+from fpcn_kernels.shards import PassingRows
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling.memory import Case, lone_rank_peaks

@@ -64,7 +64,7 @@ def lone_rank_peaks(cases: Sequence[Case]) -> list[int]:
 @contextlib.contextmanager
 def ring_forced(forced: bool = True) -> Iterator[None]:
     """Within, u and v pass from rank to rank however few they are."""
-    module: Any = sys.modules["fpcn_kernels.pair_contrast"]
+    module: Any = sys.modules["fpcn_kernels.pairs.operator"]
     before = module._GATHERED_BYTES
     if forced:
         module._GATHERED_BYTES = -1

@@ -48,7 +48,7 @@ RECIPE = Recipe.model_validate(
 _WARM_UP, _STEPS = 2, 2
 _PURPOSES = {
     "torch.distributed.algorithms.ddp_comm_hooks.default_hooks": GRADIENTS,
-    "fpcn_kernels.pair_contrast": CONTRAST,
+    "fpcn_kernels.pairs.operator": CONTRAST,
     "fpcn_dist.tasks.losses": CENTER,
 }
 """By the innermost module on the stack of a call."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from fpcn_kernels.row_shards import RowShards
+from fpcn_kernels.shards import RowShards
 from torch import Tensor
 
 Group = dist.ProcessGroup

@@ -53,7 +53,7 @@ def _run(rank, options, group=None, rows=slice(None), compiled=False):
     def loss_of(pooled, labels, *parameters):
         return pair_contrast(pooled, labels, *parameters, group=group, **options)
 
-    sys.modules["fpcn_kernels.pair_contrast"]._GATHERED_BYTES = gathered_bytes
+    sys.modules["fpcn_kernels.pairs.operator"]._GATHERED_BYTES = gathered_bytes
     function = torch.compile(loss_of, fullgraph=True, backend="aot_eager") if compiled else loss_of
     loss = function(pooled, labels[rows], *parameters)
     return loss.detach(), *torch.autograd.grad(loss, [pooled, *parameters])
@@ -69,7 +69,7 @@ def _rank(rank: int, folder: str) -> None:
         rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         for name, options in OPTIONS.items():
             torch.save(_run(rank, options, group, rows), f"{folder}/{world_size} {name} {rank}")
-        sys.modules["fpcn_kernels.pair_contrast"]._GATHERED_BYTES = 0
+        sys.modules["fpcn_kernels.pairs.operator"]._GATHERED_BYTES = 0
         with torch.no_grad():
             pooled, *parameters = _problem()[0]
             loss = pair_contrast(pooled[rows], _problem()[1][rows], *parameters, group=group)

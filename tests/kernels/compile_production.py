@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from fpcn_kernels import _pair_triton, _pool_triton
 from fpcn_kernels._launch import recording
-from fpcn_kernels._pair_problem import Side, SideGradients
-from fpcn_kernels._random import PairDropout, RandomPairs
+from fpcn_kernels.pairs import backend_triton as pairs_triton
+from fpcn_kernels.pairs.problem import Side, SideGradients
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs
+from fpcn_kernels.pooling import backend_triton as pooling_triton
 
 from benchmarks._compile import LaunchRecord, compile_launch, specialize
 
@@ -33,9 +34,9 @@ def run_masked_pool(
 ) -> None:
     features = torch.empty(batch, channels, size, size, dtype=dtype, device=DEVICE).to(memory_format=memory_format)
     before = features[:, : channels // 2] if companion else None
-    pooled, mask, area = _pool_triton.forward(features, before, 0.1, largest)
+    pooled, mask, area = pooling_triton.forward(features, before, 0.1, largest)
     order = sorted(range(4), key=features.stride, reverse=True)
-    _pool_triton.backward(pooled, mask, area, 0.1, dtype, order)
+    pooling_triton.backward(pooled, mask, area, 0.1, dtype, order)
 
 
 def run_pair_contrast(
@@ -62,7 +63,7 @@ def run_pair_contrast(
         scale=scale,
         gradients=gradients,
     )
-    _pair_triton.side_loss(side)
+    pairs_triton.side_loss(side)
 
 
 def launches() -> list[LaunchRecord]:

@@ -17,7 +17,7 @@ from fpcn_kernels._launch import interpreting, recording
 
 from benchmarks import _compile
 
-PRODUCTION = Path(__file__).with_name("compile_production.py")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
@@ -25,8 +25,8 @@ def test_no_kernel_spills_or_outgrows_the_multiprocessor(arch: int, tmp_path: Pa
     # A process of its own, as kernels that were imported for the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(PRODUCTION), str(arch)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kernels.compile_production", str(arch)]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     needs = json.loads(child.stdout)
     assert len(needs) > 20
@@ -38,9 +38,9 @@ def test_no_kernel_spills_or_outgrows_the_multiprocessor(arch: int, tmp_path: Pa
 
 @pytest.mark.skipif(not interpreting(), reason="needs kernels that were imported for the interpreter")
 def test_interpreted_kernel_cannot_be_compiled() -> None:
-    from fpcn_kernels import _pool_triton
+    from fpcn_kernels.pooling import backend_triton
 
     with recording() as records:
-        _pool_triton.forward(torch.empty(1, 3, 2, 2, device="meta"), None, 0.0, False)
+        backend_triton.forward(torch.empty(1, 3, 2, 2, device="meta"), None, 0.0, False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         _compile.compile_launch(records[0], 90)

@@ -87,9 +87,9 @@ def test_many_pixels(layout, dtype):
 @pytest.mark.parametrize("lag", [0, 1, 3, 100])
 def test_pooling_may_come_early_or_late(lag, monkeypatch):
     # 0: before any mask is there; 100: after all of them. Three programs share an image, five images a launch.
-    from fpcn_kernels import _pool_triton
+    from fpcn_kernels.pooling import backend_triton
 
-    monkeypatch.setattr(_pool_triton, "_lag", lambda *_: lag)
+    monkeypatch.setattr(backend_triton, "_lag", lambda *_: lag)
     _assert_matches_reference(_features(5, 600, 7, 9, torch.float32), {"theta": 0.2}, "triton", 1e-5)
 
 

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import torch
-from fpcn_kernels import _pair_loss, _pair_torch, pair_contrast, reference
-from fpcn_kernels._random import PairDropout, RandomPairs, mix
+from fpcn_kernels import pair_contrast, reference
+from fpcn_kernels.pairs import assemble, backend_torch
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs, mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from tests.kernels.pair_problems import LISTED, PARAMETERS, assert_same, gradien
 
 def _list_or_tiles(monkeypatch, listed):
     """Which of its two ways the PyTorch backend takes for random pairs."""
-    monkeypatch.setattr(sys.modules["fpcn_kernels.pair_contrast"], "is_cheaper_listed", lambda *sizes: listed)
+    monkeypatch.setattr(sys.modules["fpcn_kernels.pairs.operator"], "is_cheaper_listed", lambda *sizes: listed)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -71,8 +72,8 @@ def test_tiling_does_not_matter(monkeypatch, pairs):
     for tile, block in ((1, 1), (5 * 8 * 12, 700), (10**6, 2000), (3000, 10**6)):
         expected = pair_contrast(**problem, **options)
         with monkeypatch.context() as patch:
-            patch.setitem(_pair_torch._TILE_BYTES, "cpu", tile)
-            patch.setitem(_pair_loss._BLOCK_BYTES, "cpu", block)
+            patch.setitem(backend_torch._TILE_BYTES, "cpu", tile)
+            patch.setitem(assemble._BLOCK_BYTES, "cpu", block)
             got = pair_contrast(**problem, **options)
         assert_same(problem, got, expected, tolerance=1e-13)
 

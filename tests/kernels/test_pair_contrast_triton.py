@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from fpcn_kernels import _launch, _pair_loss, _pair_torch, _pair_triton, pair_contrast, reference
-from fpcn_kernels._pair_problem import Side, SideGradients
-from fpcn_kernels._random import PairDropout, RandomPairs
+from fpcn_kernels import _launch, pair_contrast, reference
+from fpcn_kernels.pairs import assemble, backend_torch, backend_triton
+from fpcn_kernels.pairs.problem import Side, SideGradients
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,7 @@ def _assert_matches(problem, tolerance=2e-6, expected_backend="torch", **options
 @pytest.fixture
 def dense(monkeypatch):
     """Random pairs are never listed: the kernels choose them."""
-    monkeypatch.setattr(sys.modules["fpcn_kernels.pair_contrast"], "is_cheaper_listed", lambda *sizes: False)
+    monkeypatch.setattr(sys.modules["fpcn_kernels.pairs.operator"], "is_cheaper_listed", lambda *sizes: False)
 
 
 # K of both kinds of kernels; D beside and beyond a tile.
@@ -91,9 +92,9 @@ def test_blocks_and_pieces_do_not_matter(dense, monkeypatch, classes):
     """Also that images and hidden units keep their global indices in every piece."""
     options = {"pairs": 40, "dropout": 0.3, "seed": 9}
     for scores, block in ((1, 2**25), (2**25, 700), (4 * classes * 9 * 2, 2000)):
-        monkeypatch.setattr(_pair_triton, "_SCORES_BYTES", scores)
-        monkeypatch.setitem(_pair_loss._BLOCK_BYTES, "cpu", block)
-        monkeypatch.setitem(_pair_loss._BLOCK_BYTES, "accelerator", block)
+        monkeypatch.setattr(backend_triton, "_SCORES_BYTES", scores)
+        monkeypatch.setitem(assemble._BLOCK_BYTES, "cpu", block)
+        monkeypatch.setitem(assemble._BLOCK_BYTES, "accelerator", block)
         _assert_matches(_narrow((9, 6, 5, classes)), **options)
 
 
@@ -127,7 +128,7 @@ def test_non_finite_in_the_hidden_layer_reaches_the_loss():
     for classes in (3, 17):
         side = _side(4, 5, 6, classes, relu=True)
         side.others_JD[2, 3] = torch.nan
-        assert _pair_triton.side_loss(side).isnan()
+        assert backend_triton.side_loss(side).isnan()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
@@ -189,7 +190,7 @@ def test_pairs_with_two_disjoint_batches_add_up(classes, own, first, second, rel
     sizes = own, 6, classes, relu, 3
     whole = _side(sizes[0], first + second, *sizes[1:], 8)
     parts = _side(sizes[0], first, *sizes[1:], 8), _side(sizes[0], second, *sizes[1:], 8 + first)
-    losses = [_pair_triton.side_loss(side) for side in (whole, *parts)]
+    losses = [backend_triton.side_loss(side) for side in (whole, *parts)]
     torch.testing.assert_close(losses[0], losses[1] + losses[2], rtol=1e-6, atol=1e-6)
     own_grad, others_grad, *layers_grad = whole.gradients
     close = {"rtol": 1e-5, "atol": 1e-5}
@@ -201,7 +202,7 @@ def test_pairs_with_two_disjoint_batches_add_up(classes, own, first, second, rel
     ):
         torch.testing.assert_close(got, sum(added), **close)
     expected = _side(sizes[0], first + second, *sizes[1:], 8)
-    torch.testing.assert_close(_pair_torch.side_loss(expected), losses[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(backend_torch.side_loss(expected), losses[0], rtol=1e-6, atol=1e-6)
     for got, value in zip(whole.gradients, expected.gradients, strict=True):
         torch.testing.assert_close(got, value, **close)
 

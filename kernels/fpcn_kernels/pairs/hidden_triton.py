@@ -1,4 +1,4 @@
-"""The hidden vectors of pairs inside a kernel, dropout included. Legend: _pair_problem.py."""
+"""The hidden vectors of pairs inside a kernel, dropout included. Legend: pairs/problem.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def mix(word):
-    """The 32-bit hash of _random.py; unsigned arithmetic wraps by itself."""
+    """The 32-bit hash of pairs/random.py; unsigned arithmetic wraps by itself."""
     word ^= word >> 16
     word *= 0x21F0AAAD
     word ^= word >> 15

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fpcn_kernels import _pool_torch, reference
+from fpcn_kernels import reference
 from fpcn_kernels._launch import use_triton
 from fpcn_kernels._validate import (
     BACKENDS,
@@ -27,6 +27,7 @@ from fpcn_kernels._validate import (
     check_fraction,
     check_shape,
 )
+from fpcn_kernels.pooling import backend_torch
 
 # The largest map that the fused kernels label within one program.
 _MOST_PIXELS = 64 * 64
@@ -135,7 +136,7 @@ def _(grad_pooled, mask, area, theta, dtype, order, backend):
 
 
 def _kernels(backend: str, device: torch.device, dtype: torch.dtype, size: Sequence[int], span: int):
-    """The module that computes: _pool_triton or _pool_torch."""
+    """The module that computes: backend_triton or backend_torch."""
     limit = None
     if size[0] * size[1] > _MOST_PIXELS or span >= 2**31:
         limit = (
@@ -143,10 +144,10 @@ def _kernels(backend: str, device: torch.device, dtype: torch.dtype, size: Seque
             f"got {size[0]} x {size[1]} pixels in {span + 1} elements"
         )
     if use_triton(backend, device, dtype, limit):
-        from fpcn_kernels import _pool_triton
+        from fpcn_kernels.pooling import backend_triton
 
-        return _pool_triton
-    return _pool_torch
+        return backend_triton
+    return backend_torch
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,5 +1,5 @@
 """Pairs of images with few classes: every product is a fused multiply-add, as a matrix unit would mostly multiply
-padding. docs/kernels.md has the plan of the kernels. Legend: _pair_problem.py.
+padding. docs/kernels.md has the plan of the kernels. Legend: pairs/problem.py.
 
 A program is one warp, whose lanes divide the units of a row: every tensor then has one layout, and nothing waits for
 other warps. Grids count images in groups of BI, others in tiles of BJ, hidden units in tiles of BD; loops over classes
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fpcn_kernels._pair_hidden_triton import activation, dropout, load_row, load_rows
+from fpcn_kernels.pairs.hidden_triton import activation, dropout, load_row, load_rows
 
 
 @triton.jit

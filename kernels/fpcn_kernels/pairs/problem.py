@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fpcn_kernels._random import PairDropout, RandomPairs
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 
 
 @dataclass(frozen=True)

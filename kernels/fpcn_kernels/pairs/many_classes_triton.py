@@ -1,5 +1,5 @@
 """Pairs of images with many classes: the products with G and with the classes' gradients fill the matrix units.
-docs/kernels.md has the plan of the kernels. Legend: _pair_problem.py.
+docs/kernels.md has the plan of the kernels. Legend: pairs/problem.py.
 
 Grids count others in tiles of BJ, hidden units in tiles of BD, classes in tiles of BK, at least 16 of each.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fpcn_kernels._pair_hidden_triton import activation, dropout, load_row, load_rows
+from fpcn_kernels.pairs.hidden_triton import activation, dropout, load_row, load_rows
 
 
 @triton.jit

@@ -1,12 +1,12 @@
-"""One side of a block of pairs in PyTorch, tile by tile; docs/kernels.md derives it. Legend: _pair_problem.py."""
+"""One side of a block of pairs in PyTorch, tile by tile; docs/kernels.md derives it. Legend: pairs/problem.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fpcn_kernels._pair_problem import Side, ranges
-from fpcn_kernels._random import PairDropout
+from fpcn_kernels.pairs.problem import Side, ranges
+from fpcn_kernels.pairs.random import PairDropout
 
 # A tile of hidden vectors that fits the cache.
 _TILE_BYTES = {"cpu": 2**22, "accelerator": 2**26}
@@ -45,7 +45,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, scale: 
 
 
 def side_loss(side: Side) -> Tensor:
-    """See :data:`fpcn_kernels._pair_problem.SideLoss`."""
+    """See :data:`fpcn_kernels.pairs.problem.SideLoss`."""
     (images, width), others, classes = side.own_ID.shape, len(side.others_JD), side.g_IK.shape[1]
     device = "cpu" if side.own_ID.device.type == "cpu" else "accelerator"
     vectors = _TILE_BYTES[device] // (side.own_ID.element_size() * (width + classes))

@@ -9,7 +9,7 @@ Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair cos
     W_in [x_a; x_b] = W_a x_a + W_b x_b = u_a + v_b
     logits_a = G_a f(u_a + v_b) + g_a  with  G_a = (W_cls * x_a) W_out,  g_a = W_cls (x_a * b_out) + b_cls
 
-The pass that computes the loss computes the gradients too; the backward only scales them. Legend: see _pair_problem.py.
+The pass that computes the loss computes the gradients too; the backward only scales them. Legend: see pairs/problem.py.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fpcn_kernels import _pair_torch, reference
+from fpcn_kernels import reference
 from fpcn_kernels._launch import use_triton
-from fpcn_kernels._pair_loss import all_pairs, is_cheaper_listed, listed_pairs
-from fpcn_kernels._pair_problem import Gradients, PairProblem, SideLoss
-from fpcn_kernels._random import PairDropout, RandomPairs
 from fpcn_kernels._validate import (
     BACKENDS,
     accumulation_dtype,
@@ -31,7 +28,11 @@ from fpcn_kernels._validate import (
     check_fraction,
     check_shape,
 )
-from fpcn_kernels.row_shards import RowExchange, RowShards
+from fpcn_kernels.pairs import backend_torch
+from fpcn_kernels.pairs.assemble import all_pairs, is_cheaper_listed, listed_pairs
+from fpcn_kernels.pairs.problem import Gradients, PairProblem, SideLoss
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs
+from fpcn_kernels.shards import RowExchange, RowShards
 
 # Of u and v of the global batch. Beyond it they pass from rank to rank instead of being gathered.
 _GATHERED_BYTES = 2**28
@@ -219,10 +220,10 @@ def _side_loss(backend: str, device: torch.device, dtype: torch.dtype, classes: 
     if classes > 1024 or width > 2048:
         limit = f"they hold at most 1024 classes and 2048 hidden units, got K = {classes} and D = {width}"
     if use_triton(backend, device, dtype, limit):
-        from fpcn_kernels import _pair_triton
+        from fpcn_kernels.pairs import backend_triton
 
-        return _pair_triton.side_loss
-    return _pair_torch.side_loss
+        return backend_triton.side_loss
+    return backend_torch.side_loss
 
 
 @_pair_contrast.register_fake

@@ -1,4 +1,4 @@
-"""One side of a block of pairs in fused kernels; docs/kernels.md has their plan. Legend: _pair_problem.py.
+"""One side of a block of pairs in fused kernels; docs/kernels.md has their plan. Legend: pairs/problem.py.
 
 scores -> softmax, in place -> sums over the others, sums over the own images. Hidden vectors exist in registers only;
 the scores of a piece of the block, later their gradients q, are all that is stored, [I, K, J] within a budget.
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpcn_kernels import _pair_dot_triton as dot
-from fpcn_kernels import _pair_fma_triton as fma
 from fpcn_kernels._launch import choose, device_limits, launch
-from fpcn_kernels._pair_problem import Side, ranges
-from fpcn_kernels._random import RandomPairs
+from fpcn_kernels.pairs import few_classes_triton as fma
+from fpcn_kernels.pairs import many_classes_triton as dot
+from fpcn_kernels.pairs.problem import Side, ranges
+from fpcn_kernels.pairs.random import RandomPairs
 
 # Scores that the second-level cache can hold beside what the kernels read.
 _SCORES_BYTES = 2**25
@@ -75,7 +75,7 @@ def _softmax_kernel(
 
 
 def side_loss(side: Side) -> Tensor:
-    """See :data:`fpcn_kernels._pair_problem.SideLoss`.
+    """See :data:`fpcn_kernels.pairs.problem.SideLoss`.
 
     Hidden vectors, G and q are multiplied in TF32 where PyTorch's own float32 products may be
     (``torch.set_float32_matmul_precision``), else in three TF32 products, which come near float32.

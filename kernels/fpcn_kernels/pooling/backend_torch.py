@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpcn_kernels._regions import largest_region
 from fpcn_kernels._validate import accumulation_dtype
+from fpcn_kernels.pooling.regions import largest_region
 
 # Images whose partial sums are held at once on the CPU: fresh memory costs it more than the sums.
 _CHUNK_BYTES = 2**24

@@ -1,5 +1,5 @@
 """From images to sides of pairs and back, and lists of pairs; docs/kernels.md derives every line. Legend:
-_pair_problem.py."""
+pairs/problem.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fpcn_kernels._pair_problem import Gradients, PairProblem, Side, SideGradients, SideLoss, ranges
-from fpcn_kernels._pair_torch import cross_entropy, hidden_backward, hidden_vectors
-from fpcn_kernels._random import RandomPairs
-from fpcn_kernels.row_shards import PassingRows
+from fpcn_kernels.pairs.backend_torch import cross_entropy, hidden_backward, hidden_vectors
+from fpcn_kernels.pairs.problem import Gradients, PairProblem, Side, SideGradients, SideLoss, ranges
+from fpcn_kernels.pairs.random import RandomPairs
+from fpcn_kernels.shards import PassingRows
 
 # A block of images, or a chunk of listed pairs, that fills the matrix units.
 _BLOCK_BYTES = {"cpu": 2**25, "accelerator": 2**28}
