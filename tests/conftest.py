@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fpcn_dist.data.synthetic import generate
-from tests.launching import Runs
+from tests.helpers.launching import Runs
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fpcn_dist.models import weights
 from fpcn_dist.models.base import Backbone
-from fpcn_dist.models.compared.lenet import LeNet
+from fpcn_dist.models.lenet import LeNet
 from fpcn_dist.runtime.errors import UserError, nearest
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,17 @@ from fpcn_dist.runtime.files import write_text
 
 if TYPE_CHECKING:
     from fpcn_dist.models import Classifier
-    from fpcn_dist.runs.report.samples import SampleCollector
 
 FILE = "evaluation.json"
 AREAS = ("0-25%", "25-50%", "50-75%", "75-100%")
 """Share of the feature map's cells inside the region, in the four parts of the paper's Figure 4."""
+
+
+class Watcher(Protocol):
+    """Whoever looks at the batches of an evaluation while it runs."""
+
+    def update(self, batch: Batch, probabilities_BK: Tensor, mask_Bhw: Tensor) -> None:
+        """Look at a batch; nothing may wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def evaluate(
     step: int = 0,
     precision: str = "fp32",
     group: dist.ProcessGroup | None = None,
-    samples: SampleCollector | None = None,
+    samples: Watcher | None = None,
 ) -> Evaluation:
     """Classify every image that the ranks' loaders yield; the same result on every rank.
 

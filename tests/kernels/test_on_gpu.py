@@ -9,7 +9,7 @@ import pytest
 import torch
 from fpcn_kernels import masked_pool, pair_contrast
 
-from tests.kernels.pair_problems import gradients_of, make_problem
+from tests.helpers.pair_problems import gradients_of, make_problem
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from fpcn_kernels.pairs.random import PairDropout, RandomPairs, mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.pair_problems import LISTED, PARAMETERS, assert_same, gradients_of, make_problem
+from tests.helpers.pair_problems import LISTED, PARAMETERS, assert_same, gradients_of, make_problem
 
 
 def _list_or_tiles(monkeypatch, listed):

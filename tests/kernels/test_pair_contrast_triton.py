@@ -14,7 +14,7 @@ from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.pair_problems import LISTED, PARAMETERS, gradients_of, make_problem
+from tests.helpers.pair_problems import LISTED, PARAMETERS, gradients_of, make_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

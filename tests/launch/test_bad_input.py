@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, Runs, command, environment, free_port, losses
+from tests.helpers.launching import ROOT, Runs, command, environment, free_port, losses
 
 
 def copy_data(runs: Runs, folder: Path) -> Path:

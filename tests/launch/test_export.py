@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tests.launching import ROOT, command
+from tests.helpers.launching import ROOT, command
 
 EXPORT, PREDICT = str(ROOT / "launch/export.py"), str(ROOT / "launch/predict.py")
 LAPTOP = """

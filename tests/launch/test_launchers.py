@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fpcn_dist.runs.checkpoint import read_checkpoint
-from tests.launching import environment, free_port, losses
+from tests.helpers.launching import environment, free_port, losses
 
 FILES = {
     "recipe.yaml", "environment.json", "manifest.json", "metrics.jsonl", "tensorboard", "checkpoints",

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fpcn_dist.runs.checkpoint import read_checkpoint
-from tests.launching import command, environment, losses
+from tests.helpers.launching import command, environment, losses
 
 EVERYTHING = (
     "--optim.name", "adamw", "--optim.lr", "0.0003", "--optim.freeze-backbone-epochs", "2", "--optim.ema-decay", "0.8",

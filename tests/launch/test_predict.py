@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.launching import ROOT, command
+from tests.helpers.launching import ROOT, command
 
 
 def test_evaluate_again_on_another_split_and_on_two_ranks(runs, single):
@@ -46,12 +46,3 @@ def test_synthesize(runs, tmp_path):
     for bad in (["--output", str(tmp_path / "file")], ["--output", str(tmp_path), "--images-per-class", "-3"]):
         done = runs.run([*command("python"), script, *bad], expect=2)
         assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-
-
-def test_loader_benchmark(runs):
-    argv = [*command("python"), "-m", "benchmarks", "loader", "--data", str(runs.data)]
-    done = runs.run(
-        [*argv, "--images", "32", "--repeats", "1", "--config.resize", "40", "--config.crop", "32"], cwd=ROOT
-    )
-    for row in ("fpcn_dist (DALI)", "PIL", "decode_jpeg"):
-        assert row in done.stdout

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fpcn_dist.runs.metrics import read_metrics
-from tests.launching import Runs, command, environment, losses
-from tests.ray_cluster import wait_for
+from tests.helpers.launching import Runs, command, environment, losses
+from tests.helpers.ray_cluster import wait_for
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import Runs, command, environment, losses
+from tests.helpers.launching import Runs, command, environment, losses
 
 DEEPSPEED = ("--engine.name", "deepspeed", "--engine.zero-stage", "2")
 

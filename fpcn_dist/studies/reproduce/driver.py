@@ -27,11 +27,12 @@ from fpcn_dist.runtime.lock import locked
 from fpcn_dist.studies.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.studies.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.studies.cluster.plan import Group
-from fpcn_dist.studies.distill.driver import check_students, distill
+from fpcn_dist.studies.distill.driver import distill
 from fpcn_dist.studies.reproduce.collect import RUNS, collect, distillation
 from fpcn_dist.studies.reproduce.estimate import Estimate, bank_seconds, run_seconds
 from fpcn_dist.studies.reproduce.experiments import Grid, Scale, run_name
 from fpcn_dist.studies.reproduce.report import build_reproduction_report
+from fpcn_dist.training.soft_labels.students import check_students
 
 DESCRIPTION = "reproduction.json"
 

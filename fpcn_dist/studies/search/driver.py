@@ -20,7 +20,7 @@ from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.ranks import CPU
 from fpcn_dist.studies.cluster import connect_ray, find_slots
-from fpcn_dist.studies.distill.bank_job import write_bank
+from fpcn_dist.studies.cluster.bank_job import write_bank
 from fpcn_dist.studies.search.finish import finish_search
 from fpcn_dist.studies.search.plan import Plan
 from fpcn_dist.studies.search.request import Request, checked, make_plan

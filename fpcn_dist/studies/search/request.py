@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.studies.distill.driver import check_recipe, check_students
 from fpcn_dist.studies.search.plan import Plan
 from fpcn_dist.studies.search.resources import Bundle
 from fpcn_dist.studies.search.space import Stage
+from fpcn_dist.training.soft_labels.students import check_recipe, check_students
 
 Scheduler = Literal["asha", "pbt", "none"]
 OBJECTIVES = (("accuracy",), ("accuracy", "latency"))

@@ -1,0 +1,198 @@
+"""The real command on real Ray: alone on this machine, and on a cluster whose nodes come and go."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.studies.cluster import Slots
+from tests.helpers.distilling import make_teacher
+from tests.helpers.launching import ROOT, TINY, environment, finish, losses, start
+from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
+from tests.helpers.ray_cluster import Order, node_of, ray_cluster, wait_for
+
+
+class Command:
+    """launch/distill.py with a tiny recipe and a teacher that costs no training."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.teacher = make_teacher(folder / "teacher")
+        self.recipe = folder / "students.yaml"
+        values = yaml.safe_load(TINY) | {"task": "distill", "name": "students"}
+        values["data"]["views"] = 2
+        self.recipe.write_text(yaml.safe_dump(values))
+
+    def argv(self, output: Path | str, *options: str, **changed: object) -> list[str]:
+        given = {"teacher": self.teacher, "data": self.data, "recipe": self.recipe} | changed
+        named = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        return [
+            sys.executable,
+            str(ROOT / "launch/distill.py"),
+            *named,
+            "--output",
+            str(self.folder / output),
+            *options,
+        ]
+
+    def start(self, output: str, *options: str, **env: str) -> subprocess.Popen[str]:
+        return start(self.argv(output, *options), self.folder, **env)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, rocks) -> Command:
+    return Command(tmp_path_factory.mktemp("distill"), rocks)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command) -> tuple[Path, str]:
+    """Two students and their baselines on this machine alone, and what the command printed."""
+    process = command.start("undisturbed", "--students", "test_resnet,mobilenet_v2", "--baselines")
+    return command.folder / "undisturbed", finish(process)
+
+
+def test_one_command_trains_measures_and_exports(undisturbed, command):
+    output, shown = undisturbed
+    order = ["teacher", "Plan", "soft-label bank", "training", "finished"]
+    assert [shown.index(word) for word in order] == sorted(shown.index(word) for word in order)
+    for name in ("test_resnet", "test_resnet-baseline", "mobilenet_v2", "mobilenet_v2-baseline"):
+        assert RunFolder(output / name).read_outcome() == ("finished", None)
+        assert len(losses(output / name)) == 12
+        assert Evaluation.load(output / name) is not None
+    assert (output / "test_resnet/model.onnx").is_file() and (output / "mobilenet_v2/model.onnx").is_file()
+    assert (output / "report.html").is_file() and (output / "distillation.json").is_file()
+    # A baseline has no teacher: its loss is the cross-entropy.
+    steps = [line for line in read_metrics(output / "test_resnet-baseline") if line["kind"] == "step"]
+    assert all(line["loss"] == line["class_loss"] for line in steps)
+
+
+def test_the_same_command_again_skips_what_is_finished(undisturbed, command):
+    output, _ = undisturbed
+    before = (output / "test_resnet/metrics.jsonl").read_bytes()
+    again = command.start("undisturbed", "--students", "test_resnet,mobilenet_v2", "--baselines")
+    assert "4 run(s) at their end already" in finish(again)
+    assert (output / "test_resnet/metrics.jsonl").read_bytes() == before
+
+
+def test_a_killed_driver_goes_on_from_the_checkpoints(undisturbed, command):
+    output, options = command.folder / "killed", ["--students", "test_resnet,mobilenet_v2"]
+    process = command.start("killed", *options)
+    wait_for((output / "test_resnet/checkpoints/step-00000004.safetensors").is_file, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(command.start("killed", *options))
+    (log,) = (output / "logs").glob("*+*.log")
+    assert "resuming from step" in log.read_text()
+    for name in ("test_resnet", "mobilenet_v2"):
+        assert losses(output / name) == losses(undisturbed[0] / name)
+
+
+def test_a_student_that_raises_is_retried_alone(undisturbed, command):
+    output = command.folder / "raising"
+    run = RunFolder(output / "mobilenet_v2")
+    process = command.start("raising", "--students", "test_resnet,mobilenet_v2")
+    wait_for(run.recipe.is_file, process)
+    run.checkpoints.touch()  # a file where its checkpoints should be
+    wait_for(run.outcome.is_file, process)
+    assert run.read_outcome()[0] == "failed"
+    run.checkpoints.unlink()
+    assert "waiting to try again" in finish(process)
+    assert (output / "logs/mobilenet_v2-rank0.log").is_file()
+    assert not (output / "logs/test_resnet-rank0.log").is_file()
+    for name in ("test_resnet", "mobilenet_v2"):
+        assert losses(output / name) == losses(undisturbed[0] / name)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, Order]]:
+    with ray_cluster(3) as started:
+        yield started
+
+
+def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_alone(command, cluster):
+    address, order = cluster
+    output, names = command.folder / "nodes", ["test_resnet", "mobilenet_v2", "shufflenet_v2_x1_0"]
+    # Equal costs: a node for each.
+    place = Slots("CPU", 3, 1).bundle
+    output.mkdir()
+    (output / "costs.json").write_text(json.dumps({f"distill {name}, crop 32, fp32, {place}": 1.0 for name in names}))
+    # Long enough to be at work at the same time, however unevenly a busy machine starts them.
+    options = ["--students", ",".join(names), "--address", address, "--train.epochs", "12"]
+    process = command.start("nodes", *options, **CLUSTER)
+    wait_for((output / "test_resnet/checkpoints/step-00000004.safetensors").is_file, process)
+    log = output / "logs/test_resnet-rank0.log"
+    lost = node_of(log)
+    order(f"kill {lost}")
+    order("add")
+    shown = finish(process)
+    first_nodes = {re.findall(r"Ray node (\w+)", (output / f"logs/{n}-rank0.log").read_text())[0] for n in names}
+    assert len(first_nodes) == 3
+    spans = []
+    for name in names[1:]:
+        lines = read_metrics(output / name)
+        spans.append((lines[0]["time"], lines[-1]["time"]))
+        assert "resuming" not in (output / f"logs/{name}-rank0.log").read_text()
+    assert max(start for start, _ in spans) < min(end for _, end in spans)
+    assert "lost a process or a node" in shown
+    assert node_of(log) != lost and int(re.findall(r"resuming from step (\d+)", log.read_text())[-1]) >= 4
+    for name in names:
+        assert len(losses(output / name)) == 36
+        assert RunFolder(output / name).read_outcome()[0] == "finished"
+
+
+def test_more_nodes_than_students_make_groups_of_several_ranks(command, cluster):
+    options = ["--students", "test_resnet", "--address", cluster[0], "--distill.teacher-mode", "online"]
+    finish(command.start("ranks", *options, **CLUSTER))
+    output = command.folder / "ranks"
+    assert len(list((output / "logs").glob("test_resnet-rank*.log"))) == 3
+    assert json.loads((output / "test_resnet/environment.json").read_text())["world_size"] == 3
+
+
+def test_dry_run_prints_the_plan_alone(command):
+    shown = finish(command.start("dry", "--students", "test_resnet", "--dry-run"))
+    assert "Plan" in shown and "test_resnet" in shown
+    assert not (command.folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    [
+        (["--students", "resnet19"], {}, r"model\.backbone resnet19: .*did you mean 'resnet1"),
+        (
+            ["--students", "test_resnet,test_resnet"],
+            {},
+            "--students test_resnet,test_resnet: test_resnet is named twice",
+        ),
+        ([], {"teacher": "nowhere"}, r"distill\.teacher .*nowhere: holds no model\.safetensors; give the run folder"),
+        (["--gpus", "2"], {}, r"--gpus 2: the cluster has 0 GPU\(s\); leave --gpus out"),
+        (["--address", "127.0.0.1:1"], {}, r"--address 127\.0\.0\.1:1: no Ray cluster can be joined there"),
+        (["--task", "contrast"], {}, "task contrast: students are trained by task 'distill'; use launch/recipes/dis"),
+    ],
+)
+def test_bad_input(command, options, changed, message):
+    argv = command.argv("bad", *options, **changed)
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=command.folder, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bank_of_another_teacher_is_refused(undisturbed, command, tmp_path):
+    other = make_teacher(tmp_path / "other", seed=1)
+    argv = command.argv(
+        "another", "--students", "test_resnet", "--distill.bank", str(undisturbed[0] / "bank"), teacher=other
+    )
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=command.folder, timeout=120)
+    assert done.returncode == 2
+    assert "holds the logits of something else (teacher" in done.stderr

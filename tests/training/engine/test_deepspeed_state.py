@@ -1,0 +1,41 @@
+"""Every ZeRO stage gives and takes whole states: bit for bit, thawed parameters beginning from nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from fpcn_dist.runtime.ranks import connect
+from fpcn_dist.tasks import build_task
+from fpcn_dist.training.engine import build_engine, forward_backward
+from tests.training.engine.test_engine import batch, recipe
+
+
+def check(_: int, optim: dict) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    with connect() as ranks:
+        for stage in range(4):
+            engine = {"name": "deepspeed", "zero_stage": stage}
+            chosen = recipe(optim=optim, engine=engine, train={"channels_last": True})
+            engine = build_engine(chosen, build_task(chosen, 3), ranks, frozen_backbone=True)
+            for step in range(2):
+                forward_backward(engine, batch(step, 42), step, 1)
+                engine.update(0.01)
+            before = engine.state(2)
+            engine.close()
+            after = build_engine(chosen, build_task(chosen, 3), ranks, state=before).state(2)
+            assert all(torch.equal(after.weights[name], tensor) for name, tensor in before.weights.items()), stage
+            for name, moments in after.optimizer.items():
+                for key, tensor in moments.items():
+                    expected = before.optimizer.get(name, {}).get(key, torch.zeros_like(tensor))
+                    assert torch.equal(tensor, expected), (stage, name, key)
+            assert any(name.startswith("model.backbone") for name in after.optimizer) or stage == 0
+
+
+@pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "sgd"}, {"momentum": 0.0}], ids=str)
+def test_states_survive_every_stage(optim):
+    torch.multiprocessing.spawn(check, args=(optim,), nprocs=1)
