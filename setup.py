@@ -1,12 +1,15 @@
 """Installs two packages: fpcn_dist, the library, and fpcn_kernels, whose source root is kernels/."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.findall(r'__version__ = "(.+)"', Path("fpcn_dist/__init__.py").read_text(encoding="utf-8"))[0]
+
 setup(
     name="fpcn-dist",
-    version="0.1.0",
+    version=VERSION,
     description="Distributed training of FPCN, the feature-positioning contrast network, for fine-grained images",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -22,6 +25,7 @@ setup(
         "torchvision>=0.26,<1",
         "triton>=3.6,<4; platform_system == 'Linux'",
         "numpy>=1.26,<3",
+        "packaging>=23",
         "pillow>=10.3,<14",
         "pydantic>=2.7,<3",
         "pyyaml>=6.0,<7",

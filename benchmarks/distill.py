@@ -55,18 +55,17 @@ def distill_benchmark(data: Path, recipe: Recipe, *, students: Sequence[str], te
         if teacher is None:
             teacher = root / "teacher"
             _untrained_teacher(teacher, recipe, manifest.classes)
-        ours = recipe.distill.model_copy(update={"teacher": str(teacher.resolve()), "teacher_mode": "bank"})
-        recipe = check_recipe(recipe.model_copy(update={"distill": ours}), students)
-        online = recipe.distill.model_copy(update={"teacher_mode": "online"})
+        ours = {"distill.teacher": str(teacher.resolve()), "distill.teacher_mode": "bank"}
+        recipe = check_recipe(recipe.changed(**ours), students)
+        online = recipe.changed(**{"distill.teacher_mode": "online"})
         seconds, began = {}, time.perf_counter()
         with connect() as ranks:
             for student in students:
-                model = recipe.model.model_copy(update={"backbone": student})
-                train(recipe.model_copy(update={"model": model, "distill": online}), data, root / student, ranks)
+                train(online.changed(**{"model.backbone": student}), data, root / student, ranks)
                 export_onnx(root / student)
         seconds["one after the other, teacher in each step"] = time.perf_counter() - began
         lines = [line for line in read_metrics(root / students[0]) if line["kind"] == "step"]
-        batch_size = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class
+        batch_size = recipe.data.batch_size(len(manifest.classes))
         images = len(lines) * batch_size * len(students)
 
         began = time.perf_counter()
@@ -80,7 +79,7 @@ def _untrained_teacher(folder: Path, recipe: Recipe, classes: Sequence[str]) -> 
     config = ModelConfig(backbone="resnet101", pretrained=False)
     torch.manual_seed(recipe.seed)
     folder.mkdir()
-    described = recipe.model_copy(update={"task": "contrast", "model": config})
+    described = recipe.changed(task="contrast", model=config.model_dump())
     save_model(folder, build_model(config, len(classes), task="contrast"), described, classes)
 
 

@@ -38,8 +38,7 @@ def main() -> None:
     args = command_line.parse(Args)
     from fpcn_dist.studies.distill.driver import distill
 
-    distill_config = args.overrides.distill.model_copy(update={"teacher": str(args.teacher)})
-    recipe = args.overrides.model_copy(update={"distill": distill_config})
+    recipe = args.overrides.changed(**{"distill.teacher": str(args.teacher)})
     output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
     students = [name.strip() for name in args.students.split(",") if name.strip()]
     distill(

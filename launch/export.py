@@ -34,8 +34,8 @@ def main() -> None:
         try:
             from fpcn_dist.deploy.onnx_export import export_onnx
         except ModuleNotFoundError as error:
-            reason, mend = f"package {error.name} is not installed", "pip install -e '.[export]'"
-            raise UserError("--format", "onnx", reason, mend) from None
+            reason, hint = f"package {error.name} is not installed", "pip install -e '.[export]'"
+            raise UserError("--format", "onnx", reason, hint) from None
         export_onnx(args.run, int8=args.int8, output=args.output, data=args.data)
         return
     if args.int8:

@@ -15,8 +15,8 @@ if _model.lower().endswith(".onnx"):
         try:
             from fpcn_dist.deploy import onnx_predict
         except ModuleNotFoundError as error:
-            mend = "pip install onnxruntime numpy pillow, and in the checkout pip install --no-deps ."
-            print(f"error: package {error.name}: is not installed; {mend}", file=sys.stderr)
+            hint = "pip install onnxruntime numpy pillow, and in the checkout pip install --no-deps ."
+            print(f"error: package {error.name}: is not installed; {hint}", file=sys.stderr)
             sys.exit(2)
         sys.exit(onnx_predict.main(sys.argv[1:]))
 

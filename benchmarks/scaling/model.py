@@ -80,8 +80,8 @@ class Inputs:
             value, is_time = getattr(self, field.name), field.name.endswith(("_us", "_ns", "_ms"))
             if value is not None and not (value >= 0 if is_time else value > 0):
                 reason = "is not 0 or more" if is_time else "is not above 0"
-                mend = f"leave it out for {field.default}, or give your own"
-                raise UserError(f"--model.{field.name.replace('_', '-')}", value, reason, mend)
+                hint = f"leave it out for {field.default}, or give your own"
+                raise UserError(f"--model.{field.name.replace('_', '-')}", value, reason, hint)
 
     @property
     def node_bandwidth(self) -> float:

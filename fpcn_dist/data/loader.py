@@ -191,8 +191,8 @@ class TrainLoader:
         if len(self._unreadable) > self._config.max_bad_images:
             shown = "; ".join(f"{path}: {reason}" for _, path, reason in self._unreadable.values())
             reason = f"{len(self._unreadable)} files turned unreadable during the run ({shown})"
-            mend = "restore them and start the same command again, or raise data.max_bad_images"
-            raise UserError("data.max_bad_images", self._config.max_bad_images, reason, mend) from error
+            hint = "restore them and start the same command again, or raise data.max_bad_images"
+            raise UserError("data.max_bad_images", self._config.max_bad_images, reason, hint) from error
 
 
 class EvalLoader:

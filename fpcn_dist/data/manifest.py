@@ -11,6 +11,7 @@ in folders of their own below it; names that start with a dot are ignored:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -66,20 +67,27 @@ class Manifest:
     images: tuple[Image, ...]
     refused: tuple[Refused, ...]
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 over classes, relative paths, splits and contents; where the folder lies plays no part."""
         content = [self.classes, [(image.path, image.label, image.split, image.digest) for image in self.images]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    @property
+    @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
         """[len(images)] label of every image id."""
         return np.array([image.label for image in self.images], dtype=np.int64)
 
     def ids(self, split: str) -> NDArray[np.int64]:
         """Ids of the images of a split, ascending; empty where the data have no such split."""
-        return np.array([i for i, image in enumerate(self.images) if image.split == split], dtype=np.int64)
+        return self._ids_by_split.get(split, np.empty(0, dtype=np.int64))
+
+    @functools.cached_property
+    def _ids_by_split(self) -> dict[str, NDArray[np.int64]]:
+        ids: dict[str, list[int]] = {}
+        for index, image in enumerate(self.images):
+            ids.setdefault(image.split, []).append(index)
+        return {split: np.array(members, dtype=np.int64) for split, members in ids.items()}
 
     def path(self, image_id: int) -> Path:
         """Where the image lies."""
@@ -123,8 +131,8 @@ class Manifest:
         try:
             return cls.from_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            mend = "choose a run folder that is whole, or start a new run"
-            raise UserError("manifest", file, f"cannot be read as a manifest ({error})", mend) from error
+            hint = "choose a run folder that is whole, or start a new run"
+            raise UserError("manifest", file, f"cannot be read as a manifest ({error})", hint) from error
 
 
 class _Candidate(NamedTuple):
@@ -156,18 +164,23 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     refused = [Refused(c.path, check.reason) for c, check in zip(candidates, checks, strict=True) if check.reason]
     if refused and config.on_bad_image == "fail":
         shown = "; ".join(f"{path}: {reason}" for path, reason in refused[:5]) + ("; ..." if len(refused) > 5 else "")
-        mend = "mend or remove them, or set data.on_bad_image to 'skip'"
-        raise UserError("--data", root, f"{len(refused)} image(s) cannot be used ({shown})", mend)
+        hint = "mend or remove them, or set data.on_bad_image to 'skip'"
+        raise UserError("--data", root, f"{len(refused)} image(s) cannot be used ({shown})", hint)
 
     given = {c.split for c in candidates}
     fractions = {} if "val" in given else {"val": config.val_fraction}
     if None in given:
         fractions["test"] = config.test_fraction
-    classes = sorted({c.name for c in candidates})
+    members: dict[str, list[tuple[_Candidate, Check]]] = {candidate.name: [] for candidate in candidates}
+    for candidate, check in zip(candidates, checks, strict=True):
+        if check.ok:
+            members[candidate.name].append((candidate, check))
+    classes = sorted(members)
     images = []
     for label, name in enumerate(classes):
-        members = [(c, check) for c, check in zip(candidates, checks, strict=True) if check.ok and c.name == name]
-        for c, check, split in _split(members, fractions, seed if config.split_seed is None else config.split_seed):
+        for c, check, split in _split(
+            members[name], fractions, seed if config.split_seed is None else config.split_seed
+        ):
             images.append(Image(c.path, label, split, check.size, check.digest))
     counts = Counter(image.label for image in images if image.split == "train")
     check_composition(classes, [counts[label] for label in range(len(classes))], config)
@@ -218,8 +231,8 @@ def _check_classes(root: Path, classes_of: dict[Path, set[str]], form: str) -> N
         if missing or extra:
             only = [f"{name!r} is only in {first.name}/" for name in sorted(missing)]
             only += [f"{name!r} is only in {place.name}/" for name in sorted(extra)]
-            mend = "give every split the same class folders"
-            raise UserError("--data", root, f"the classes of its splits differ: {', '.join(only)}", mend)
+            hint = "give every split the same class folders"
+            raise UserError("--data", root, f"the classes of its splits differ: {', '.join(only)}", hint)
 
 
 def _split(

@@ -53,13 +53,13 @@ def check_composition(classes: Sequence[str], counts: Sequence[int], config: Dat
     wanted = config.classes_per_batch
     if wanted is not None and wanted > len(classes):
         reason = f"the data have only {len(classes)} classes ({', '.join(classes)})"
-        mend = f"lower it to at most {len(classes)}, or set it to null"
-        raise UserError("data.classes_per_batch", wanted, reason, mend)
+        hint = f"lower it to at most {len(classes)}, or set it to null"
+        raise UserError("data.classes_per_batch", wanted, reason, hint)
     name, count = min(zip(classes, counts, strict=True), key=lambda pair: pair[1])
     if count < config.images_per_class:
         reason = f"class {name!r} has {count} training image(s), but a batch needs {config.images_per_class} of a class"
-        mend = f"add images of {name!r}" + (f", or lower it to at most {count}" if count else "")
-        raise UserError("data.images_per_class", config.images_per_class, reason, mend)
+        hint = f"add images of {name!r}" + (f", or lower it to at most {count}" if count else "")
+        raise UserError("data.images_per_class", config.images_per_class, reason, hint)
 
 
 def check_division(classes_per_batch: int, images_per_class: int, world_size: int) -> None:
@@ -74,8 +74,8 @@ def check_division(classes_per_batch: int, images_per_class: int, world_size: in
         below = images_per_class // step * step
         choices = [below, below + step] if below else [step]
         reason = f"{images_per_class} x {classes_per_batch} classes = {size} images do not divide by {world_size} ranks"
-        mend = f"try {' or '.join(map(str, choices))}"
-        raise UserError("data.images_per_class", images_per_class, reason, mend)
+        hint = f"try {' or '.join(map(str, choices))}"
+        raise UserError("data.images_per_class", images_per_class, reason, hint)
 
 
 class BalancedSampler:

@@ -63,7 +63,7 @@ class _Photographs:
         return cls([manifest.path(image_id) for image_id in ids.tolist()], manifest.labels[ids], f"{split} images")
 
     def batches(self, info: ModelInfo) -> Iterator[Batch]:
-        config = info.preprocessing.model_copy(update={"eval_batch_size": _BATCH})
+        config = info.preprocessing.changed(eval_batch_size=_BATCH)
         ids = np.arange(len(self.files))
         device = torch.device("cpu")
         return iter(EvalLoader(self.files, self.labels, ids, config, rank=0, world_size=1, device=device))

@@ -118,11 +118,11 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
 
     # Where only one side of a connection fails, gloo lets the other wait without end.
     seconds = COLLECTIVE_TIMEOUT.total_seconds() + 5
-    mend = (
+    hint = (
         "see that all ranks are started and reach MASTER_ADDR at MASTER_PORT; between nodes with several networks or "
         "names for 127.0.1.1 set GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME, to the one that joins them"
     )
-    found = Check("rendezvous", join, mend, seconds).run()
+    found = Check("rendezvous", join, hint, seconds).run()
     if found:
         return None, found
     (ranks,) = joined
@@ -141,29 +141,29 @@ def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: in
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // ranks_here
     cuda = device.type == "cuda"
 
-    def check(name: str, look: Callable[..., Iterable[Finding]], *args: Any, mend: str, seconds: float = 30) -> Check:
-        return Check(name, functools.partial(look, *args), mend, seconds)
+    def check(name: str, look: Callable[..., Iterable[Finding]], *args: Any, hint: str, seconds: float = 30) -> Check:
+        return Check(name, functools.partial(look, *args), hint, seconds)
 
     reinstall = "install the versions of constraints.txt"
     of_machine = [
         *_SOFTWARE,
-        check("gpu", machine.gpus, mend="see what nvidia-smi says", seconds=60),
-        *([check("nccl", machine.nccl, mend=reinstall)] if cuda else []),
-        check("processor", machine.processor, ranks_here, mend="look at this machine's limits"),
-        check("memory", machine.memory, ranks_here, mend="look at this machine's limits"),
-        check("disk", machine.disk, output, mend="choose another --output", seconds=60),
-        check("host name", network.host_name, nodes > 1, mend="look at /etc/hosts and /etc/resolv.conf"),
-        check("network", network.interfaces, cuda, mend="look at the machine's network"),
-        *([] if "RANK" in os.environ else [check("port", network.port, mend="look at the machine's network")]),
+        check("gpu", machine.gpus, hint="see what nvidia-smi says", seconds=60),
+        *([check("nccl", machine.nccl, hint=reinstall)] if cuda else []),
+        check("processor", machine.processor, ranks_here, hint="look at this machine's limits"),
+        check("memory", machine.memory, ranks_here, hint="look at this machine's limits"),
+        check("disk", machine.disk, output, hint="choose another --output", seconds=60),
+        check("host name", network.host_name, nodes > 1, hint="look at /etc/hosts and /etc/resolv.conf"),
+        check("network", network.interfaces, cuda, hint="look at the machine's network"),
+        *([] if "RANK" in os.environ else [check("port", network.port, hint="look at the machine's network")]),
     ]
     of_rank = [
-        check("decoding", _on, device, computing.decoding, device, mend=reinstall),
+        check("decoding", _on, device, computing.decoding, device, hint=reinstall),
         # Triton compiles them at the first call.
-        check("masked_pool", _on, device, computing.masked_pool, device, mend=reinstall, seconds=90),
-        check("pair_contrast", _on, device, computing.pair_contrast, device, mend=reinstall, seconds=90),
+        check("masked_pool", _on, device, computing.masked_pool, device, hint=reinstall, seconds=90),
+        check("pair_contrast", _on, device, computing.pair_contrast, device, hint=reinstall, seconds=90),
     ]
     if data is not None and local_rank == 0 and int(os.environ.get("RANK", 0)) > 0:
-        of_machine.append(check("data", computing.data_is_here, data, mend="see whether its file system answers"))
+        of_machine.append(check("data", computing.data_is_here, data, hint="see whether its file system answers"))
     return [*(of_machine if local_rank == 0 else []), *of_rank]
 
 
@@ -201,8 +201,8 @@ def _gather(report: _Report, patient: dist.ProcessGroup) -> list[Finding] | None
         dist.all_gather_object(everyone, (report.place, report.findings, software.versions()), group=patient)
         return []
 
-    mend = "see the other ranks' lines, and whether the network holds"
-    if lost := Check("rendezvous", exchange, mend, _ELSEWHERE.total_seconds()).run():
+    hint = "see the other ranks' lines, and whether the network holds"
+    if lost := Check("rendezvous", exchange, hint, _ELSEWHERE.total_seconds()).run():
         report.add(lost)
         return None
     shown = set(report.findings)

@@ -18,35 +18,35 @@ class Finding(NamedTuple):
     Attributes:
         status: ``ok``, ``warning`` (works, but worse than it could) or ``problem`` (training would fail or be wrong).
         found: what was found, without a full stop.
-        mend: what to do about it; empty where there is nothing to do.
+        hint: what to do about it; empty where there is nothing to do.
         check: name of the check.
     """
 
     status: str
     found: str
-    mend: str = ""
+    hint: str = ""
     check: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:<8}{self.check}: {self.found}" + (f"; {self.mend}" if self.mend else "")
+        return f"{self.status:<8}{self.check}: {self.found}" + (f"; {self.hint}" if self.hint else "")
 
 
 def ok(found: str) -> Finding:
     return Finding("ok", found)
 
 
-def warning(found: str, mend: str) -> Finding:
-    return Finding("warning", found, mend)
+def warning(found: str, hint: str) -> Finding:
+    return Finding("warning", found, hint)
 
 
-def problem(found: str, mend: str) -> Finding:
-    return Finding("problem", found, mend)
+def problem(found: str, hint: str) -> Finding:
+    return Finding("problem", found, hint)
 
 
 def explained(error: UserError) -> Finding:
     """A mistake that the library itself has explained."""
     value = "" if error.value is None else f" {error.value}"
-    return problem(f"{error.field}{value}: {error.reason}", error.mend)
+    return problem(f"{error.field}{value}: {error.reason}", error.hint)
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Check:
     Attributes:
         name: of the check in its lines.
         look: finds at least one thing.
-        mend: what to do where it fails in a way that it does not explain itself.
+        hint: what to do where it fails in a way that it does not explain itself.
         seconds: how long it may take.
     """
 
     name: str
     look: Callable[[], Iterable[Finding]]
-    mend: str
+    hint: str
     seconds: float = 30.0
 
     def run(self) -> list[Finding]:
@@ -72,7 +72,7 @@ class Check:
         thread.start()
         thread.join(self.seconds)
         if thread.is_alive():
-            found = [*found, problem(f"did not end within {self.seconds:g} s", self.mend)]
+            found = [*found, problem(f"did not end within {self.seconds:g} s", self.hint)]
         return [finding._replace(check=self.name) for finding in found]
 
     def _look(self, found: list[Finding]) -> None:
@@ -82,10 +82,10 @@ class Check:
         except UserError as error:
             found.append(explained(error))
         except ImportError as error:
-            found.append(problem(f"cannot be checked ({error})", self.mend))
+            found.append(problem(f"cannot be checked ({error})", self.hint))
         except Exception as error:  # whatever a broken installation may raise
             first_line = (str(error).strip() or "no message").splitlines()[0]
-            found.append(problem(f"failed: {type(error).__name__}: {first_line}", self.mend))
+            found.append(problem(f"failed: {type(error).__name__}: {first_line}", self.hint))
 
 
 def stuck() -> bool:

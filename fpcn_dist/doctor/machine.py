@@ -116,16 +116,16 @@ def disk(output: Path) -> Iterator[Finding]:
     folder = output.absolute()
     while not folder.exists():
         folder = folder.parent
-    mend = "choose another --output"
+    hint = "choose another --output"
     try:
         write, read = _speed(folder)
     except OSError as error:
-        yield problem(f"{output} cannot be written to ({error.strerror})", mend)
+        yield problem(f"{output} cannot be written to ({error.strerror})", hint)
         return
     free = shutil.disk_usage(folder).free
     found = f"{folder} writes {write / MIB:.0f} MiB/s, reads {read / MIB:.0f} MiB/s, {free / GIB:.0f} GiB free"
     if write < 20 * MIB:
-        yield warning(f"{found}, so a checkpoint of ResNet-101 takes {350 * MIB / write:.0f} s", mend)
+        yield warning(f"{found}, so a checkpoint of ResNet-101 takes {350 * MIB / write:.0f} s", hint)
     elif free < 10 * GIB:
         yield warning(found, "free some space: a run of ResNet-101 with its checkpoints takes some GiB")
     else:

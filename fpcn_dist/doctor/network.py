@@ -25,14 +25,14 @@ _MIB = 2**20
 def host_name(several_nodes: bool) -> Iterator[Finding]:
     """Whether the own name has an address, and one that other machines can use."""
     name = socket.gethostname()
-    mend = f"give {name} its network address in /etc/hosts or the DNS"
+    hint = f"give {name} its network address in /etc/hosts or the DNS"
     address = _address(name)
     if address is None:
         found = f"{name} has no address"
-        yield problem(found, mend) if several_nodes else warning(found, mend)
+        yield problem(found, hint) if several_nodes else warning(found, hint)
     elif several_nodes and address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
         found = f"{name} has the address {address}, at which other nodes cannot reach it"
-        yield problem(found, f"set GLOO_SOCKET_IFNAME to one of {', '.join(_outward())}, or {mend}")
+        yield problem(found, f"set GLOO_SOCKET_IFNAME to one of {', '.join(_outward())}, or {hint}")
     else:
         yield ok(f"{name} has the address {address}")
 

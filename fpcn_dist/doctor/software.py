@@ -62,11 +62,11 @@ def _dali() -> Finding:
 
     cuda = (torch.version.cuda or "13").split(".")[0]
     installed = {name: found for name in ("12", "13") if (found := _version(f"nvidia-dali-cuda{name}0"))}
-    mend = f"pip install '{_PROJECT}[cuda{cuda}]'"
+    hint = f"pip install '{_PROJECT}[cuda{cuda}]'"
     if not installed:
-        return problem("DALI is not installed, which reads all images", mend)
+        return problem("DALI is not installed, which reads all images", hint)
     if cuda not in installed:
-        return warning(f"DALI is for CUDA {', '.join(installed)}, and PyTorch for CUDA {cuda}", mend)
+        return warning(f"DALI is for CUDA {', '.join(installed)}, and PyTorch for CUDA {cuda}", hint)
     return ok(f"DALI {installed[cuda]} for CUDA {cuda}")
 
 

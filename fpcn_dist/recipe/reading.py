@@ -38,12 +38,12 @@ def explain(error: ValidationError, source: object) -> UserError:
     field = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _section(Recipe, first["loc"][:-1]).model_fields
-        mend = nearest(str(first["loc"][-1]), known)
-        return UserError(f"{source}: {field}", None, "there is no such recipe field", mend)
+        hint = nearest(str(first["loc"][-1]), known)
+        return UserError(f"{source}: {field}", None, "there is no such recipe field", hint)
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and ";" in reason:
-        reason, mend = reason.split("; ", 1)
-        return UserError(f"{source}: {field}", None, reason, mend)
+        reason, hint = reason.split("; ", 1)
+        return UserError(f"{source}: {field}", None, reason, hint)
     reason = reason[0].lower() + reason[1:]
     return UserError(f"{source}: {field}", repr(first["input"]), reason, "correct it")
 

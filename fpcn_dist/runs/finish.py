@@ -33,7 +33,7 @@ def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
     assert path is not None, "the last step writes a checkpoint"
     state, info = read_checkpoint(path)
     recipe, _ = run.open()
-    model = build_model(recipe.model.model_copy(update={"pretrained": False}), len(info.classes), task=recipe.task)
+    model = build_model(recipe.model.changed(pretrained=False), len(info.classes), task=recipe.task)
     model.load_state_dict(model_weights(state))
     save_model(run.path, model, recipe, info.classes)
     return path.name, info.step

@@ -106,7 +106,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Classi
     folder = Path(folder)
     info = _load_info(folder)
     # The weights file replaces pretrained ones, which may not even be reachable here.
-    offline = info.model.model_copy(update={"pretrained": False})
+    offline = info.model.changed(pretrained=False)
     model = build_model(offline, len(info.classes), task=info.task)
     _load_weights(model, folder / WEIGHTS)
     return model.to(device).eval(), info

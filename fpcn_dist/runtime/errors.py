@@ -1,4 +1,4 @@
-"""The one exception that a user may see: what is wrong, where, why, and how to mend it."""
+"""The one exception that a user may see: what is wrong, where, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class UserError(Exception):
         field: what is wrong: a recipe field (``data.crop``), an argument (``--data``), a file, a rank.
         value: the offending value as the user wrote it, or ``None`` where there is none to show.
         reason: why it cannot be used, as a sentence without a full stop.
-        mend: what to do about it, as an imperative without a full stop.
+        hint: what to do about it, as an imperative without a full stop.
     """
 
-    def __init__(self, field: str, value: object, reason: str, mend: str) -> None:
-        self.field, self.value, self.reason, self.mend = field, value, reason, mend
+    def __init__(self, field: str, value: object, reason: str, hint: str) -> None:
+        self.field, self.value, self.reason, self.hint = field, value, reason, hint
         shown = "" if value is None else f" {value!s}"
-        super().__init__(f"{field}{shown}: {reason}; {mend}")
+        super().__init__(f"{field}{shown}: {reason}; {hint}")
 
     def __reduce__(self):
-        return type(self), (self.field, self.value, self.reason, self.mend)
+        return type(self), (self.field, self.value, self.reason, self.hint)
 
 
 class Outage(UserError):

@@ -47,8 +47,8 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
         who = f"process {owner['process']} on {owner['host']}"
         if owner.get("job"):
             who += f", batch job {owner['job']}"
-        mend = "wait for it, stop it, or choose another --output"
-        raise UserError("--output", folder, f"another run is writing to it ({who})", mend)
+        hint = "wait for it, stop it, or choose another --output"
+        raise UserError("--output", folder, f"another run is writing to it ({who})", hint)
     ended = threading.Event()
     keeper = threading.Thread(target=_keep, args=(path, token, beat, ended), daemon=True, name="lock")
     keeper.start()

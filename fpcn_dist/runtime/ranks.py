@@ -73,7 +73,7 @@ class Ranks:
                 outcome[0] = compute()
             except UserError as error:
                 value = None if error.value is None else str(error.value)
-                outcome[1] = [isinstance(error, Outage), error.field, value, error.reason, error.mend]
+                outcome[1] = [isinstance(error, Outage), error.field, value, error.reason, error.hint]
             store.set(key, "done")
         else:
             store.wait([key], FIRST_RANK_TIMEOUT)

@@ -17,7 +17,7 @@ from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads
 from fpcn_dist.training.profiler import profiled
 from fpcn_dist.training.progress import Progress
-from fpcn_dist.training.run import Trainee
+from fpcn_dist.training.run import TrainingRun
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.soft_labels.attach import attach_teacher
 from fpcn_dist.training.start import start_runs
@@ -101,7 +101,7 @@ def train_together(
     for run, recipe, entry in zip(runs, chosen, begun, strict=True):
         _require_even_parts(loader.batch_size // ranks.world_size, recipe.train.micro_batches)
         schedule = Schedule.of(recipe, loader.batch_size, loader.steps_per_epoch)
-        trainees.append(Trainee(run, recipe, manifest, ranks, schedule, entry["checkpoint"]))
+        trainees.append(TrainingRun(run, recipe, manifest, ranks, schedule, entry["checkpoint"]))
     total = trainees[0].schedule.total
     progress = Progress(total, start_step=start, rank=ranks.rank)
 
@@ -155,7 +155,7 @@ def train_together(
     return {trainee.run.path: trainee.failure for trainee in trainees if trainee.failure is not None}
 
 
-def _log_point(trainee: Trainee, done: int, progress: Progress, name: str, *, save: bool) -> float | None:
+def _log_point(trainee: TrainingRun, done: int, progress: Progress, name: str, *, save: bool) -> float | None:
     """Record, evaluate and save as is due; gives the validation accuracy where that was measured."""
     schedule, prefix = trainee.schedule, f"{name}: " if name else ""
     progress.update(done, done / schedule.per_epoch, trainee.log(done), name=name)
@@ -170,12 +170,12 @@ def _log_point(trainee: Trainee, done: int, progress: Progress, name: str, *, sa
     return accuracy
 
 
-def _active(trainees: Sequence[Trainee], step: int) -> list[Trainee]:
+def _active(trainees: Sequence[TrainingRun], step: int) -> list[TrainingRun]:
     return [trainee for trainee in trainees if trainee.failure is None and trainee.start <= step]
 
 
 @contextlib.contextmanager
-def _isolated(trainee: Trainee, trainees: Sequence[Trainee]):
+def _isolated(trainee: TrainingRun, trainees: Sequence[TrainingRun]):
     """Let the others go on where one of several fails, as far as ranks can still agree on what happened.
 
     A loss that is not finite is found by all ranks at once. Anything else may have happened on one rank alone, whose

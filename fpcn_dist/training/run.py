@@ -28,7 +28,7 @@ from fpcn_dist.training.meter import StepMeter
 from fpcn_dist.training.schedule import Schedule
 
 
-class Trainee:
+class TrainingRun:
     """A recipe on its way to a model, from the newest checkpoint in its folder on.
 
     Args:
@@ -161,4 +161,4 @@ class Trainee:
             steps = self.checkpoints.steps()
             path = self.checkpoints.path(steps[-1]) if steps else None
             good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-            raise type(error)(error.field, error.value, error.reason, f"{error.mend}; {good}") from None
+            raise type(error)(error.field, error.value, error.reason, f"{error.hint}; {good}") from None

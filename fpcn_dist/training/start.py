@@ -66,14 +66,14 @@ def _start_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks,
 
 def _in_parts_as_large(recipe: Recipe, ranks_before: int, ranks: Ranks, classes: int) -> Recipe:
     """``recipe`` cut into more parts where fewer ranks share the batch, so that a part needs no more memory."""
-    batch_size = (recipe.data.classes_per_batch or classes) * recipe.data.images_per_class
+    batch_size = recipe.data.batch_size(classes)
     share, largest = batch_size // ranks.world_size, batch_size // ranks_before // recipe.train.micro_batches
     parts = next((p for p in range(1, share + 1) if share % p == 0 and share // p <= largest), share)
     if ranks.world_size >= ranks_before or parts <= recipe.train.micro_batches:
         return recipe
     now = f"{ranks.world_size} rank(s) where there were {ranks_before}"
     print(f"{now}: each cuts its share of a batch into {parts} parts", flush=True)
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batches": parts})})
+    return recipe.changed(**{"train.micro_batches": parts})
 
 
 def _require_same_data(manifest: Manifest, info: CheckpointInfo, checkpoint: Path, run: RunFolder) -> None:

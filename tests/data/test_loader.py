@@ -84,7 +84,7 @@ def test_sizes(manifest: Manifest) -> None:
     loader = _train(manifest, world_size=2)
     assert loader.batch_size == 12 and len(next(loader)) == 6
     assert loader.steps_per_epoch == len(manifest.ids("train")) // 12 == 4
-    assert _train(manifest, CONFIG.model_copy(update={"images_per_class": 17})).steps_per_epoch == 1
+    assert _train(manifest, CONFIG.changed(images_per_class=17)).steps_per_epoch == 1
 
 
 def test_batches_stay_as_they_were(manifest: Manifest) -> None:
@@ -99,7 +99,7 @@ def test_batches_stay_as_they_were(manifest: Manifest) -> None:
 def test_restart_is_bit_identical_with_any_number_of_threads(manifest: Manifest) -> None:
     whole = _take(_train(manifest), 7)
     for threads in (1, 3):
-        restarted = _train(manifest, CONFIG.model_copy(update={"threads": threads}), start_step=4)
+        restarted = _train(manifest, CONFIG.changed(threads=threads), start_step=4)
         assert all(_same(a, b) for a, b in zip(whole[4:], _take(restarted, 3), strict=True))
     assert not _same(whole[0], whole[1])
 
@@ -137,7 +137,7 @@ def test_evaluation_sees_each_image_once(manifest: Manifest, world_size: int, co
 
 def test_views_are_shown_in_turn(manifest: Manifest) -> None:
     """With two views of each image, the third time that it is due shows the first again."""
-    config = CONFIG.model_copy(update={"views": 2})
+    config = CONFIG.changed(views=2)
     endless, in_turn = _take(_train(manifest), 18), _take(_train(manifest, config), 18)
     shown: dict[tuple[int, int], Tensor] = {}
     repeated = 0
@@ -262,7 +262,7 @@ def test_replacement_does_not_depend_on_history_or_ranks(fragile: Manifest) -> N
 
 
 def test_too_many_bad_files_stop_the_run(fragile: Manifest) -> None:
-    loader = _train(fragile, CONFIG.model_copy(update={"max_bad_images": 1}))
+    loader = _train(fragile, CONFIG.changed(max_bad_images=1))
     next(loader)
     bad = [fragile.path(i) for i in fragile.ids("train").tolist()[::5]]
     for path in bad:
@@ -274,7 +274,7 @@ def test_too_many_bad_files_stop_the_run(fragile: Manifest) -> None:
 
 
 def test_a_class_without_readable_images_stops_the_run(fragile: Manifest) -> None:
-    loader = _train(fragile, CONFIG.model_copy(update={"max_bad_images": 50}))
+    loader = _train(fragile, CONFIG.changed(max_bad_images=50))
     next(loader)
     for path in Path(fragile.root, "marble").iterdir():
         _damage(path, "emptied")

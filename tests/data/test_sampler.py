@@ -175,13 +175,13 @@ def test_data_that_do_not_fit_the_batch(counts, classes_per_batch, images_per_cl
 
 
 @pytest.mark.parametrize(
-    ("classes", "images", "world_size", "mend"),
+    ("classes", "images", "world_size", "hint"),
     [(3, 13, 4, "try 12 or 16"), (3, 1, 2, "try 2"), (4, 3, 8, "try 2 or 4"), (3, 14, 5, "try 10 or 15")],
 )
-def test_batch_that_does_not_divide_by_the_ranks(classes: int, images: int, world_size: int, mend: str) -> None:
+def test_batch_that_does_not_divide_by_the_ranks(classes: int, images: int, world_size: int, hint: str) -> None:
     with pytest.raises(UserError) as error:
         check_division(classes, images, world_size)
-    expected = f"{images} x {classes} classes = {images * classes} images do not divide by {world_size} ranks; {mend}"
+    expected = f"{images} x {classes} classes = {images * classes} images do not divide by {world_size} ranks; {hint}"
     assert str(error.value) == f"data.images_per_class {images}: {expected}"
 
 

@@ -202,7 +202,7 @@ def test_without_torch(tmp_path):
 def test_an_import_that_fails(monkeypatch):
     monkeypatch.setitem(sys.modules, "fpcn_dist.data.loader", None)
     (line,) = found(computing.decoding, CPU)
-    assert line.status == "problem" and "fpcn_dist.data.loader" in line.found and line.mend == "call for help"
+    assert line.status == "problem" and "fpcn_dist.data.loader" in line.found and line.hint == "call for help"
 
 
 def test_a_decoder_that_is_wrong(monkeypatch):
@@ -229,7 +229,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(machine, "DRIVER_FILES", (str(tmp_path / "nvidia[0-9]*"),))
     (line,) = found(machine.gpus)
-    assert line.status == "problem" and "nvidia0" in line.found and "cannot use it" in line.found and line.mend
+    assert line.status == "problem" and "nvidia0" in line.found and "cannot use it" in line.found and line.hint
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (line,) = found(machine.gpus)
     assert line.status == "warning" and "CUDA_VISIBLE_DEVICES" in line.found
@@ -238,11 +238,11 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
 def test_little_shared_memory_and_one_core(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=64 * 2**20))
-    assert any(line.status == "warning" and "--shm-size" in line.mend for line in found(machine.memory, 1))
+    assert any(line.status == "warning" and "--shm-size" in line.hint for line in found(machine.memory, 1))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     (line,) = found(machine.processor, 4)
-    assert line.status == "warning" and "1 of 8 core(s)" in line.found and "--cpus-per-task" in line.mend
+    assert line.status == "warning" and "1 of 8 core(s)" in line.found and "--cpus-per-task" in line.hint
 
 
 def test_names_and_networks(monkeypatch):
@@ -252,6 +252,6 @@ def test_names_and_networks(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert found(network.host_name, False)[0].status == "ok"
     (line,) = found(network.host_name, True)
-    assert line.status == "problem" and "GLOO_SOCKET_IFNAME" in line.mend
+    assert line.status == "problem" and "GLOO_SOCKET_IFNAME" in line.hint
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
     assert any(line.status == "problem" and "eth77" in line.found for line in found(network.interfaces, False))

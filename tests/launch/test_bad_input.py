@@ -1,4 +1,4 @@
-"""Every mistake a user is likely to make: one line that names field, value, reason and mend; never a traceback."""
+"""Every mistake a user is likely to make: one line that names field, value, reason and hint; never a traceback."""
 
 from __future__ import annotations
 

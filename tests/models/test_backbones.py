@@ -108,7 +108,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name: str, advice: str) ->
         build_backbone(name)
     assert caught.value.field == "model.backbone"
     assert caught.value.value == name
-    assert advice in caught.value.mend
+    assert advice in caught.value.hint
 
 
 STUDENTS = {

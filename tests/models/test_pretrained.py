@@ -109,7 +109,7 @@ def refused(name: str, path: Path) -> UserError:
 def test_a_missing_file_is_named_with_the_ways_out(tmp_path: Path) -> None:
     error = refused("resnet18", tmp_path / "nowhere.pth")
     assert error.reason == "there is no such file"
-    assert "false to train from scratch" in error.mend
+    assert "false to train from scratch" in error.hint
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -164,7 +164,7 @@ def test_without_a_network_the_error_comes_soon_and_leaves_nothing(name: str, of
     assert time.monotonic() - start < 15
     assert caught.value.field == "model.pretrained"
     assert "could not be fetched from https://" in caught.value.reason
-    assert "give the path of a .pth or .safetensors file, or false to train from scratch" in caught.value.mend
+    assert "give the path of a .pth or .safetensors file, or false to train from scratch" in caught.value.hint
     assert list(offline.iterdir()) == []
 
 

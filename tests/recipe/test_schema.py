@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.reading import dump_recipe, load_recipe
-from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.recipe.schema import DataConfig, Recipe
 from fpcn_dist.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -149,3 +150,17 @@ def test_help_tells_every_field():
         nested = getattr(fields.annotation, "model_fields", {})
         for name in nested:
             assert f"--{section}.{name.replace('_', '-')}" in shown
+
+
+def test_changed_fields_are_validated():
+    recipe = Recipe().changed(**{"optim.lr": 0.5, "name": "other"})
+    assert (recipe.optim.lr, recipe.name, recipe.optim.momentum) == (0.5, "other", Recipe().optim.momentum)
+    assert recipe.data.changed(views=3).views == 3 and Recipe().optim.lr != 0.5
+    for wrong in ({"optim.lr": -1}, {"optim.rate": 1}, {"data.crop": 10_000}, {"task": "distill"}):
+        with pytest.raises(ValidationError):
+            Recipe().changed(**wrong)
+
+
+def test_batch_size_of_all_classes_or_some():
+    assert DataConfig(classes_per_batch=3, images_per_class=14).batch_size(7) == 42
+    assert DataConfig(classes_per_batch=None, images_per_class=14).batch_size(7) == 98

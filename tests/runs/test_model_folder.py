@@ -109,7 +109,7 @@ def test_loading_asks_no_network_for_pretrained_weights(damaged: Path) -> None:
 
 @pytest.mark.parametrize("evaluation", [None, _evaluation()], ids=["unevaluated", "evaluated"])
 def test_the_card_is_valid_whatever_the_names(tmp_path: Path, evaluation: Evaluation | None) -> None:
-    recipe = _recipe().model_copy(update={"name": 'rocks: "7" #1'})
+    recipe = _recipe().changed(name='rocks: "7" #1')
     write_card(tmp_path, recipe, CLASSES, evaluation)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     matter = yaml.safe_load(front)

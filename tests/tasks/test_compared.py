@@ -104,10 +104,10 @@ def test_pca_nets_losses_are_written_out(rocks):
     assert features.shape[1] == 512 and attention.shape[1] == 32
 
 
-@pytest.mark.parametrize(("pairs", "mend"), [(13, "multiple of 12, such as 12"), (144, "such as 132")])
-def test_pairs_that_cannot_be_shared_out(rocks, pairs, mend):
+@pytest.mark.parametrize(("pairs", "hint"), [(13, "multiple of 12, such as 12"), (144, "such as 132")])
+def test_pairs_that_cannot_be_shared_out(rocks, pairs, hint):
     chosen = recipe("pca_net")
-    chosen = chosen.model_copy(update={"contrast": chosen.contrast.model_copy(update={"num_pairs": pairs})})
+    chosen = chosen.changed(**{"contrast.num_pairs": pairs})
     task, shown = build_task(chosen, CLASSES), batch(rocks, chosen)
-    with pytest.raises(UserError, match=f"contrast.num_pairs {pairs}.*{mend}"):
+    with pytest.raises(UserError, match=f"contrast.num_pairs {pairs}.*{hint}"):
         task(shown, 0)

@@ -98,8 +98,7 @@ def test_a_backbone_that_is_frozen_at_first_thaws(together):
 def test_the_teacher_in_the_step_serves_all(tmp_path, rocks, students, alone):
     recipes = {}
     for name in ("gentle", "strict"):
-        distill = students[name].distill.model_copy(update={"teacher_mode": "online"})
-        recipes[tmp_path / name] = students[name].model_copy(update={"distill": distill})
+        recipes[tmp_path / name] = students[name].changed(**{"distill.teacher_mode": "online"})
     assert train_together(recipes, rocks, ALONE) == {}
     assert_same({run.name: run for run in recipes}, alone)
 

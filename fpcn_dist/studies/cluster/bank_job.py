@@ -34,7 +34,7 @@ def write_bank(ray: Any, slots: Slots, recipe: Recipe, manifest: Manifest, outpu
     bank = prepare_bank(Path(recipe.distill.bank), recipe, manifest)
     if not bank.missing():
         return
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"threads": max(1, slots.cpus)})})
+    recipe = recipe.changed(**{"data.threads": max(1, slots.cpus)})
     # What a killed process leaves undone, its next attempt does.
     write = ray.remote(_write_share).options(**slots.options, max_retries=_ATTEMPTS)
     common = recipe.model_dump(), str(bank.folder), str(output / "manifest.json")

@@ -116,8 +116,8 @@ def _require_answer(address: str) -> None:
 
 
 def _no_cluster(address: str, detail: str) -> UserError:
-    mend = "start one (ray start --head), set RAY_AUTH_TOKEN if it has a token, or leave --address out"
-    return UserError("--address", address, f"no Ray cluster can be joined there ({detail})", mend)
+    hint = "start one (ray start --head), set RAY_AUTH_TOKEN if it has a token, or leave --address out"
+    return UserError("--address", address, f"no Ray cluster can be joined there ({detail})", hint)
 
 
 def find_slots(ray: Any, cpus: int | None = None) -> Slots:

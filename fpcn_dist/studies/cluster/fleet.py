@@ -48,9 +48,7 @@ def survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[
 
 def _what_counts(recipe: Recipe) -> Recipe:
     """Without what may be another on another cluster, or after a folder has moved."""
-    data = recipe.data.model_copy(update={"threads": None})
-    distill = recipe.distill.model_copy(update={"teacher": None, "bank": None})
-    return recipe.model_copy(update={"data": data, "distill": distill})
+    return recipe.changed(**{"data.threads": None, "distill.teacher": None, "distill.bank": None})
 
 
 def measure_steps(

@@ -55,12 +55,12 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
     parsed, device = Recipe.model_validate(recipe), own_device()
     use_threads(parsed.data.threads, device)
     data = parsed.data
-    batch_size = (data.classes_per_batch or classes) * data.images_per_class
+    batch_size = data.batch_size(classes)
     images = min(_TIMED_IMAGES, batch_size)
     # Weights that a file or a hub would give do not change the cost; which pairs are taken hardly does, and their count
     # is that of the whole batch.
-    changes = {"model": parsed.model.model_copy(update={"pretrained": False}), "contrast": _any_pairs(parsed)}
-    task = build_task(parsed.model_copy(update=changes), classes).to(device).train()
+    untrained = parsed.changed(**{"model.pretrained": False, "contrast": _any_pairs(parsed)})
+    task = build_task(untrained, classes).to(device).train()
     optimizer = build_optimizer(parsed.optim, task)
     index = torch.arange(images, device=device)
     pixels = torch.randn(images, 3, data.crop, data.crop, device=device)
@@ -82,4 +82,4 @@ def _any_pairs(recipe: Recipe) -> ContrastConfig:
     pairs = recipe.contrast.pairs
     if pairs == "random" and recipe.task == "contrast":
         pairs = "all"
-    return recipe.contrast.model_copy(update={"pairs": pairs, "num_pairs": None})
+    return recipe.contrast.changed(pairs=pairs, num_pairs=None)

@@ -74,15 +74,14 @@ def distill(
         ray = held.enter_context(connect_ray(address))
         slots = _limited(find_slots(ray), gpus)
         if recipe.distill.bank is None:
-            updated = recipe.distill.model_copy(update={"bank": str((output / "bank").resolve())})
-            recipe = recipe.model_copy(update={"distill": updated})
+            recipe = recipe.changed(**{"distill.bank": str((output / "bank").resolve())})
         runs = _run_recipes(recipe, students, baselines, threads=slots.cpus)
         failures, unfinished = survey(output, runs)
         costs = dict.fromkeys(unfinished, 0.0)
         if slots.count > 1:  # on a single place there is nothing to weigh up
             todo = {name: runs[name] for name in unfinished}
             costs = measure_steps(ray, slots, todo, len(manifest.classes), output, dry_run)
-        batch_size = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class
+        batch_size = recipe.data.batch_size(len(manifest.classes))
         plan = make_plan(costs, slots.count, batch_size) if costs else []
         _show(plan, slots, skipped=len(runs) - len(unfinished))
         if dry_run:
@@ -99,20 +98,18 @@ def _limited(slots: Slots, gpus: int | None) -> Slots:
         return slots
     have = slots.count if slots.kind == "GPU" else 0
     if not 1 <= gpus <= have:
-        mend = f"give 1 to {have}" if have else "leave --gpus out to train on CPUs"
-        raise UserError("--gpus", gpus, f"the cluster has {have} GPU(s)", mend)
+        hint = f"give 1 to {have}" if have else "leave --gpus out to train on CPUs"
+        raise UserError("--gpus", gpus, f"the cluster has {have} GPU(s)", hint)
     return slots._replace(count=gpus)
 
 
 def _run_recipes(recipe: Recipe, students: Sequence[str], baselines: bool, threads: int) -> dict[str, Recipe]:
-    data = recipe.data.model_copy(update={"threads": recipe.data.threads or max(1, threads)})
+    recipe = recipe.changed(**{"data.threads": recipe.data.threads or max(1, threads)})
     runs = {}
     for student in students:
-        model = recipe.model.model_copy(update={"backbone": student})
-        runs[student] = recipe.model_copy(update={"name": student, "model": model, "data": data})
+        runs[student] = recipe.changed(**{"name": student, "model.backbone": student})
         if baselines:
-            update = {"name": student + BASELINE, "task": "classify"}
-            runs[student + BASELINE] = runs[student].model_copy(update=update)
+            runs[student + BASELINE] = runs[student].changed(name=student + BASELINE, task="classify")
     return runs
 
 
@@ -143,8 +140,8 @@ def _finish(recipe: Recipe, output: Path, students: Sequence[str], failures: dic
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     write_results(output, students, Path(recipe.distill.teacher), failures, device, baselines=baselines)
     if problems:
-        mend = f"see {output / 'logs'}; the same command goes on with them"
-        raise UserError("students", None, " | ".join(problems), mend)
+        hint = f"see {output / 'logs'}; the same command goes on with them"
+        raise UserError("students", None, " | ".join(problems), hint)
 
 
 def _is_exported(run: Path) -> bool:

@@ -177,7 +177,7 @@ class _Collector:
         ids = self._pictures()
         images = [self.manifest.images[i] for i in ids.tolist()]
         labels = self.manifest.labels[ids]
-        config = self.grid.base.data.model_copy(update={"eval_batch_size": len(ids)})
+        config = self.grid.base.data.changed(eval_batch_size=len(ids))
         (batch,) = _load(self.manifest, ids, config, device)
         paths = [image.path for image in images]
         return compare(

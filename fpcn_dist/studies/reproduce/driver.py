@@ -168,7 +168,7 @@ def _train(
 
 
 def _with_threads(recipe: Recipe, threads: int) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"threads": max(1, threads)})})
+    return recipe.changed(**{"data.threads": max(1, threads)})
 
 
 def _estimate(
@@ -182,10 +182,7 @@ def _estimate(
         folder = distillation(output, seed)
         missing = [name for name in students if RunFolder(folder / name).read_outcome()[0] != "finished"]
         student = _with_threads(grid.student(seed, folder), slots.cpus)
-        taught[folder.name] = {
-            name: student.model_copy(update={"model": student.model.model_copy(update={"backbone": name})})
-            for name in missing
-        }
+        taught[folder.name] = {name: student.changed(**{"model.backbone": name}) for name in missing}
     asked = todo | {f"student {name}": recipe for named in taught.values() for name, recipe in named.items()}
     if any(taught.values()):
         asked["teacher"] = runs[run_name("fpcn", grid.seeds[0])]

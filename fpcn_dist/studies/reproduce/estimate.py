@@ -63,7 +63,7 @@ def run_seconds(step: float, recipe: Recipe, manifest: Manifest) -> float:
         recipe: of the run.
         manifest: its images.
     """
-    batch = (recipe.data.classes_per_batch or len(manifest.classes)) * recipe.data.images_per_class
+    batch = recipe.data.batch_size(len(manifest.classes))
     steps = max(1, len(manifest.ids("train")) // batch) * recipe.train.epochs
     looks = recipe.train.epochs // recipe.train.eval_every * len(manifest.ids("val")) + len(manifest.ids("test"))
     return _START + step * (steps + _FORWARD * looks / batch)
@@ -71,7 +71,7 @@ def run_seconds(step: float, recipe: Recipe, manifest: Manifest) -> float:
 
 def bank_seconds(step: float, student: Recipe, manifest: Manifest) -> float:
     """Seconds of all looks of a teacher whose training step takes ``step`` seconds."""
-    batch = (student.data.classes_per_batch or len(manifest.classes)) * student.data.images_per_class
+    batch = student.data.batch_size(len(manifest.classes))
     return step * _FORWARD * (student.data.views or 1) * len(manifest.ids("train")) / batch
 
 

@@ -71,7 +71,7 @@ class Grid:
         _check(base)
         self.base, self._systems, self.scale = base, systems, scale
         self.sections, self.seeds = tuple(sections), tuple(seeds)
-        self._images = (base.data.classes_per_batch or classes) * base.data.images_per_class
+        self._images = base.data.batch_size(classes)
         recipes: dict[str, Recipe] = {}
         for section in self.sections:
             recipes |= self.of_section(section)
@@ -103,7 +103,7 @@ class Grid:
     def student(self, seed: int, teacher: Path) -> Recipe:
         """Recipe of the students of Table 4, taught by the model in a run folder."""
         base = self.base
-        data = base.data.model_copy(update={"views": base.data.views or _VIEWS[self.scale]})
+        data = base.data.changed(views=base.data.views or _VIEWS[self.scale])
         student = self._changed(
             "student", task="distill", data=data.model_dump(), optim={"freeze_backbone_epochs": 0},
             distill=base.distill.model_dump() | {"teacher": str(teacher)},
@@ -184,9 +184,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _check(base: Recipe) -> None:
     """Refuse a recipe that leaves nothing to take away from or compare with."""
     if isinstance(base.model.pretrained, str):
-        mend = "use true (ImageNet weights of each network) or false (from scratch)"
-        raise UserError("model.pretrained", base.model.pretrained, "every system has other weights", mend)
-    for field, value, wrong, mend in (
+        hint = "use true (ImageNet weights of each network) or false (from scratch)"
+        raise UserError("model.pretrained", base.model.pretrained, "every system has other weights", hint)
+    for field, value, wrong, hint in (
         ("task", base.task, base.task != "contrast", "set it to 'contrast'"),
         ("model.region", base.model.region, base.model.region == "none", "use threshold or largest"),
         ("model.area_scale", base.model.area_scale, not base.model.area_scale, "set it to true"),
@@ -195,7 +195,7 @@ def _check(base: Recipe) -> None:
         ("engine.name", base.engine.name, base.engine.name != "ddp", "set it to 'ddp'"),
     ):
         if wrong:
-            raise UserError(field, value, "is not FPCN as the paper trains it, which the tables start from", mend)
+            raise UserError(field, value, "is not FPCN as the paper trains it, which the tables start from", hint)
 
 
 def run_name(name: str, seed: int) -> str:
@@ -205,4 +205,4 @@ def run_name(name: str, seed: int) -> str:
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The same on the same images, from other random numbers."""
-    return recipe.model_copy(update={"seed": seed})
+    return recipe.changed(seed=seed)

@@ -121,11 +121,11 @@ def _load_library() -> Any:
         raise UserError("grad-cam", None, reason, "pip install 'fpcn-dist[reproduce]'") from error
     except ImportError as error:
         # An OpenCV with windows, which some other package has brought along, wants the libraries of a desktop.
-        mend = (
+        hint = (
             "install that system library (libGL.so.1 is in Debian's libgl1, libgthread-2.0.so.0 in libglib2.0-0), or "
             "do without it: pip uninstall opencv-python && pip install --force-reinstall opencv-python-headless"
         )
-        raise UserError("grad-cam", None, f"the package cannot be loaded ({error})", mend) from error
+        raise UserError("grad-cam", None, f"the package cannot be loaded ({error})", hint) from error
     return pytorch_grad_cam
 
 

@@ -49,8 +49,8 @@ def finish_search(plan: Plan, results: SearchResults) -> None:
     for trial in failed:
         console.print(f"trial {trial.number} failed: {trial.reason}", highlight=False, markup=False)
     if best is None:
-        mend = f"see {plan.output / 'logs'}; the same command with --resume goes on"
-        raise UserError("trials", None, "none has finished", mend)
+        hint = f"see {plan.output / 'logs'}; the same command with --resume goes on"
+        raise UserError("trials", None, "none has finished", hint)
     console.print(f"best recipe {plan.output / BEST}", highlight=False, markup=False)
     console.print(f"report {report}", highlight=False, markup=False)
 

@@ -102,14 +102,8 @@ class Plan:
         recipe = self.spaces[prefix].recipe(_part(settings, prefix))
         if self.stage == "joint":
             teacher = self.teacher_folder(settings)
-            distill = recipe.distill.model_copy(update={"teacher": str(teacher), "bank": str(teacher / "bank")})
-            recipe = recipe.model_copy(update={"distill": distill})
-        return {
-            folder / name: recipe.model_copy(
-                update={"name": name, "model": recipe.model.model_copy(update={"backbone": name})}
-            )
-            for name in self.students
-        }
+            recipe = recipe.changed(**{"distill.teacher": str(teacher), "distill.bank": str(teacher / "bank")})
+        return {folder / name: recipe.changed(**{"name": name, "model.backbone": name}) for name in self.students}
 
     def teacher_folder(self, settings: Settings) -> Path:
         """Run folder of the teacher of a joint trial, which trials that differ only in the student's fields share."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
@@ -52,8 +52,8 @@ def checked(request: Request) -> Request:
     if request.trials < 1:
         raise UserError("--trials", request.trials, "leaves nothing to do", "give 1 or more")
     if request.objectives not in OBJECTIVES:
-        mend = "give accuracy, or accuracy,latency"
-        raise UserError("--multi-objective", ",".join(request.objectives), "is not known", mend)
+        hint = "give accuracy, or accuracy,latency"
+        raise UserError("--multi-objective", ",".join(request.objectives), "is not known", hint)
     recipe, student, stage = request.recipe, request.student, request.stage
     if stage != "student" and recipe.task == "distill":
         raise UserError("task", recipe.task, f"stage '{stage}' trains a teacher", "give a teacher's recipe")
@@ -90,14 +90,14 @@ def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle
     Raises:
         UserError: the space cannot be searched.
     """
-    threads = int(bundles[0]["CPU"])
+    threads = {"data.threads": int(bundles[0]["CPU"])}
     student = request.student
     if request.stage == "student" and student is not None and student.distill.bank is None:
-        student = _with(student, "distill", bank=str(output / "bank"))
+        student = student.changed(**{"distill.bank": str(output / "bank")})
     plan = Plan(
         stage=request.stage,
-        teacher=None if request.stage == "student" else _with(request.recipe, "data", threads=threads),
-        student=student and _with(student, "data", threads=threads),
+        teacher=None if request.stage == "student" else request.recipe.changed(**threads),
+        student=student and student.changed(**threads),
         students=request.students,
         output=output,
         classes=classes,
@@ -111,17 +111,13 @@ def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle
     return plan
 
 
-def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
-
-
 def _absolute(recipe: Recipe) -> Recipe:
     """Trials have working directories of their own."""
     weights = recipe.model.pretrained
     if isinstance(weights, str) and Path(weights).exists():
-        recipe = _with(recipe, "model", pretrained=str(Path(weights).resolve()))
+        recipe = recipe.changed(**{"model.pretrained": str(Path(weights).resolve())})
     if recipe.distill.bank is not None:
-        recipe = _with(recipe, "distill", bank=str(Path(recipe.distill.bank).resolve()))
+        recipe = recipe.changed(**{"distill.bank": str(Path(recipe.distill.bank).resolve())})
     return recipe
 
 

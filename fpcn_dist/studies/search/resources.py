@@ -36,8 +36,8 @@ def trial_bundles(slots: Slots, threads: int | None, *, workers: int | None, gpu
     share = gpus / workers
     if gpus and share != 1 and not (workers == 1 and share < 1):
         reason = f"a rank uses one GPU, and the trial has {workers} rank(s)"
-        mend = f"give {workers}, or a part of 1 with one rank"
-        raise UserError("--gpus-per-trial", f"{gpus:g}", reason, mend)
+        hint = f"give {workers}, or a part of 1 with one rank"
+        raise UserError("--gpus-per-trial", f"{gpus:g}", reason, hint)
     if gpus:
         cpus = threads or max(1, int(slots.cpus * share))
         return [{"CPU": float(cpus), "GPU": share}] * workers
@@ -72,8 +72,8 @@ def require_places(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Bundl
     if not count:
         asked = f"{len(bundles)} x {_words(bundles[0])}"
         have = "; ".join(_words({k: n.get(k, 0) for k in bundles[0]}) for n in nodes)
-        mend = "lower --workers-per-trial, --gpus-per-trial or data.threads, or add nodes"
-        raise UserError("trial", asked, f"the cluster's {len(nodes)} node(s) cannot hold one ({have})", mend)
+        hint = "lower --workers-per-trial, --gpus-per-trial or data.threads, or add nodes"
+        raise UserError("trial", asked, f"the cluster's {len(nodes)} node(s) cannot hold one ({have})", hint)
     return count
 
 

@@ -102,7 +102,7 @@ class Space:
         try:
             self.recipe(settings)
         except UserError as error:
-            raise UserError(f"search.space.{name}", repr(value), error.reason, error.mend) from None
+            raise UserError(f"search.space.{name}", repr(value), error.reason, error.hint) from None
 
     def suggest(self, trial: Chooser) -> Settings:
         """Draw a value for each field; the number of pairs only where their kind leaves a choice."""
@@ -236,8 +236,8 @@ def _types_of(name: str) -> set[type]:
             raise UserError(f"search.space.{name}", None, "there is no such recipe field", nearest(name, known))
         schema = fields[part].annotation
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        mend = "name one of its fields: " + ", ".join(schema.model_fields)
-        raise UserError(f"search.space.{name}", None, "is a section, not a field", mend)
+        hint = "name one of its fields: " + ", ".join(schema.model_fields)
+        raise UserError(f"search.space.{name}", None, "is a section, not a field", hint)
     return set(_leaves(schema))
 
 

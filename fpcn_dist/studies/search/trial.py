@@ -221,7 +221,7 @@ def _latency(recipe: Recipe) -> float:
     """Milliseconds of one image; training does not change it."""
     device = own_device()
     use_threads(recipe.data.threads, device)
-    config = recipe.model.model_copy(update={"pretrained": False})
+    config = recipe.model.changed(pretrained=False)
     return measure(build_model(config, 2, task=recipe.task), recipe.data.crop, device).milliseconds
 
 

@@ -164,7 +164,7 @@ class DeepSpeedEngine:
         """ZeRO creates its optimizer shards in the first update: make one, at rate 0, and undo its trace in buffers."""
         data = self.recipe.data
         classes = self.task.model.classifier.out_features
-        size = (data.classes_per_batch or classes) * data.images_per_class // self.ranks.world_size
+        size = data.batch_size(classes) // self.ranks.world_size
         places = torch.zeros(size, dtype=torch.int64, device=self.ranks.device)
         images = torch.zeros(size, 3, data.crop, data.crop, device=self.ranks.device)
         labels = torch.arange(size, device=self.ranks.device) % classes

@@ -104,7 +104,7 @@ class SoftLabelBank:
         todo = [chunk for chunk in range(share, self.chunks, shares) if not written[chunk]]
         if not todo:
             return
-        config = self.recipe.data.model_copy(update={"eval_batch_size": size})
+        config = self.recipe.data.changed(eval_batch_size=size)
         # The last chunk is filled up with the first views: rounding depends on the size of a batch.
         entry = np.concatenate([np.arange(chunk * size, (chunk + 1) * size) for chunk in todo]) % total
         loader = ViewLoader(
@@ -165,7 +165,7 @@ def prepare_bank(folder: Path, recipe: Recipe, manifest: Manifest) -> SoftLabelB
         return bank
     images, classes, views = len(manifest.ids("train")), len(manifest.classes), key.views
     # As many views as a batch of one rank has: the teacher then rounds as it does in that rank's steps.
-    chunk = (recipe.data.classes_per_batch or classes) * recipe.data.images_per_class
+    chunk = recipe.data.batch_size(classes)
     size = 4 * images * views * classes
     shown = f"{images} images x {views} views x {classes} classes, {size / 2**20:.1f} MiB"
     print(f"soft-label bank {folder}: {shown}", flush=True)

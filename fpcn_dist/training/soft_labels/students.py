@@ -22,7 +22,7 @@ def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
     check_students(recipe, students)
     if recipe.distill.teacher is not None:
         absolute = str(Path(recipe.distill.teacher).resolve())
-        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": absolute})})
+        recipe = recipe.changed(**{"distill.teacher": absolute})
     return name_teacher(recipe)
 
 
@@ -33,8 +33,8 @@ def check_students(recipe: Recipe, students: Sequence[str]) -> None:
         UserError: names what does not fit.
     """
     if recipe.task != "distill":
-        mend = "use launch/recipes/distill.yaml, or set task to 'distill'"
-        raise UserError("task", recipe.task, "students are trained by task 'distill'", mend)
+        hint = "use launch/recipes/distill.yaml, or set task to 'distill'"
+        raise UserError("task", recipe.task, "students are trained by task 'distill'", hint)
     if recipe.engine.name != "ddp":
         reason = "students that share ranks are trained by DDP"
         raise UserError("engine.name", recipe.engine.name, reason, "set it to 'ddp'")

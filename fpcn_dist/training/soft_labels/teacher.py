@@ -88,7 +88,7 @@ def name_teacher(recipe: Recipe) -> Recipe:
             f"its weights (sha256 {found[:16]}) are not those that the recipe names ({distill.teacher_sha256[:16]})",
             "give the teacher that the recipe was made with, or drop distill.teacher_sha256",
         )  # fmt: skip
-    return recipe.model_copy(update={"distill": distill.model_copy(update={"teacher_sha256": found})})
+    return recipe.changed(**{"distill.teacher_sha256": found})
 
 
 def open_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> Teacher:

@@ -112,7 +112,7 @@ def test_students_see_what_their_teacher_saw(tmp_path):
     made = grid("tiny")
     student = made.student(4, tmp_path)
     assert (student.task, student.seed, student.distill.teacher) == ("distill", 4, str(tmp_path))
-    assert student.data == made.runs["fpcn-seed0"].data.model_copy(update={"views": 4})
+    assert student.data == made.runs["fpcn-seed0"].data.changed(views=4)
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,9 @@ bank.write(Counting(open_teacher(recipe, manifest, CPU), fatal=5), share=0, shar
 
 
 def test_a_bank_trains_as_the_teacher_itself(folder, rocks, chosen):
-    chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"epochs": 4})})  # a view again
-    distill = chosen.distill.model_copy(update={"teacher_mode": "online"})
+    chosen = chosen.changed(**{"train.epochs": 4})  # a view again
     train(chosen, rocks, folder / "by bank", ALONE)
-    train(chosen.model_copy(update={"distill": distill}), rocks, folder / "online", ALONE)
+    train(chosen.changed(**{"distill.teacher_mode": "online"}), rocks, folder / "online", ALONE)
     assert losses(folder / "by bank") == losses(folder / "online")
     weights = [(folder / run / "model.safetensors").read_bytes() for run in ("by bank", "online")]
     assert weights[0] == weights[1]
@@ -235,7 +234,7 @@ def test_a_real_disk_that_is_too_full(tmp_path, chosen, manifest, views):
     if mounted.returncode:
         pytest.skip("may not mount a disk")
     try:
-        larger = chosen.model_copy(update={"data": chosen.data.model_copy(update={"views": views})})
+        larger = chosen.changed(**{"data.views": views})
         with pytest.raises(UserError, match=r"be written \(No space left on device\); free some space"):
             prepare_bank(tmp_path / "bank", larger, manifest)
         assert list((tmp_path / "bank").iterdir()) == []

@@ -52,8 +52,8 @@ def rank_main(rank: int, port: int, folder: Path, teacher: Path, data: Path) -> 
         failures = train_together({folder / "together" / name: r for name, r in chosen.items()}, data, ranks)
         written = {path.name: path.stat().st_mtime_ns for path in (folder / "together/taught/bank").iterdir()}
         (folder / f"{rank}.json").write_text(json.dumps([computed, {run.name: why for run, why in failures.items()}]))
-        distill = chosen["other"].distill.model_copy(update={"bank": str(folder / "together/taught/bank")})
-        train(chosen["other"].model_copy(update={"distill": distill}), data, folder / "alone", ranks)
+        with_bank = chosen["other"].changed(**{"distill.bank": str(folder / "together/taught/bank")})
+        train(with_bank, data, folder / "alone", ranks)
         assert written == {path.name: path.stat().st_mtime_ns for path in (folder / "together/taught/bank").iterdir()}
 
 
