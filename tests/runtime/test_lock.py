@@ -19,6 +19,8 @@ from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.lock import FILE, locked
 from tests.helpers.launching import ROOT
 
+WAITING = "was last used by process"
+"""Part of what is said before a sign of life is waited for."""
 OWNER = (
     "import sys, time\nfrom pathlib import Path\nfrom fpcn_dist.runtime.lock import locked\n"
     "with locked(Path(sys.argv[1]), beat=0.1, patience=1.0):\n    print('mine', flush=True)\n    time.sleep(60)\n"
@@ -63,20 +65,18 @@ def test_the_owner_keeps_it_and_gives_it_back(tmp_path):
         pass
 
 
-def test_another_process_is_refused_while_the_owner_lives(tmp_path, owner):
-    began = time.monotonic()
+def test_another_process_is_refused_while_the_owner_lives(tmp_path, owner, capfd):
     message = rf"process {owner.pid} on .*; wait for it, stop it, or choose another --output"
     with pytest.raises(UserError, match=message), locked(tmp_path):
         pass
-    assert time.monotonic() - began < 5
+    assert WAITING not in capfd.readouterr().out
 
 
-def test_a_killed_owner_on_this_machine_is_known_to_be_dead_at_once(tmp_path, owner):
+def test_a_killed_owner_on_this_machine_is_known_to_be_dead_at_once(tmp_path, owner, capfd):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    began = time.monotonic()
     with locked(tmp_path):
-        assert time.monotonic() - began < 1
+        assert WAITING not in capfd.readouterr().out
 
 
 def test_an_owner_on_another_machine_that_lives_refuses(tmp_path):
@@ -107,19 +107,18 @@ def test_an_owner_on_another_machine_that_is_silent_is_dead_after_a_while(tmp_pa
     elsewhere(tmp_path)
     began = time.monotonic()
     with locked(tmp_path, patience=1.5):
-        assert 1.5 <= time.monotonic() - began < 4
-    assert "was last used by process" in capfd.readouterr().out
+        assert time.monotonic() - began >= 1.5
+    assert WAITING in capfd.readouterr().out
 
 
-def test_an_earlier_start_of_the_same_batch_job_is_dead(tmp_path, owner, monkeypatch):
+def test_an_earlier_start_of_the_same_batch_job_is_dead(tmp_path, owner, monkeypatch, capfd):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     elsewhere(tmp_path, job="17", restart=0)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    began = time.monotonic()
     with locked(tmp_path):
-        assert time.monotonic() - began < 1
+        assert WAITING not in capfd.readouterr().out
 
 
 def test_an_owner_that_was_taken_for_dead_ends(tmp_path):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.helpers.launching import ROOT, environment, free_port
 
 RANK = """
-import os, signal, sys, time
+import datetime, os, signal, sys
 import torch, torch.distributed as dist
 FIRST, LOST = int(sys.argv[1]), int(sys.argv[2])
-from fpcn_dist.runtime.ranks import connect
+from fpcn_dist.runtime import ranks
 from fpcn_dist.runtime.preemption import Preemption
 
-with connect() as ranks, Preemption(ranks) as preemption:
+ranks.COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)  # whoever waited for it would not leave within the test
+
+with ranks.connect() as ranks, Preemption(ranks) as preemption:
     preemption.agreed()
     dist.barrier()
     if ranks.rank == LOST:
@@ -40,6 +41,4 @@ def test_survivors_do_not_wait_for_one_another(first, lost):
         for rank in range(3)
     ]  # fmt: skip
     assert ranks[lost].wait(timeout=60) == -9
-    began = time.monotonic()
     assert [rank.wait(timeout=90) for number, rank in enumerate(ranks) if number != lost] == [1, 1]
-    assert time.monotonic() - began < 20
