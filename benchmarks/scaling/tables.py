@@ -158,9 +158,13 @@ def _prediction_table(name: str, predictions: Sequence[Prediction]) -> Table:
         times = (p.compute, p.pairs, p.exchange, p.center, p.reduction, p.exposed, p.host, p.feed, p.step)
         shares = (p.images_per_second / p.gpus / alone, p.contrast_share)
         table.add_row(
-            str(p.gpus), f"{p.images:,}", *(f"{time * 1e3:.2f}" for time in times), p.bound,
-            f"{p.images_per_second:,.0f}", *(f"{share:.0%}" for share in shares),
-        )  # fmt: skip
+            str(p.gpus),
+            f"{p.images:,}",
+            *(f"{time * 1e3:.2f}" for time in times),
+            p.bound,
+            f"{p.images_per_second:,.0f}",
+            *(f"{share:.0%}" for share in shares),
+        )
     return table
 
 

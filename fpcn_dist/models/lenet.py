@@ -23,12 +23,20 @@ class LeNet(Backbone):
         if pretrained:
             raise UserError(
                 "model.pretrained", pretrained, "there are no published weights for lenet", "set it to false"
-            )  # fmt: skip
+            )
         net = nn.Sequential(
-            nn.Conv2d(3, 6, 5), nn.Tanh(), nn.AvgPool2d(2),
-            nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(),
-            nn.Linear(16 * 5 * 5, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(),
-        )  # fmt: skip
+            nn.Conv2d(3, 6, 5),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * 5 * 5, 120),
+            nn.Tanh(),
+            nn.Linear(120, 84),
+            nn.Tanh(),
+        )
         super().__init__(net, 84, norm, has_map=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def replace_norms(net: nn.Module, norm: str) -> nn.Module:
     if not batch_norms(net):
         raise UserError(
             "model.norm", norm, "this backbone has no BatchNorm to replace", "use batch, which leaves its layers alone"
-        )  # fmt: skip
+        )
     if norm == "sync_batch":
         return convert_sync_batchnorm(net)
     if norm == "frozen_batch":

@@ -162,9 +162,18 @@ def test_flops_of_pairs_are_those_of_the_derivation():
     images, channels, width, classes = 8, 16, 12, 5
     draw = torch.randn
     problem = PairProblem(
-        draw(images, channels), draw(images, 2 * width), draw(channels, width), draw(channels),
-        draw(classes, channels), draw(classes), torch.zeros(images, dtype=torch.int64), 0, True, None, torch.ones(()),
-    )  # fmt: skip
+        draw(images, channels),
+        draw(images, 2 * width),
+        draw(channels, width),
+        draw(channels),
+        draw(classes, channels),
+        draw(classes),
+        torch.zeros(images, dtype=torch.int64),
+        0,
+        True,
+        None,
+        torch.ones(()),
+    )
     others = PassingRows(0, problem.uv_B2D, torch.zeros_like(problem.uv_B2D))
 
     def product(_, left, right, **__):  # in place, which the counter does not know

@@ -38,11 +38,13 @@ def command(launcher: str, ranks: int = 2) -> list[str]:
     return {
         "python": [sys.executable],
         "torchrun": [
-            str(bin_dir / "torchrun"), f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
+            str(bin_dir / "torchrun"),
+            f"--nproc-per-node={ranks}",
+            "--rdzv-backend=c10d",
             f"--rdzv-endpoint=127.0.0.1:{free_port()}",
         ],
         "deepspeed": [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())],
-    }[launcher]  # fmt: skip
+    }[launcher]
 
 
 def environment() -> dict[str, str]:

@@ -32,9 +32,12 @@ def ray_cluster(nodes: int) -> Iterator[tuple[str, Order]]:
     """Address of a cluster of that many nodes of one CPU core, and a function that gives it an order: "kill NODE_ID" or
     "add"."""
     process = subprocess.Popen(
-        [sys.executable, str(NODES), str(nodes)], env=environment() | ENVIRONMENT,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, str(NODES), str(nodes)],
+        env=environment() | ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdin and process.stdout
     lines = iter(process.stdout.readline, "")
 

@@ -127,9 +127,14 @@ class Machines:
         """Called when all machines have been started."""
 
     def run(
-        self, *command: str, node: int = 0, cwd: Path | None = None, env: Mapping[str, str] | None = None,
-        check: bool = True, timeout: float = 60,
-    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        self,
+        *command: str,
+        node: int = 0,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        check: bool = True,
+        timeout: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
         """Execute a command on the controller, or on a node, in ``cwd`` (default: the folder).
 
         Args:
@@ -184,9 +189,14 @@ class Machines:
         argv = [*where, "unshare", *_NAMESPACES, "--fork", "--kill-child", "bash", "-c", script, "bash", *args]
         with open(self.folder / f"machine{machine}.log", "a") as log:
             process = subprocess.Popen(
-                argv, env=self._environment, cwd=self.folder, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
+                argv,
+                env=self._environment,
+                cwd=self.folder,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         self._machines[machine] = _Machine(process, "")
         assert process.stdout
         with process.stdout:

@@ -80,9 +80,13 @@ class SlurmCluster(Machines):
             self.wait_node(node, "idle")
 
     def submit(
-        self, script: Path, *args: str, options: Sequence[str] = (), env: Mapping[str, str] | None = None,
+        self,
+        script: Path,
+        *args: str,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Queue a batch script with its arguments, under further options of ``sbatch``; gives the job's id."""
         return self.run("sbatch", "--parsable", *options, str(script), *args, env=env, cwd=cwd).stdout.strip()
 

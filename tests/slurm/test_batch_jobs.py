@@ -205,9 +205,15 @@ def test_a_distillation_over_the_nodes_of_a_job_and_its_exit_status(jobs, tmp_pa
 def test_a_reproduction_over_the_nodes_of_a_job(jobs, tmp_path):
     output, argv = tmp_path / "tables", ["--data", str(jobs.runs.data), "--only", "figure5"]
     small = {
-        "data.resize": 40, "data.crop": 32, "data.images-per-class": 4, "data.threads": 2, "train.epochs": 1,
-        "train.eval-every": 1, "model.norm": "frozen_batch", "model.backbone": "test_resnet",
-    }  # fmt: skip
+        "data.resize": 40,
+        "data.crop": 32,
+        "data.images-per-class": 4,
+        "data.threads": 2,
+        "train.epochs": 1,
+        "train.eval-every": 1,
+        "model.norm": "frozen_batch",
+        "model.backbone": "test_resnet",
+    }
     argv += ["--output", str(output), *(word for name, value in small.items() for word in (f"--{name}", str(value)))]
     jobs.finish(jobs.submit(ROOT / "launch/slurm/reproduce.sbatch", argv, "slurm-reproduce"))
     assert (output / "report.html").is_file() and (output / "figure5").is_dir()

@@ -41,8 +41,16 @@ def one_process(runs: Runs) -> list[float]:
 
 def launcher(hosts: Machines, *options: str) -> list[str]:
     deepspeed = environment()["PATH"].partition(":")[0] + "/deepspeed"
-    return [deepspeed, "--hostfile", str(hosts.folder.parent / "hostfile"), "--master_addr", "node1", "--master_port",
-            str(free_port()), *options]  # fmt: skip
+    return [
+        deepspeed,
+        "--hostfile",
+        str(hosts.folder.parent / "hostfile"),
+        "--master_addr",
+        "node1",
+        "--master_port",
+        str(free_port()),
+        *options,
+    ]
 
 
 def test_started_on_each_host(hosts, runs, one_process):

@@ -58,9 +58,16 @@ class BankKey:
         data, teacher, views = recipe.data, recipe.distill.teacher_sha256, recipe.data.views
         assert teacher is not None and views is not None
         return cls(
-            _FORMAT, manifest.hash, teacher, recipe.seed,
-            views, data.resize, data.crop, data.flip, recipe.train.precision,
-        )  # fmt: skip
+            _FORMAT,
+            manifest.hash,
+            teacher,
+            recipe.seed,
+            views,
+            data.resize,
+            data.crop,
+            data.flip,
+            recipe.train.precision,
+        )
 
 
 class SoftLabelBank:
@@ -212,9 +219,11 @@ def _require_same(folder: Path, key: BankKey) -> None:
     differences = list(_differences(_read(folder), dataclasses.asdict(key)))
     if differences:
         raise UserError(
-            "bank", folder, f"holds the logits of something else ({', '.join(differences)})",
+            "bank",
+            folder,
+            f"holds the logits of something else ({', '.join(differences)})",
             "remove the folder, or choose another --output or distill.bank",
-        )  # fmt: skip
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -84,10 +84,11 @@ def name_teacher(recipe: Recipe) -> Recipe:
     found = weights_sha256(Path(distill.teacher))
     if distill.teacher_sha256 not in (None, found):
         raise UserError(
-            "distill.teacher", distill.teacher,
+            "distill.teacher",
+            distill.teacher,
             f"its weights (sha256 {found[:16]}) are not those that the recipe names ({distill.teacher_sha256[:16]})",
             "give the teacher that the recipe was made with, or drop distill.teacher_sha256",
-        )  # fmt: skip
+        )
     return recipe.changed(**{"distill.teacher_sha256": found})
 
 
@@ -129,9 +130,11 @@ def _require_same_size(teacher: Teacher, recipe: Recipe) -> None:
     for field, value, wanted in (("resize", ours.resize, theirs.resize), ("crop", ours.crop, theirs.crop)):
         if value != wanted:
             raise UserError(
-                f"data.{field}", value, f"the teacher was trained at {wanted}, and both see the same images",
+                f"data.{field}",
+                value,
+                f"the teacher was trained at {wanted}, and both see the same images",
                 f"give --data.resize {theirs.resize} --data.crop {theirs.crop}",
-            )  # fmt: skip
+            )
 
 
 def _require_unseen(teacher: Teacher, manifest: Manifest) -> None:
@@ -143,7 +146,8 @@ def _require_unseen(teacher: Teacher, manifest: Manifest) -> None:
     seen = [image.path for image in manifest.images if image.split != "train" and image.digest in trained_on]
     if seen:
         raise UserError(
-            "distill.teacher", teacher.folder,
+            "distill.teacher",
+            teacher.folder,
             f"it was trained on {len(seen)} images that its students would be measured on, such as {seen[0]}",
             "set seed, data.val_fraction and data.test_fraction as in the teacher's recipe.yaml",
-        )  # fmt: skip
+        )
