@@ -69,9 +69,10 @@ class TrainingRun:
         self.logger = MetricsLogger(run.path, ranks.rank, start_step=self.start)
 
     def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
-        task = build_task(
-            self.recipe, len(self.manifest.classes), self.ranks.group, steps_per_epoch=self.schedule.per_epoch
-        )
+        # A state replaces pretrained weights, which may not even be reachable any more.
+        recipe = self.recipe if state is None else self.recipe.changed(**{"model.pretrained": False})
+        classes, per_epoch = len(self.manifest.classes), self.schedule.per_epoch
+        task = build_task(recipe, classes, self.ranks.group, steps_per_epoch=per_epoch)
         self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:
