@@ -12,7 +12,7 @@ from rich.table import Table
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.checkpoint import BEST, CheckpointFolder, model_weights, read_checkpoint
+from fpcn_dist.runs.checkpoint import CheckpointFolder, model_weights
 from fpcn_dist.runs.evaluation import FILE as EVALUATION
 from fpcn_dist.runs.evaluation import Evaluation, evaluate
 from fpcn_dist.runs.folder import RunFolder
@@ -38,10 +38,9 @@ def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks) -> N
 
 
 def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
-    best = checkpoints.folder / BEST
-    path = best if best.exists() else checkpoints.newest()
-    assert path is not None, "the last step writes a checkpoint"
-    state, info = read_checkpoint(path)
+    chosen = checkpoints.best() or checkpoints.newest()
+    assert chosen is not None, "the last step writes a checkpoint"
+    path, state, info = chosen
     recipe, _ = run.open()
     model = build_model(recipe.model.changed(pretrained=False), len(info.classes), task=recipe.task)
     model.load_state_dict(model_weights(state))
