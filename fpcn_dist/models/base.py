@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fpcn_dist.models.norms import batch_norms, replace_norms
+from fpcn_dist.models.norms import batch_norms, freeze, replace_norms
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -37,6 +37,13 @@ class Backbone(nn.Module):
         if self.norm == "frozen_batch":
             for layer in batch_norms(self.net):
                 layer.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Backbone:
+        """Freeze or thaw the network, less the norms that ``model.norm`` keeps frozen whatever happens."""
+        super().requires_grad_(requires_grad)
+        if self.norm == "frozen_batch":
+            freeze(self.net)
         return self
 
     def forward(self, images: Tensor) -> Tensor:

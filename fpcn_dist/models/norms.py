@@ -19,6 +19,12 @@ def batch_norms(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, _BatchNorm)]
 
 
+def freeze(net: nn.Module) -> None:
+    """Let no BatchNorm layer of ``net`` learn its scales and shifts."""
+    for layer in batch_norms(net):
+        layer.requires_grad_(False)
+
+
 def replace_norms(net: nn.Module, norm: str) -> nn.Module:
     """``net`` with the normalisation that ``model.norm`` names; changes ``net`` in place.
 
@@ -31,14 +37,12 @@ def replace_norms(net: nn.Module, norm: str) -> nn.Module:
     if norm == "batch":
         return net
     if not batch_norms(net):
-        raise UserError(
-            "model.norm", norm, "this backbone has no BatchNorm to replace", "use batch, which leaves its layers alone"
-        )
+        reason = "this backbone has no BatchNorm to replace"
+        raise UserError("model.norm", norm, reason, "use batch, which leaves its layers alone")
     if norm == "sync_batch":
         return convert_sync_batchnorm(net)
     if norm == "frozen_batch":
-        for layer in batch_norms(net):
-            layer.requires_grad_(False)
+        freeze(net)
         return net
     for name, layer in list(net.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):

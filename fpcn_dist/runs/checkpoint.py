@@ -7,15 +7,16 @@ every random number of a run is drawn from a key of (seed, step, rank), so the s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,10 +31,11 @@ _NAME = re.compile(r"step-(\d{8})\.safetensors")
 BEST = "best.safetensors"
 
 _HARMLESS = {
-    "name", "engine", "train.micro_batches", "train.compile", "train.channels_last", "train.log_every",
-    "train.keep_checkpoints", "data.threads", "data.eval_batch_size", "data.max_bad_images", "distill.teacher",
-    "distill.teacher_mode", "distill.bank", "search",
-}  # fmt: skip
+    *("name", "engine", "search"),
+    *("train.micro_batches", "train.compile", "train.channels_last", "train.log_every", "train.keep_checkpoints"),
+    *("data.threads", "data.eval_batch_size", "data.max_bad_images"),
+    *("distill.teacher", "distill.teacher_mode", "distill.bank"),
+}
 """Recipe fields that may differ when a run resumes: they change how it is computed, not what."""
 
 
@@ -86,29 +88,25 @@ def write_checkpoint(path: Path, state: TrainingState, info: CheckpointInfo) -> 
     write_tensors(path, tensors, metadata)
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read, and where it lies."""
+
+    path: Path
+    state: TrainingState
+    info: CheckpointInfo
+
+
 def read_checkpoint(path: Path) -> tuple[TrainingState, CheckpointInfo]:
     """Read and verify a checkpoint.
 
     Raises:
         UserError: no such file, not a checkpoint of this project, of another format, or damaged.
     """
-    if not path.is_file():
-        raise UserError("checkpoint", path, "there is no such file", "give a file of RUN/checkpoints/")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise UserError("checkpoint", path, f"is damaged or no checkpoint ({error})", "use an earlier one") from None
-    if "fpcn_dist" not in metadata:
-        raise UserError("checkpoint", path, "was not written by fpcn_dist", "give a file of RUN/checkpoints/")
-    if metadata["fpcn_dist"] != str(_FORMAT):
-        reason = f"has format {metadata['fpcn_dist']}, this version of fpcn_dist reads format {_FORMAT}"
-        raise UserError("checkpoint", path, reason, "use the version of fpcn_dist that wrote it")
+    with _opened(path) as (file, metadata):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     if metadata["crc32"] != str(_checksum(tensors)):
         raise UserError("checkpoint", path, "is damaged (its checksum does not match)", "use an earlier one")
-    values = json.loads(metadata["info"])
-    info = CheckpointInfo(**values | {"classes": tuple(values["classes"])})
+    info = _info(metadata)
     state = TrainingState(info.step, weights={}, optimizer={}, ema={})
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
@@ -118,6 +116,29 @@ def read_checkpoint(path: Path) -> tuple[TrainingState, CheckpointInfo]:
         else:
             getattr(state, kind)[name] = tensor
     return state, info
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The open safetensors file, of which no tensor was read yet, and its metadata."""
+    if not path.is_file():
+        raise UserError("checkpoint", path, "there is no such file", "give a file of RUN/checkpoints/")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "fpcn_dist" not in metadata:
+                raise UserError("checkpoint", path, "was not written by fpcn_dist", "give a file of RUN/checkpoints/")
+            if metadata["fpcn_dist"] != str(_FORMAT):
+                reason = f"has format {metadata['fpcn_dist']}, this version of fpcn_dist reads format {_FORMAT}"
+                raise UserError("checkpoint", path, reason, "use the version of fpcn_dist that wrote it")
+            yield file, metadata
+    except (SafetensorError, OSError) as error:
+        raise UserError("checkpoint", path, f"is damaged or no checkpoint ({error})", "use an earlier one") from None
+
+
+def _info(metadata: dict[str, str]) -> CheckpointInfo:
+    values = json.loads(metadata["info"])
+    return CheckpointInfo(**values | {"classes": tuple(values["classes"])})
 
 
 class CheckpointFolder:
@@ -150,32 +171,38 @@ class CheckpointFolder:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are reported and passed over.
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, as it was read; damaged ones are reported and passed over.
 
         Raises:
             UserError: there are checkpoints, but none of them is whole.
         """
-        faults = []
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             try:
-                read_checkpoint(self.path(step))
+                return Checkpoint(self.path(step), *read_checkpoint(self.path(step)))
             except UserError as error:
-                faults.append(error)
                 self.warn(f"warning: {error.value} {error.reason}; going on from the one before")
-            else:
-                return self.path(step)
-        if faults:
-            raise UserError(
-                "checkpoints", self.folder, f"none of the {len(faults)} checkpoints is whole",
-                "start again with another --output, or with --resume never",
-            )  # fmt: skip
+        if steps:
+            reason = f"none of the {len(steps)} checkpoints is whole"
+            hint = "start again with another --output, or with --resume never"
+            raise UserError("checkpoints", self.folder, reason, hint)
         return None
 
+    def best(self) -> Checkpoint | None:
+        """The best checkpoint; ``None`` where nothing was validated.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.folder / BEST
+        return Checkpoint(path, *read_checkpoint(path)) if path.exists() else None
+
     def best_accuracy(self) -> float | None:
-        """Validation accuracy of the best checkpoint, where there is a whole one."""
+        """Validation accuracy of the best checkpoint, where there is one; its tensors are not read."""
         try:
-            return read_checkpoint(self.folder / BEST)[1].accuracy
+            with _opened(self.folder / BEST) as (_, metadata):
+                return _info(metadata).accuracy
         except UserError:
             return None
 
@@ -228,10 +255,8 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
     changed = [line for line in changed if not _harmless(line.split(" ", 1)[0])]
     if changed:
         what = "of another model" if any(line.startswith("model.") for line in changed) else "of another recipe"
-        raise UserError(
-            "checkpoint", path, f"is {what}: {', '.join(changed)}",
-            "use the recipe that the run started with (recipe.yaml in its folder), or another --output",
-        )  # fmt: skip
+        hint = "use the recipe that the run started with (recipe.yaml in its folder), or another --output"
+        raise UserError("checkpoint", path, f"is {what}: {', '.join(changed)}", hint)
 
 
 def _harmless(field: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -11,32 +12,49 @@ from rich.table import Table
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.checkpoint import BEST, CheckpointFolder, model_weights, read_checkpoint
+from fpcn_dist.runs.checkpoint import CheckpointFolder, model_weights
+from fpcn_dist.runs.evaluation import FILE as EVALUATION
 from fpcn_dist.runs.evaluation import Evaluation, evaluate
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import load_model, save_model, write_card
 from fpcn_dist.runs.report.run import build_report
+from fpcn_dist.runs.report.samples import FOLDER as SAMPLES
 from fpcn_dist.runs.report.samples import SampleCollector
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 
 
 def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks) -> None:
-    """Export the best checkpoint (the newest if nothing was validated), evaluate it, write the report. Collective."""
+    """Export the best checkpoint (the newest if nothing was validated), evaluate it, write the report. Collective.
+
+    Where the data have neither validation nor test images, the report says that nothing was evaluated.
+    """
     name, step = ranks.on_first(lambda: _export(run, checkpoints))
-    evaluate_run(run, ranks, checkpoint=name, step=step)
+    _, manifest = run.open()
+    if len(manifest.ids("val")) or len(manifest.ids("test")):
+        evaluate_run(run, ranks, checkpoint=name, step=step)
+    else:
+        ranks.on_first(lambda: _report_alone(run))
 
 
 def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
-    best = checkpoints.folder / BEST
-    path = best if best.exists() else checkpoints.newest()
-    assert path is not None, "the last step writes a checkpoint"
-    state, info = read_checkpoint(path)
+    chosen = checkpoints.best() or checkpoints.newest()
+    assert chosen is not None, "the last step writes a checkpoint"
+    path, state, info = chosen
     recipe, _ = run.open()
     model = build_model(recipe.model.changed(pretrained=False), len(info.classes), task=recipe.task)
     model.load_state_dict(model_weights(state))
     save_model(run.path, model, recipe, info.classes)
     return path.name, info.step
+
+
+def _report_alone(run: RunFolder) -> None:
+    # What an evaluation has left there was of other weights.
+    (run.path / EVALUATION).unlink(missing_ok=True)
+    shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
+    console = Console(soft_wrap=True)
+    console.print("nothing was evaluated: the data have no validation or test images", highlight=False)
+    console.print(f"report {build_report(run.path)}", highlight=False)
 
 
 def evaluate_run(

@@ -20,7 +20,7 @@ from fpcn_dist.training.progress import Progress
 from fpcn_dist.training.run import TrainingRun
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.soft_labels.attach import attach_teacher
-from fpcn_dist.training.start import start_runs
+from fpcn_dist.training.start import open_run, prepare_data
 
 Watch = Callable[[Path, float, float], None]
 """Called on the first rank after each evaluation with run folder, epoch and validation accuracy."""
@@ -86,24 +86,26 @@ def train_together(
     """
     shared = _require_agreement(list(recipes.values()))
     runs = [RunFolder(output) for output in recipes]
-    begun = ranks.on_first(lambda: start_runs(runs, list(recipes.values()), data, ranks, resume))
-    chosen = [Recipe.model_validate(entry["recipe"]) for entry in begun]
-    manifest = Manifest.load(runs[0].manifest)
+    manifest = prepare_data(data, shared, ranks)
+    starts = [
+        open_run(run, recipe, manifest, ranks, resume) for run, recipe in zip(runs, recipes.values(), strict=True)
+    ]
     use_threads(shared.data.threads, ranks.device)
-    soft_labels, teacher = attach_teacher(chosen, runs[0].path, manifest, ranks)
+    soft_labels, teacher = attach_teacher([start.recipe for start in starts], runs[0].path, manifest, ranks)
 
-    start = min(entry["step"] for entry in begun)
+    start_step = min(start.step for start in starts)
     loader = TrainLoader(
         manifest, shared.data, shared.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device,
-        start_step=start, soft_labels=soft_labels,
+        start_step=start_step, soft_labels=soft_labels,
     )  # fmt: skip
     trainees = []
-    for run, recipe, entry in zip(runs, chosen, begun, strict=True):
-        _require_even_parts(loader.batch_size // ranks.world_size, recipe.train.micro_batches)
-        schedule = Schedule.of(recipe, loader.batch_size, loader.steps_per_epoch)
-        trainees.append(TrainingRun(run, recipe, manifest, ranks, schedule, entry["checkpoint"]))
+    for run, start in zip(runs, starts, strict=True):
+        _require_even_parts(loader.batch_size // ranks.world_size, start.recipe.train.micro_batches)
+        schedule = Schedule.of(start.recipe, loader.batch_size, loader.steps_per_epoch)
+        trainees.append(TrainingRun(run, start, manifest, ranks, schedule))
+    del starts, start  # their states are in the engines now, and need no second copy
     total = trainees[0].schedule.total
-    progress = Progress(total, start_step=start, rank=ranks.rank)
+    progress = Progress(total, start_step=start_step, rank=ranks.rank)
 
     with (
         contextlib.ExitStack() as written,
@@ -114,7 +116,7 @@ def train_together(
         for trainee in trainees:  # whatever happens, the last checkpoints get whole
             written.callback(trainee.finish_writing)
         batches, reported = iter(loader), 0
-        for step in range(start, total):
+        for step in range(start_step, total):
             began = time.perf_counter()
             batch = next(batches)
             if teacher is not None:
@@ -143,7 +145,7 @@ def train_together(
                         watch(trainee.run.path, done / trainee.schedule.per_epoch, accuracy)
             if stop is not None and done < total:
                 raise Preempted(stop, done)
-            if not _active(trainees, step) and all(t.start <= step for t in trainees):
+            if not _active(trainees, step) and all(t.first_step <= step for t in trainees):
                 break
         for trainee in _active(trainees, total):
             with _isolated(trainee, trainees):
@@ -171,7 +173,7 @@ def _log_point(trainee: TrainingRun, done: int, progress: Progress, name: str, *
 
 
 def _active(trainees: Sequence[TrainingRun], step: int) -> list[TrainingRun]:
-    return [trainee for trainee in trainees if trainee.failure is None and trainee.start <= step]
+    return [trainee for trainee in trainees if trainee.failure is None and trainee.first_step <= step]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -13,8 +12,7 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.models.cost import model_flops, peak_flops
-from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState, read_checkpoint
+from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState
 from fpcn_dist.runs.evaluation import Evaluation, evaluate
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import MetricsLogger
@@ -26,6 +24,7 @@ from fpcn_dist.training.engine import build_engine, forward_backward
 from fpcn_dist.training.engine.optim import learning_rate
 from fpcn_dist.training.meter import StepMeter
 from fpcn_dist.training.schedule import Schedule
+from fpcn_dist.training.start import Start
 
 
 class TrainingRun:
@@ -33,50 +32,41 @@ class TrainingRun:
 
     Args:
         run: its folder.
-        recipe: what it computes.
+        start: what it computes, and where it begins or goes on.
         manifest: the images.
         ranks: this process among all.
         schedule: steps of the run.
-        checkpoint: file to start from, or ``None`` for step 0.
 
     Attributes:
-        start: the first step that it takes part in.
+        first_step: the first step that it takes part in.
         replaced: files that turned unreadable, for the next log point to record.
         failure: why it stopped before its last step, if it did.
     """
 
-    def __init__(
-        self,
-        run: RunFolder,
-        recipe: Recipe,
-        manifest: Manifest,
-        ranks: Ranks,
-        schedule: Schedule,
-        checkpoint: str | None,
-    ) -> None:
+    def __init__(self, run: RunFolder, start: Start, manifest: Manifest, ranks: Ranks, schedule: Schedule) -> None:
+        recipe = start.recipe
         self.run, self.recipe, self.manifest, self.ranks, self.schedule = run, recipe, manifest, ranks, schedule
         self.checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
-        state = read_checkpoint(Path(checkpoint))[0] if checkpoint else None
-        self.start = state.step if state else 0
-        self.best = self.checkpoints.best_accuracy() if state else None
+        self.first_step, self.best = start.step, start.best
         self.failure: str | None = None
         self.replaced: list[Replacement] = []
-        self._build(state, frozen_backbone=self.start < schedule.frozen)
+        self._build(start.state, frozen_backbone=start.step < schedule.frozen)
         flops = 3 * model_flops(self.engine.task.model, recipe.data.crop)
         peak = peak_flops(ranks.device, recipe.train.precision)
         flops_share = flops / peak / ranks.world_size if peak else None
         self.meter = StepMeter(ranks, schedule.batch_size, flops_share)
-        self.logger = MetricsLogger(run.path, ranks.rank, start_step=self.start)
+        self.logger = MetricsLogger(run.path, ranks.rank, start_step=start.step)
 
     def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
-        task = build_task(
-            self.recipe, len(self.manifest.classes), self.ranks.group, steps_per_epoch=self.schedule.per_epoch
-        )
+        # A state replaces pretrained weights, which may not even be reachable any more.
+        recipe = self.recipe if state is None else self.recipe.changed(**{"model.pretrained": False})
+        classes, per_epoch = len(self.manifest.classes), self.schedule.per_epoch
+        task = build_task(recipe, classes, self.ranks.group, steps_per_epoch=per_epoch)
         self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:
         """The update that ``step`` makes; ``waited`` are the seconds that its batch was waited for."""
-        if step == self.schedule.frozen and step > self.start:
+        if step == self.schedule.frozen and step > self.first_step:
             # The backbone thaws: a new engine takes the state over.
             state = self.engine.state(step)
             self.engine.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +11,103 @@ from rich.console import Console
 from fpcn_dist.data.images import refusal_table
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, read_checkpoint, require_same_recipe
+from fpcn_dist.runs.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    CheckpointInfo,
+    TrainingState,
+    read_checkpoint,
+    require_same_recipe,
+)
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.training.soft_labels.teacher import name_teacher
 
 
-def start_runs(
-    runs: Sequence[RunFolder], recipes: Sequence[Recipe], data: Path | Manifest, ranks: Ranks, resume: str
-) -> list[dict[str, Any]]:
-    """Check the data unless they are, settle where each run starts from, and describe it in its folder; for the first
-    rank alone.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on, the same on every rank.
 
-    Returns:
-        For each run: ``checkpoint``, the path of the one to resume from or ``None``; its ``step``, else 0; and
-        ``recipe``, with the hash of its teacher where it has one, as nested dictionaries.
+    Attributes:
+        recipe: what it computes, with the hash of its teacher where it has one.
+        state: what it goes on from; ``None`` where it begins.
+        best: the best validation accuracy so far, where there is one.
+        step: updates made so far.
+    """
+
+    recipe: Recipe
+    state: TrainingState | None
+    best: float | None
+    step: int
+
+
+def prepare_data(data: Path | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
+    """Check the images unless that was done, and give the manifest to every rank. Collective.
 
     Raises:
-        UserError: folder, data or checkpoint cannot be used, or data or recipe have changed since it was written.
+        UserError: the data cannot be used.
     """
-    for run in runs:
+    if isinstance(data, Manifest):
+        return data
+
+    def check() -> str:
+        manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
+        if manifest.refused:
+            Console(soft_wrap=True).print(refusal_table(manifest.refused))
+        return manifest.to_json()
+
+    return Manifest.from_json(ranks.on_first(check))
+
+
+def open_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, resume: str) -> Start:
+    """Settle where a run starts from, and describe it in its folder. Collective.
+
+    The first rank reads checkpoints until one is whole; the others read that one alone.
+
+    Args:
+        run: its folder.
+        recipe: what it is asked to compute.
+        manifest: the images.
+        ranks: this process among all.
+        resume: see :func:`fpcn_dist.training.loop.train`.
+
+    Raises:
+        UserError: folder, teacher or checkpoint cannot be used, or data or recipe have changed since it was written.
+    """
+    found: Checkpoint | None = None
+
+    def settle() -> dict[str, Any]:
+        nonlocal found
         run.create()
-    recipes = [name_teacher(recipe) for recipe in recipes]
-    manifest = data if isinstance(data, Manifest) else _check_data(data, recipes[0])
-    return [_start_run(run, recipe, manifest, ranks, resume) for run, recipe in zip(runs, recipes, strict=True)]
+        named = name_teacher(recipe)
+        checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
+        found = _find(checkpoints, resume)
+        best, before = None, ranks.world_size
+        if found is not None:
+            require_same_recipe(named, found.info, found.path)
+            _require_same_data(manifest, found.info, found.path, run)
+            print(f"resuming from step {found.info.step} ({found.path})", flush=True)
+            best, before = checkpoints.best_accuracy(), run.first_world_size() or before
+            named = _in_parts_as_large(named, before, ranks, len(manifest.classes))
+        run.describe(named, manifest, ranks, first_world_size=before)
+        run.outcome.unlink(missing_ok=True)
+        return {"recipe": named.model_dump(), "checkpoint": found and str(found.path), "best": best}
+
+    settled = ranks.on_first(settle)
+    state = None
+    if settled["checkpoint"] is not None:
+        state = found.state if found else read_checkpoint(Path(settled["checkpoint"]))[0]
+    return Start(Recipe.model_validate(settled["recipe"]), state, settled["best"], state.step if state else 0)
 
 
-def _check_data(data: Path, recipe: Recipe) -> Manifest:
-    manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    if manifest.refused:
-        Console(soft_wrap=True).print(refusal_table(manifest.refused))
-    return manifest
-
-
-def _start_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, resume: str) -> dict[str, Any]:
-    checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
+def _find(checkpoints: CheckpointFolder, resume: str) -> Checkpoint | None:
     if resume == "never":
         checkpoints.clear()
-    checkpoint = Path(resume) if resume not in ("auto", "never") else checkpoints.newest()
-    step, before = 0, ranks.world_size
-    if checkpoint is not None:
-        _, info = read_checkpoint(checkpoint)
-        require_same_recipe(recipe, info, checkpoint)
-        _require_same_data(manifest, info, checkpoint, run)
-        step = info.step
-        print(f"resuming from step {step} ({checkpoint})", flush=True)
-        before = run.first_world_size() or before
-        recipe = _in_parts_as_large(recipe, before, ranks, len(manifest.classes))
-    run.describe(recipe, manifest, ranks, first_world_size=before)
-    run.outcome.unlink(missing_ok=True)
-    return {"checkpoint": checkpoint and str(checkpoint), "step": step, "recipe": recipe.model_dump()}
+        return None
+    if resume == "auto":
+        return checkpoints.newest()
+    return Checkpoint(Path(resume), *read_checkpoint(Path(resume)))
 
 
 def _in_parts_as_large(recipe: Recipe, ranks_before: int, ranks: Ranks, classes: int) -> Recipe:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
     BEST,
+    Checkpoint,
     CheckpointFolder,
     CheckpointInfo,
     TrainingState,
@@ -42,6 +44,10 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
+def path_of(checkpoint: Checkpoint | None) -> Path | None:
+    return checkpoint and checkpoint.path
+
+
 def test_round_trip(tmp_path):
     write_checkpoint(tmp_path / "x", state(), info(accuracy=0.5))
     loaded, said = read_checkpoint(tmp_path / "x")
@@ -58,10 +64,26 @@ def test_keeps_the_last_and_the_best(tmp_path):
             folder.save(state(step), info(step, accuracy=step == 2), best=step == 2)
     assert folder.steps() == [3, 4]
     assert read_checkpoint(folder.folder / BEST)[1].step == 2
-    assert folder.newest() == folder.path(4)
+    assert path_of(folder.newest()) == folder.path(4)
     folder.clear()
     assert folder.newest() is None
     assert not (folder.folder / BEST).exists()
+
+
+def test_the_best_accuracy_is_read_without_tensors(tmp_path, monkeypatch):
+    with CheckpointFolder(tmp_path, keep=1) as folder:
+        assert folder.best_accuracy() is None and folder.best() is None
+        folder.save(state(2), info(2, accuracy=0.75), best=True)
+    best = folder.best()
+    assert best is not None and best.path == tmp_path / BEST and best.info.step == 2
+
+    def read(path: Path) -> None:
+        raise AssertionError("the tensors are read")
+
+    monkeypatch.setattr("fpcn_dist.runs.checkpoint.read_checkpoint", read)
+    assert folder.best_accuracy() == 0.75
+    (tmp_path / BEST).write_bytes((tmp_path / BEST).read_bytes()[:-9])
+    assert folder.best_accuracy() is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text"])
@@ -75,7 +97,7 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
     if damage == "flipped":
         data[-1] ^= 1
     path.write_bytes({"truncated": data[:-9], "flipped": data, "emptied": b"", "text": b"hello" * 9}[damage])
-    assert folder.newest() == folder.path(1)
+    assert path_of(folder.newest()) == folder.path(1)
     assert len(warnings) == 1 and str(path) in warnings[0]
 
 
@@ -197,5 +219,5 @@ folder.wait()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     folder = CheckpointFolder(tmp_path, keep=3)
-    assert folder.newest() == folder.path(1) and folder.best_accuracy() is None
+    assert path_of(folder.newest()) == folder.path(1) and folder.best_accuracy() is None
     assert read_checkpoint(tmp_path / BEST)[1].step == 1

@@ -11,7 +11,7 @@ import torch.multiprocessing
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
-from tests.training.engine.test_engine import batch, recipe
+from tests.training.engine.test_engine import MODEL, batch, frozen_norms, recipe
 
 
 def check(_: int, optim: dict) -> None:
@@ -39,3 +39,26 @@ def check(_: int, optim: dict) -> None:
 @pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "sgd"}, {"momentum": 0.0}], ids=str)
 def test_states_survive_every_stage(optim):
     torch.multiprocessing.spawn(check, args=(optim,), nprocs=1)
+
+
+def check_frozen_norms(_: int) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    with connect() as ranks:
+        chosen = recipe(model=MODEL | {"norm": "frozen_batch"}, engine={"name": "deepspeed", "zero_stage": 2})
+        frozen = build_engine(chosen, build_task(chosen, 3), ranks, frozen_backbone=True)
+        forward_backward(frozen, batch(0, 42), 0, 1)
+        frozen.update(0.01)
+        before = frozen.state(1)
+        frozen.close()
+        engine = build_engine(chosen, build_task(chosen, 3), ranks, state=before)
+        forward_backward(engine, batch(1, 42), 1, 1)
+        engine.update(0.01)
+        after = engine.state(2).weights
+        changed = {name for name, tensor in before.weights.items() if not torch.equal(tensor, after[name])}
+        norms = {f"{name}.{kind}" for name in frozen_norms(engine.task) for kind in ("weight", "bias")}
+        assert norms and not norms & changed and "model.backbone.net.conv1.weight" in changed
+
+
+def test_frozen_norms_stay_frozen_at_the_thaw():
+    torch.multiprocessing.spawn(check_frozen_norms, nprocs=1)

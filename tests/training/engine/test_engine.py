@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.recipe.schema import Recipe
@@ -122,6 +123,26 @@ def test_a_frozen_backbone_stays_and_thaws():
         for name, tensor in after.weights.items()
     )
     assert isinstance(after, TrainingState) and set(state.optimizer) < set(after.optimizer)
+
+
+@pytest.mark.parametrize("frozen_backbone", [False, True])
+def test_frozen_norms_never_learn(frozen_backbone):
+    """Their scales and shifts neither, whether the backbone learns from the start or thaws."""
+    chosen = recipe(model=MODEL | {"norm": "frozen_batch"})
+    engine = engine_for(chosen, frozen_backbone=frozen_backbone)
+    if frozen_backbone:
+        engine = engine_for(chosen, state=engine.state(0))
+    before = engine.state(0).weights
+    steps(engine, 0, 2)
+    after = engine.state(2)
+    norms = {f"{name}.{kind}" for name in frozen_norms(engine.task) for kind in ("weight", "bias", "running_mean")}
+    assert norms < before.keys() and not norms & after.optimizer.keys()
+    assert all(torch.equal(before[name], after.weights[name]) for name in norms)
+    assert not torch.equal(before["model.backbone.net.conv1.weight"], after.weights["model.backbone.net.conv1.weight"])
+
+
+def frozen_norms(task: nn.Module) -> list[str]:
+    return [name for name, layer in task.named_modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
 def test_clipping_bounds_the_update():

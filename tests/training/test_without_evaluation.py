@@ -1,0 +1,33 @@
+"""A training on data without validation and test images: it ends well, and says that nothing was evaluated."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from fpcn_dist.runs.finish import evaluate_run
+from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.training.loop import train
+from tests.helpers.distilling import ALONE, recipe
+
+
+def test_it_finishes_with_the_last_weights_and_a_report(tmp_path, rocks, capsys):
+    chosen = recipe("classify", data={"val_fraction": 0.0, "test_fraction": 0.0}, train={"epochs": 1})
+    run = RunFolder(tmp_path / "run")
+    train(chosen, rocks, run.path, ALONE)
+    assert run.read_outcome() == ("finished", None)
+    assert "nothing was evaluated: the data have no validation or test images\n" in capsys.readouterr().out
+    assert (run.path / "model.safetensors").exists() and (run.path / "README.md").exists()
+    report = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "has not been evaluated" in report and "Learning rate" in report
+
+    with pytest.raises(UserError, match="--split val: the data have no such images; choose one of train"):
+        evaluate_run(run, ALONE)
+
+    evaluate_run(run, ALONE, split="train")
+    assert (run.path / "evaluation.json").exists()
+    shutil.rmtree(run.checkpoints)
+    train(chosen, rocks, run.path, ALONE)  # other weights, for all that is known
+    assert not (run.path / "evaluation.json").exists() and not (run.path / "samples").exists()
