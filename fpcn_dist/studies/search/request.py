@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.search.plan import Plan
@@ -122,8 +123,12 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 
 def _require_same_images(teacher: Recipe, student: Recipe) -> None:
-    """What makes the images that both see, and their split, the same."""
-    for field in ("seed", "data.resize", "data.crop", "data.val_fraction", "data.test_fraction", "data.max_pixels"):
+    """Refuse recipes that would give teacher and student other images, another split or images of another size.
+
+    Raises:
+        UserError: names the first field that differs.
+    """
+    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop"):
         section, _, name = field.rpartition(".")
         theirs, ours = (getattr(getattr(r, section) if section else r, name) for r in (teacher, student))
         if theirs != ours:
