@@ -68,8 +68,8 @@ def distill(
     with contextlib.ExitStack() as held:
         if not dry_run:
             make_folder(output)
-            (output / "logs").mkdir(exist_ok=True)
             held.enter_context(locked(output))
+            (output / "logs").mkdir(exist_ok=True)
             manifest.save(output / "manifest.json")
         ray = held.enter_context(connect_ray(address))
         slots = _limited(find_slots(ray), gpus)

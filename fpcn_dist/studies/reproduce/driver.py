@@ -101,12 +101,13 @@ def reproduce(request: Request, data: Path, output: Path, *, address: str | None
 
 
 def _open(output: Path, grid: Grid, manifest: Manifest) -> None:
-    """Make the folder, or see that it holds the same reproduction; more sections, seeds and students may come to it.
+    """Describe the reproduction in an empty folder, or see that the folder holds the same one.
+
+    More sections, seeds and students may come to a reproduction. The caller holds the lock of the folder.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the folder holds something else.
     """
-    make_folder(output)
     path = output / DESCRIPTION
     now = {"scale": grid.scale, "data": manifest.hash, **_flat(grid.base.model_dump())}
     if path.is_file():
@@ -146,8 +147,9 @@ def _train(
     """
     with connect_ray(address) as ray:
         slots = find_slots(ray, cpus=grid.base.data.threads or 1)
-        _open(output, grid, manifest)
+        make_folder(output)
         held.enter_context(locked(output))
+        _open(output, grid, manifest)
         runs = {name: _with_threads(recipe, slots.cpus) for name, recipe in grid.runs.items()}
         failures, unfinished = survey(output / RUNS, runs)
         estimate = _estimate(ray, slots, grid, runs, unfinished, students, manifest, output)

@@ -61,8 +61,8 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
         bundles = trial_bundles(slots, recipe.data.threads, workers=request.workers, gpus=request.gpus)
         places = require_places([node["Resources"] for node in ray.nodes() if node["Alive"]], bundles)
         make_folder(output)
-        (output / "logs").mkdir(exist_ok=True)
         held.enter_context(locked(output))
+        (output / "logs").mkdir(exist_ok=True)
         _describe_folder(output, request, manifest, resume)
         plan = make_plan(request, output, len(manifest.classes), bundles)
         if request.stage == "student" and recipe.distill.teacher_mode == "bank":
