@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fpcn_dist.data.images import refusal_table
+from fpcn_dist.data.images import show_refused
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
@@ -78,8 +78,7 @@ def reproduce(request: Request, data: Path, output: Path, *, address: str | None
         raise UserError("--seeds", request.seeds, "leaves nothing to train", "give 1 or more")
     recipe, output = request.recipe, output.resolve()
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    if manifest.refused:
-        Console(soft_wrap=True).print(refusal_table(manifest.refused))
+    show_refused(manifest.refused)
     seeds = range(recipe.seed, recipe.seed + request.seeds)
     grid = Grid(recipe, request.systems, request.scale, request.sections, seeds, len(manifest.classes))
     if "table4" in request.sections:

@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fpcn_dist.data.images import refusal_table
+from fpcn_dist.data.images import show_refused
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
@@ -50,8 +48,7 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
     request, output = checked(request), output.resolve()
     recipe = request.student or request.recipe
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    if manifest.refused:
-        Console(soft_wrap=True).print(refusal_table(manifest.refused))
+    show_refused(manifest.refused)
     if request.stage == "student":
         print(open_teacher(recipe, manifest, CPU), flush=True)
     # Of the space, too, before anything is started.
