@@ -21,7 +21,7 @@ from fpcn_dist.studies.cluster import connect_ray, find_slots
 from fpcn_dist.studies.cluster.bank_job import write_bank
 from fpcn_dist.studies.search.finish import finish_search
 from fpcn_dist.studies.search.plan import Plan
-from fpcn_dist.studies.search.request import Request, checked, make_plan
+from fpcn_dist.studies.search.request import Request, checked, make_plan, require_searchable
 from fpcn_dist.studies.search.resources import Bundle, require_places, trial_bundles
 from fpcn_dist.training.soft_labels.teacher import open_teacher
 
@@ -51,8 +51,7 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
     show_refused(manifest.refused)
     if request.stage == "student":
         print(open_teacher(recipe, manifest, CPU), flush=True)
-    # Of the space, too, before anything is started.
-    make_plan(request, output, len(manifest.classes), [{"CPU": 1.0}])
+    require_searchable(request, len(manifest.classes))
     with connect_ray(address) as ray, contextlib.ExitStack() as held:
         slots = find_slots(ray)
         bundles = trial_bundles(slots, recipe.data.threads, workers=request.workers, gpus=request.gpus)
