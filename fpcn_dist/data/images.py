@@ -115,6 +115,12 @@ def refusal_table(refused: Sequence[Refused]) -> Table:
     return table
 
 
+def show_refused(refused: Sequence[Refused]) -> None:
+    """Print which images were refused, and why; nothing is printed where none was."""
+    if refused:
+        Console(soft_wrap=True).print(refusal_table(refused))
+
+
 def _state(path: Path) -> list[int] | None:
     """Size and modification time: what must not have changed for a remembered result to hold."""
     try:

@@ -30,6 +30,11 @@ from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
+SPLIT_FIELDS = ("seed", "data.split_seed", "data.val_fraction", "data.test_fraction")
+"""Recipe fields that decide which images train, validate and test."""
+CHECK_FIELDS = ("data.on_bad_image", "data.max_pixels")
+"""Recipe fields that decide which images are usable at all. A manifest depends on these and on the split's alone."""
+
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.studies.cluster import Slots, worker
+from fpcn_dist.studies.cluster.errors import last_line
 from fpcn_dist.studies.cluster.plan import Group
 from fpcn_dist.studies.cluster.ranks import Rendezvous
 
@@ -104,7 +105,7 @@ class RunningGroup:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 return GroupResult(str(error.cause), for_good=not isinstance(error.cause, Outage))
-            return GroupResult(str(error.cause or error).strip().splitlines()[-1], for_good=False)
+            return GroupResult(last_line(error.cause or error), for_good=False)
         except self._ray.exceptions.GetTimeoutError:
             return GroupResult("a rank did not end with the others", for_good=False)
         except self._ray.exceptions.RayError as error:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fpcn_dist.data.images import show_refused
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.deploy.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.models.cost import measure
@@ -64,12 +65,13 @@ def distill(
     """
     recipe = check_recipe(recipe, students)
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
+    show_refused(manifest.refused)
     print(open_teacher(recipe, manifest, CPU), flush=True)
     with contextlib.ExitStack() as held:
         if not dry_run:
             make_folder(output)
-            (output / "logs").mkdir(exist_ok=True)
             held.enter_context(locked(output))
+            (output / "logs").mkdir(exist_ok=True)
             manifest.save(output / "manifest.json")
         ray = held.enter_context(connect_ray(address))
         slots = _limited(find_slots(ray), gpus)

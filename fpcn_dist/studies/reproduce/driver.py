@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fpcn_dist.data.images import refusal_table
+from fpcn_dist.data.images import show_refused
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
@@ -78,8 +78,7 @@ def reproduce(request: Request, data: Path, output: Path, *, address: str | None
         raise UserError("--seeds", request.seeds, "leaves nothing to train", "give 1 or more")
     recipe, output = request.recipe, output.resolve()
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    if manifest.refused:
-        Console(soft_wrap=True).print(refusal_table(manifest.refused))
+    show_refused(manifest.refused)
     seeds = range(recipe.seed, recipe.seed + request.seeds)
     grid = Grid(recipe, request.systems, request.scale, request.sections, seeds, len(manifest.classes))
     if "table4" in request.sections:
@@ -101,12 +100,13 @@ def reproduce(request: Request, data: Path, output: Path, *, address: str | None
 
 
 def _open(output: Path, grid: Grid, manifest: Manifest) -> None:
-    """Make the folder, or see that it holds the same reproduction; more sections, seeds and students may come to it.
+    """Describe the reproduction in an empty folder, or see that the folder holds the same one.
+
+    More sections, seeds and students may come to a reproduction. The caller holds the lock of the folder.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the folder holds something else.
     """
-    make_folder(output)
     path = output / DESCRIPTION
     now = {"scale": grid.scale, "data": manifest.hash, **_flat(grid.base.model_dump())}
     if path.is_file():
@@ -146,8 +146,9 @@ def _train(
     """
     with connect_ray(address) as ray:
         slots = find_slots(ray, cpus=grid.base.data.threads or 1)
-        _open(output, grid, manifest)
+        make_folder(output)
         held.enter_context(locked(output))
+        _open(output, grid, manifest)
         runs = {name: _with_threads(recipe, slots.cpus) for name, recipe in grid.runs.items()}
         failures, unfinished = survey(output / RUNS, runs)
         estimate = _estimate(ray, slots, grid, runs, unfinished, students, manifest, output)

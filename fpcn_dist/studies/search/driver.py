@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fpcn_dist.data.images import refusal_table
+from fpcn_dist.data.images import show_refused
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
@@ -23,7 +21,7 @@ from fpcn_dist.studies.cluster import connect_ray, find_slots
 from fpcn_dist.studies.cluster.bank_job import write_bank
 from fpcn_dist.studies.search.finish import finish_search
 from fpcn_dist.studies.search.plan import Plan
-from fpcn_dist.studies.search.request import Request, checked, make_plan
+from fpcn_dist.studies.search.request import Request, checked, make_plan, require_searchable
 from fpcn_dist.studies.search.resources import Bundle, require_places, trial_bundles
 from fpcn_dist.training.soft_labels.teacher import open_teacher
 
@@ -50,19 +48,17 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
     request, output = checked(request), output.resolve()
     recipe = request.student or request.recipe
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    if manifest.refused:
-        Console(soft_wrap=True).print(refusal_table(manifest.refused))
+    show_refused(manifest.refused)
     if request.stage == "student":
         print(open_teacher(recipe, manifest, CPU), flush=True)
-    # Of the space, too, before anything is started.
-    make_plan(request, output, len(manifest.classes), [{"CPU": 1.0}])
+    require_searchable(request, len(manifest.classes))
     with connect_ray(address) as ray, contextlib.ExitStack() as held:
         slots = find_slots(ray)
         bundles = trial_bundles(slots, recipe.data.threads, workers=request.workers, gpus=request.gpus)
         places = require_places([node["Resources"] for node in ray.nodes() if node["Alive"]], bundles)
         make_folder(output)
-        (output / "logs").mkdir(exist_ok=True)
         held.enter_context(locked(output))
+        (output / "logs").mkdir(exist_ok=True)
         _describe_folder(output, request, manifest, resume)
         plan = make_plan(request, output, len(manifest.classes), bundles)
         if request.stage == "student" and recipe.distill.teacher_mode == "bank":

@@ -17,6 +17,17 @@ TEACHER, STUDENT = "teacher.", "student."
 """Prefixes of field names in stage "joint", where both have a recipe."""
 
 
+def build_spaces(stage: Stage, teacher: Recipe | None, student: Recipe | None, classes: int) -> dict[str, Space]:
+    """The searched fields of each recipe, by the prefix of their names; see :class:`Plan` for the arguments.
+
+    Raises:
+        UserError: a space cannot be searched.
+    """
+    recipes = {"teacher": teacher, "student": student}
+    prefixes = {"teacher": TEACHER, "student": STUDENT} if stage == "joint" else dict.fromkeys(recipes, "")
+    return {prefixes[n]: Space(recipe, n, classes) for n, recipe in recipes.items() if recipe is not None}
+
+
 @dataclass(frozen=True)
 class Plan:
     """A search.
@@ -58,10 +69,7 @@ class Plan:
     @cached_property
     def spaces(self) -> dict[str, Space]:
         """The searched fields of each recipe, by the prefix of their names."""
-        found = {"teacher": self.teacher, "student": self.student}
-        recipes = {stage: recipe for stage, recipe in found.items() if recipe is not None}
-        joint = self.stage == "joint"
-        return {f"{s}." if joint else "": Space(recipe, s, self.classes) for s, recipe in recipes.items()}
+        return build_spaces(self.stage, self.teacher, self.student, self.classes)
 
     @property
     def log_fields(self) -> tuple[str, ...]:

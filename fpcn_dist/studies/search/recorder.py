@@ -9,6 +9,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from fpcn_dist.studies.cluster.errors import last_line
 from fpcn_dist.studies.search.live import TrialTable
 from fpcn_dist.studies.search.plan import Plan, number_of
 from fpcn_dist.studies.search.records import SearchResults, TrialRecord, load_results, save_results
@@ -87,8 +88,7 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error() or "lost"
-        lines = str(error).strip().splitlines()
-        reason = f"given up: {lines[-1].strip()[:300]}"
+        reason = f"given up: {last_line(error)[:300]}"
         self._note(replace(self._record(trial), state="failed", reason=reason), now=True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:

@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.studies.search.plan import Plan
+from fpcn_dist.studies.search.plan import Plan, build_spaces
 from fpcn_dist.studies.search.resources import Bundle
 from fpcn_dist.studies.search.space import Stage
 from fpcn_dist.training.soft_labels.students import check_recipe, check_students
@@ -41,6 +42,11 @@ class Request:
     objectives: tuple[str, ...] = ("accuracy",)
     workers: int | None = None
     gpus: float | None = None
+
+    @property
+    def teacher(self) -> Recipe | None:
+        """The recipe of the teacher that is searched; ``None`` in stage "student"."""
+        return None if self.stage == "student" else self.recipe
 
 
 def checked(request: Request) -> Request:
@@ -78,6 +84,17 @@ def checked(request: Request) -> Request:
     return dataclasses.replace(request, recipe=_absolute(recipe), student=student, students=students)
 
 
+def require_searchable(request: Request, classes: int) -> None:
+    """Refuse a checked request whose fields cannot be searched in data of so many classes.
+
+    Raises:
+        UserError: names the field.
+    """
+    for space in build_spaces(request.stage, request.teacher, request.student, classes).values():
+        if request.scheduler == "pbt":
+            space.require_mutable()
+
+
 def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle]) -> Plan:
     """The plan of a checked request.
 
@@ -86,17 +103,14 @@ def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle
         output: absolute folder.
         classes: number of classes of the data.
         bundles: resources of a trial, one a rank.
-
-    Raises:
-        UserError: the space cannot be searched.
     """
     threads = {"data.threads": int(bundles[0]["CPU"])}
     student = request.student
     if request.stage == "student" and student is not None and student.distill.bank is None:
         student = student.changed(**{"distill.bank": str(output / "bank")})
-    plan = Plan(
+    return Plan(
         stage=request.stage,
-        teacher=None if request.stage == "student" else request.recipe.changed(**threads),
+        teacher=request.teacher and request.teacher.changed(**threads),
         student=student and student.changed(**threads),
         students=request.students,
         output=output,
@@ -105,10 +119,6 @@ def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle
         latency="latency" in request.objectives,
         population=request.scheduler == "pbt",
     )
-    for space in plan.spaces.values():
-        if plan.population:
-            space.require_mutable()
-    return plan
 
 
 def _absolute(recipe: Recipe) -> Recipe:
@@ -122,8 +132,12 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 
 def _require_same_images(teacher: Recipe, student: Recipe) -> None:
-    """What makes the images that both see, and their split, the same."""
-    for field in ("seed", "data.resize", "data.crop", "data.val_fraction", "data.test_fraction", "data.max_pixels"):
+    """Refuse recipes that would give teacher and student other images, another split or images of another size.
+
+    Raises:
+        UserError: names the first field that differs.
+    """
+    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop"):
         section, _, name = field.rpartition(".")
         theirs, ours = (getattr(getattr(r, section) if section else r, name) for r in (teacher, student))
         if theirs != ours:

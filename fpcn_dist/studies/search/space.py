@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 
 from pydantic import BaseModel
 
+from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.recipe.reading import recipe_from_dict
 from fpcn_dist.recipe.schema import Dimension, Recipe
 from fpcn_dist.runtime.errors import UserError, nearest
@@ -35,11 +36,8 @@ DEFAULTS: dict[str, dict[str, Dimension]] = {
 _FIXED = {
     "name": "it only names the run",
     "task": "the stage says what is trained",
-    "seed": "it decides which images validate, so that accuracies would not compare",
-    "data.val_fraction": "it decides which images validate, so that accuracies would not compare",
-    "data.test_fraction": "it decides which images validate, so that accuracies would not compare",
-    "data.on_bad_image": "the images are checked once for all trials",
-    "data.max_pixels": "the images are checked once for all trials",
+    **dict.fromkeys(SPLIT_FIELDS, "it decides which images validate, so that accuracies would not compare"),
+    **dict.fromkeys(CHECK_FIELDS, "the images are checked once for all trials"),
     "distill.teacher": "all trials have the same teacher",
     "distill.teacher_sha256": "all trials have the same teacher",
     "distill.bank": "it only says where the soft labels lie",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.manifest import SPLIT_FIELDS, Manifest
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.modes import autocast
 from fpcn_dist.recipe.schema import Recipe
@@ -149,5 +149,5 @@ def _require_unseen(teacher: Teacher, manifest: Manifest) -> None:
             "distill.teacher",
             teacher.folder,
             f"it was trained on {len(seen)} images that its students would be measured on, such as {seen[0]}",
-            "set seed, data.val_fraction and data.test_fraction as in the teacher's recipe.yaml",
+            f"set {', '.join(SPLIT_FIELDS)} as in the teacher's recipe.yaml",
         )

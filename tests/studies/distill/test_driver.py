@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.studies.cluster import Slots
-from tests.helpers.distilling import make_teacher
+from fpcn_dist.studies.distill import driver
+from tests.helpers.distilling import make_teacher, recipe
 from tests.helpers.launching import ROOT, TINY, environment, finish, losses, start
 from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.helpers.ray_cluster import Order, node_of, ray_cluster, wait_for
@@ -186,6 +189,17 @@ def test_bad_input(command, options, changed, message):
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_refused_images_are_listed(rocks, tmp_path, monkeypatch, capsys):
+    data = Path(shutil.copytree(rocks, tmp_path / "data"))
+    (data / "basalt/broken.jpg").write_bytes(b"no image")
+    student = recipe(distill={"teacher": str(make_teacher(tmp_path / "teacher"))})
+    monkeypatch.setattr(driver, "connect_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "find_slots", lambda _: Slots("CPU", 1, 1))
+    driver.distill(student, data, tmp_path / "out", students=["test_resnet"], dry_run=True)
+    shown = capsys.readouterr().out
+    assert "1 image(s) refused" in shown and "basalt/broken.jpg" in shown
 
 
 def test_a_bank_of_another_teacher_is_refused(undisturbed, command, tmp_path):

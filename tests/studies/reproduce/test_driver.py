@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -14,10 +15,16 @@ from pathlib import Path
 import pytest
 
 from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.lock import locked
+from fpcn_dist.studies.cluster import Slots
+from fpcn_dist.studies.reproduce import driver
 from fpcn_dist.studies.reproduce.estimate import in_words
+from tests.helpers.distilling import recipe
 from tests.helpers.launching import ROOT, Runs, environment, finish, start
 from tests.helpers.ray_cluster import wait_for
 
+RECIPES = ROOT / "launch/recipes/compared"
 SMALL = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4", "--train.epochs", "1",
          "--train.eval-every", "1", "--model.norm", "frozen_batch", "--model.backbone", "test_resnet")  # fmt: skip
 
@@ -134,6 +141,17 @@ def test_a_strangers_folder_is_left_alone(runs, tmp_path):
     (tmp_path / "thesis.tex").touch()
     message = runs.run(command(runs.data, tmp_path, "--only", "figure5", "--yes"), expect=2).stderr
     assert "holds other files (thesis.tex)" in message
+
+
+def test_nothing_is_written_to_a_folder_that_another_owns(rocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "connect_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "find_slots", lambda *_, **__: Slots("CPU", 1, 1))
+    request = driver.Request(recipe("contrast"), RECIPES, "tiny", ("figure5",), seeds=1, students=())
+    output = tmp_path / "out"
+    output.mkdir()
+    with locked(output), pytest.raises(UserError, match="another run is writing to it"):
+        driver.reproduce(request, rocks, output, yes=True)
+    assert not list(output.iterdir())
 
 
 def test_durations_in_words():

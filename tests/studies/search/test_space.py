@@ -98,6 +98,7 @@ def test_perturbed_settings_stay_in_the_space():
         ({"optim.learning_rate": {"low": 1, "high": 2}}, "there is no such recipe field; did you mean"),
         ({"optim": {"choices": [1, 2]}}, "is a section, not a field; name one of its fields: name,"),
         ({"seed": {"low": 0, "high": 9}}, "cannot be searched: it decides which images validate"),
+        ({"data.split_seed": {"low": 0, "high": 9}}, "cannot be searched: it decides which images validate"),
         ({"train.epochs": {"low": 1, "high": 9}}, "cannot be searched: trials are compared by epochs"),
         ({"distill.teacher": {"choices": ["a", "b"]}}, "all trials have the same teacher"),
         ({"model.norm": {"low": 0, "high": 1}}, "is no number, so it has no range; give choices"),

@@ -134,7 +134,8 @@ def test_other_sizes(rocks, tmp_path, copied, field, value):
 def test_a_teacher_that_has_seen_what_its_students_are_measured_on(rocks, tmp_path, trained):
     message = refusal(rocks, tmp_path, distill={"teacher": str(trained)}, seed=1)
     assert "it was trained on" in message and "images that its students would be measured on, such as" in message
-    assert "set seed, data.val_fraction and data.test_fraction as in the teacher's recipe.yaml" in message
+    hint = "set seed, data.split_seed, data.val_fraction, data.test_fraction as in the teacher's recipe.yaml"
+    assert hint in message
 
 
 def test_another_teacher_does_not_take_over_a_run(rocks, tmp_path):
