@@ -14,11 +14,13 @@ if _model.lower().endswith(".onnx"):
     def main() -> None:
         try:
             from fpcn_dist.deploy import onnx_predict
+            from fpcn_dist.runtime.output import quiet_without_reader
         except ModuleNotFoundError as error:
             hint = "pip install onnxruntime numpy pillow, and in the checkout pip install --no-deps ."
             print(f"error: package {error.name}: is not installed; {hint}", file=sys.stderr)
             sys.exit(2)
-        sys.exit(onnx_predict.main(sys.argv[1:]))
+        with quiet_without_reader():
+            sys.exit(onnx_predict.main(sys.argv[1:]))
 
 else:
     import tyro

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from fpcn_dist.recipe.reading import explain, load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import Preempted, UserError
+from fpcn_dist.runtime.output import quiet_without_reader
 
 Args = TypeVar("Args")
 Overrides = Annotated[Recipe, tyro.conf.arg(name="")]
@@ -90,9 +91,10 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` as a command: a :class:`UserError` becomes one line on stderr and exit status 2, a lost rank 3.
 
-    A rank that lost its peers leaves at once, without the clean shutdown that would wait for them.
+    A rank that lost its peers leaves at once, without the clean shutdown that would wait for them. A command whose
+    output nobody reads any more ends quietly.
     """
-    with _readable_exit():
+    with quiet_without_reader(), _readable_exit():
         main()
 
 
@@ -124,7 +126,8 @@ def _readable_exit() -> Iterator[None]:
 
 
 def _leave(message: str, status: int) -> None:
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -107,15 +108,30 @@ def _environment() -> tuple[int, int, int, int]:
         return rank, world_size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world_size))
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        local_world_size = env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)).split(",")[0].split("(")[0]
+        tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
+        local_world_size = tasks[int(env["SLURM_NODEID"]) if "SLURM_NODEID" in env else _node_of(rank, tasks)]
         if "MASTER_ADDR" not in env:
             nodes = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=env["SLURM_LOCALID"])
-        env.update(LOCAL_WORLD_SIZE=local_world_size)
-        return rank, world_size, int(env["SLURM_LOCALID"]), int(local_world_size)
+        env.update(LOCAL_WORLD_SIZE=str(local_world_size))
+        return rank, world_size, int(env["SLURM_LOCALID"]), local_world_size
     return 0, 1, 0, 1
+
+
+def _tasks_per_node(written: str) -> list[int]:
+    """The number of tasks of each node, from SLURM's short form: "4(x2),2" means [4, 4, 2]."""
+    tasks = []
+    for part in written.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        tasks += [int(count)] * int(times or 1)
+    return tasks
+
+
+def _node_of(rank: int, tasks: list[int]) -> int:
+    """The number of the node that runs task ``rank``, where SLURM fills one node after the other."""
+    return next(node for node, end in enumerate(itertools.accumulate(tasks)) if rank < end)
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:

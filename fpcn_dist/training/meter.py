@@ -44,17 +44,21 @@ class StepMeter:
         self._waited += waited
 
     def fetch(self) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Means over ranks of every step since the last call, and the speed over these steps. Collective.
+        """Fetch the means over ranks of every step since the last call, and the speed over these steps. Collective.
+
+        Returns:
+            A row for each step, with the parts of the loss that this step had; and the speed.
 
         Raises:
             NotFinite: a loss or a gradient norm was not finite; names the step and all parts.
         """
-        table = torch.stack([torch.stack(list(values.values())) for values in self._values])
+        # One after the other, because a task may have other parts from some step on.
+        everything = torch.stack([value for values in self._values for value in values.values()])
         if self.ranks.group is not None:
-            torch.distributed.all_reduce(table, group=self.ranks.group)
-            table /= self.ranks.world_size
-        names = list(self._values[0])
-        rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+            torch.distributed.all_reduce(everything, group=self.ranks.group)
+            everything /= self.ranks.world_size
+        numbers = iter(everything.tolist())
+        rows = [{name: next(numbers) for name in values} for values in self._values]
         elapsed = time.perf_counter() - self._since
         speed = {
             "images_per_second": len(rows) * self.batch_size / elapsed,

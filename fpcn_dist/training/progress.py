@@ -11,6 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from fpcn_dist.runtime.output import discard_output
+
+
+class _Console(Console):
+    """A console that a training outlives: if nobody reads it any more, the training goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard_output()
+
 
 class Progress:
     """Rank 0's live view of training: a bar on a terminal, one plain line per log point elsewhere.
@@ -26,7 +36,7 @@ class Progress:
 
     def __init__(self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None) -> None:
         self._total_steps, self._start_step, self._silent = total_steps, start_step, rank != 0
-        self._console = console or Console(file=sys.stdout, soft_wrap=True)
+        self._console = console or _Console(file=sys.stdout, soft_wrap=True)
         self._bar = RichProgress(
             TextColumn("[bold]step[/] {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),

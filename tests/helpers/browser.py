@@ -65,6 +65,16 @@ _LOOK = """pages => pages.map((page, number) => {
   };
 })"""
 
+# A box that scrolls holds what is wider than itself.
+_OVERFLOW = """pages => pages.map(page => ({
+  scroll_width: page.documentElement.scrollWidth,
+  client_width: page.documentElement.clientWidth,
+  outside: [...page.querySelectorAll("section *, header *")].filter(
+    element => !element.parentElement.closest(".scroll, svg")
+      && element.getBoundingClientRect().right > element.closest("section, header").getBoundingClientRect().right + 1
+  ).map(element => element.outerHTML.slice(0, 80)),
+}))"""
+
 _CLICK = """([page]) => %s.map(([table, column]) => {
   const rows = page.querySelectorAll("table")[table];
   const button = rows.querySelector(`[data-column="${column}"] button`);
@@ -125,6 +135,20 @@ def render(page: Path, folder: Path, *, dark: bool = False) -> Rendering:
     """Load ``page`` in Chromium; ``folder`` is for its files."""
     values, console, requests = _load(page, folder, list(_WIDTHS.values()), _LOOK, dark=dark)
     return Rendering(*(Frame(**frame) for frame in values), console=console, requests=requests)
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """What is too wide for the page at one width: the page itself, in CSS pixels, and elements beyond their card."""
+
+    scroll_width: int
+    client_width: int
+    outside: list[str]
+
+
+def overflow(page: Path, folder: Path, widths: Sequence[int]) -> list[Overflow]:
+    """Load ``page`` at several widths in CSS pixels, and look for what does not fit."""
+    return [Overflow(**value) for value in _load(page, folder, widths, _OVERFLOW, dark=False)[0]]
 
 
 def click(page: Path, folder: Path, clicks: Sequence[tuple[int, int]]) -> tuple[list[Sorting], list[str]]:

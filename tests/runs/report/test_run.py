@@ -220,6 +220,23 @@ def test_a_browser_shows_it_on_phone_and_desktop(run: Path, tmp_path: Path) -> N
 
 
 @needs_browser
+def test_long_hashes_and_paths_stay_in_their_cards(run: Path, tmp_path: Path) -> None:
+    path = "/scratch/" + "a_folder_without_any_place_to_break_the_line" * 4
+    environment = json.loads((run / "environment.json").read_text())
+    environment |= {"command": f"train.py --data {path}", "commit": "0123456789abcdef" * 4 + "+", "platform": path}
+    (run / "environment.json").write_text(json.dumps(environment))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["root"] = path
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with open(run / "metrics.jsonl", "a") as metrics:
+        line = {"kind": "replaced", "step": 9, "path": f"{path}.jpg", "reason": "is empty", "time": 0}
+        metrics.write(json.dumps(line) + "\n")
+    for shown in browser.overflow(build_report(run), tmp_path / "browser", [360, 800, 1200]):
+        assert shown.scroll_width <= shown.client_width, "the page scrolls sideways"
+        assert shown.outside == []
+
+
+@needs_browser
 def test_dark_mode_is_dark(run: Path, tmp_path: Path) -> None:
     def brightness(colour: str) -> float:
         return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
