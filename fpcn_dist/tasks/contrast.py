@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fpcn_kernels import pair_contrast
+from fpcn_kernels import PairHead, pair_contrast
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
@@ -53,18 +53,15 @@ class Contrast(Task):
         return TaskOutput(loss, logits, parts)
 
     def _class_loss(self, pooled: Tensor, labels: Tensor, seed: int) -> Tensor:
-        model, head = self.model, self.model.config
-        weights = (
-            model.fuse_in.weight, model.fuse_in.bias, model.fuse_out.weight, model.fuse_out.bias,
-            model.classifier.weight, model.classifier.bias,
-        )  # fmt: skip
-        options = {"activation": head.activation, "dropout": head.dropout, "seed": seed, "group": self.group}
-        if head.head == "gated":
-            pairs = self._hardest_pairs(pooled, labels)
-            return gated_contrast_loss(pooled, labels, *weights, pairs=pairs, margin=self.config.margin, **options)
-        if self.config.pairs == "hardest":
-            return pair_contrast(pooled, labels, *weights, pairs=self._hardest_pairs(pooled, labels), **options)
-        return pair_contrast(pooled, labels, *weights, pairs=self.config.num_pairs, **options)
+        model, config = self.model, self.model.config
+        head = PairHead.of(model.fuse_in, model.fuse_out, model.classifier)
+        options = {"activation": config.activation, "dropout": config.dropout, "seed": seed, "group": self.group}
+        hardest = self.config.pairs == "hardest"
+        pairs = self._hardest_pairs(pooled, labels) if hardest else self.config.num_pairs
+        if config.head == "gated":
+            assert isinstance(pairs, Tensor), "the recipe says so"
+            return gated_contrast_loss(pooled, labels, head, pairs=pairs, margin=self.config.margin, **options)
+        return pair_contrast(pooled, labels, head, pairs=pairs, **options)
 
     @torch.no_grad()
     def _hardest_pairs(self, pooled: Tensor, labels: Tensor) -> Tensor:
