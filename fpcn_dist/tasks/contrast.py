@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import FPCN
-from fpcn_dist.recipe.schema import ContrastConfig, TrainConfig
-from fpcn_dist.runtime.collectives import Group, all_gather
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.collectives import all_gather
 from fpcn_dist.runtime.keys import key
-from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.base import Setting, Task, TaskOutput
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 
 
@@ -20,27 +20,24 @@ class Contrast(Task):
 
     Args:
         model: the network.
-        config: which pairs, and the centre loss.
-        seed: with the step, the key of dropout and random pairs.
-        group: all ranks, or ``None`` for one.
-        train: see :class:`Task`.
+        recipe: ``contrast`` says which pairs, and describes the centre loss; ``seed`` is with the step the key of
+            dropout and random pairs.
+        setting: see :class:`Task`.
     """
 
     couples_images = True
     model: FPCN
 
-    def __init__(
-        self, model: FPCN, config: ContrastConfig, train: TrainConfig, *, seed: int, group: Group | None = None
-    ) -> None:
-        super().__init__(model, train)
-        self.config, self.seed, self.group = config, seed, group
+    def __init__(self, model: FPCN, recipe: Recipe, setting: Setting) -> None:
+        super().__init__(model, recipe, setting)
+        self.config, self.group = recipe.contrast, setting.group
         self.centers = ClassCenters(model.classifier.out_features, model.backbone.channels)
 
     def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
-        loss = self._class_loss(pooled, batch.labels, key(self.seed, step))
+        loss = self._class_loss(pooled, batch.labels, key(self.recipe.seed, step))
         parts = {"class_loss": loss.detach()}
         if self.config.center_weight:
             self.centers.update(pooled, batch.labels, rate=self.config.center_rate, group=self.group)
