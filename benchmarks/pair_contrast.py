@@ -22,11 +22,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fpcn_kernels import pair_contrast
+from fpcn_kernels import PairHead, pair_contrast
 from torch import Tensor
 
 from benchmarks._harness import MODES, arguments, compiled, machine, matmul_rate, show, timings, write_json
@@ -36,30 +36,29 @@ Loss = Callable[..., Tensor]
 WRITTEN_OUT, COMPILED, TORCH, TRITON = "written out", "written out, torch.compile", "ours, PyTorch", "ours, Triton"
 
 
-def written_out(
-    pooled: Tensor,
-    labels: Tensor,
-    fuse_in_weight: Tensor,
-    fuse_in_bias: Tensor,
-    fuse_out_weight: Tensor,
-    fuse_out_bias: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """The arguments of the loss."""
+
+    pooled: Tensor
+    labels: Tensor
+    head: PairHead
+
+
+def written_out(pooled: Tensor, labels: Tensor, head: PairHead) -> Tensor:
     """The equations as one would write them in PyTorch: a row for each of the N^2 pairs."""
     images = len(pooled)
     a, b = pooled.repeat_interleave(images, 0), pooled.repeat(images, 1)
-    hidden = F.relu(F.linear(torch.cat([a, b], 1), fuse_in_weight, fuse_in_bias))
-    fused = F.linear(hidden, fuse_out_weight, fuse_out_bias)
-    logits_a = F.linear(a * fused, classifier_weight, classifier_bias)
-    logits_b = F.linear(b * fused, classifier_weight, classifier_bias)
+    hidden = F.relu(F.linear(torch.cat([a, b], 1), head.fuse_in_weight, head.fuse_in_bias))
+    fused = F.linear(hidden, head.fuse_out_weight, head.fuse_out_bias)
+    logits_a = F.linear(a * fused, head.classifier_weight, head.classifier_bias)
+    logits_b = F.linear(b * fused, head.classifier_weight, head.classifier_bias)
     loss_a = F.cross_entropy(logits_a, labels.repeat_interleave(images))
     return (loss_a + F.cross_entropy(logits_b, labels.repeat(images))) / 2
 
 
 def make_inputs(
     images: int, channels: int, width: int, classes: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
+) -> Inputs:
     """Multiples of 1/256, so that u and v are exact in float32 and TF32, and no unit near zero falls on either side of
     the relu, as it happens."""
     generator = torch.Generator().manual_seed(0)
@@ -71,20 +70,15 @@ def make_inputs(
     labels = torch.randint(classes, (images,), generator=generator).to(device)
     fuse_in = draw(width, 2 * channels, fan_in=2 * channels), draw(width)
     fuse_out = draw(channels, width, fan_in=width), draw(channels)
-    return [
-        draw(images, channels),
-        labels,
-        *fuse_in,
-        *fuse_out,
-        draw(classes, channels, fan_in=channels),
-        draw(classes),
-    ]
+    pooled = draw(images, channels)
+    classifier = draw(classes, channels, fan_in=channels), draw(classes)
+    return Inputs(pooled, labels, PairHead(*fuse_in, *fuse_out, *classifier))
 
 
-def step(function: Loss, inputs: list[Tensor], **options: str) -> list[Tensor]:
+def step(function: Loss, inputs: Inputs, **options: str) -> list[Tensor]:
     """The loss and all gradients."""
     loss = function(*inputs, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, [t for t in inputs if t.requires_grad])]
+    return [loss.detach(), *torch.autograd.grad(loss, [inputs.pooled, *inputs.head])]
 
 
 def largest_difference(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -92,16 +86,16 @@ def largest_difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
 
 
-def side(name: str, inputs: list[Tensor]) -> Loss | str:
+def side(name: str, inputs: Inputs) -> Loss | str:
     """What is timed under that name, or why it cannot be."""
     if name in (WRITTEN_OUT, COMPILED):
-        pooled = inputs[0]
+        pooled = inputs.pooled
         # At its peak nine tensors [N^2, C], of which the concatenation is two.
         needed, free = 9 * len(pooled) ** 2 * pooled[0].nbytes, free_memory(pooled.device)
         if needed > 0.8 * free:
             return f"needs {needed / 2**30:.0f} of {free / 2**30:.0f} GiB"
         return written_out if name == WRITTEN_OUT else compiled(written_out, *inputs)
-    if name == TRITON and not (inputs[0].is_cuda and importlib.util.find_spec("triton")):
+    if name == TRITON and not (inputs.pooled.is_cuda and importlib.util.find_spec("triton")):
         return "needs a GPU"
     return partial(pair_contrast, backend="torch" if name == TORCH else "triton")
 

@@ -16,7 +16,7 @@ import argparse
 from typing import Any
 
 import torch
-from fpcn_kernels import reference
+from fpcn_kernels import PairHead, reference
 from torch import Tensor
 
 from benchmarks._harness import Spread, arguments, machine, milliseconds, show, write_json
@@ -77,9 +77,8 @@ def check(options: argparse.Namespace) -> float:
     with torch.no_grad():
         loss = task(batch, 0).parts["class_loss"]
         pooled, _, _ = reference.masked_pool(features[0].double(), theta=model.config.theta)
-        layers = (model.fuse_in, model.fuse_out, model.classifier)
-        weights = [t.double() for layer in layers for t in (layer.weight, layer.bias)]
-        expected = reference.pair_contrast(pooled, batch.labels, *weights)
+        head = PairHead(*(t.double() for t in PairHead.of(model.fuse_in, model.fuse_out, model.classifier)))
+        expected = reference.pair_contrast(pooled, batch.labels, head)
     error = float((loss - expected).abs() / expected.abs())
     if not error <= 1e-4:
         raise SystemExit(f"FPCN's loss is off by {error:.1e} from the reference")

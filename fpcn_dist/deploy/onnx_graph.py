@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fpcn_dist import __version__
 from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.deploy.onnx_predict import FORMAT, INPUT, LOGITS, MASK
-from fpcn_dist.models import FPCN, Classifier
+from fpcn_dist.models import FPCN, NETWORKS, Classifier
 from fpcn_dist.runs.model_folder import ModelInfo
 from fpcn_dist.runtime.errors import UserError
 
@@ -45,19 +45,16 @@ class ExportableModel(nn.Module):
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        if type(model) not in (Classifier, FPCN):
-            raise UserError(
-                "model", type(model).__name__, "its forward pass is not written in ONNX's operators",
-                "use --format safetensors",
-            )  # fmt: skip
+        if not any(type(model) is network.kind and network.has_onnx_form for network in NETWORKS.values()):
+            reason = "its forward pass is not written in ONNX's operators"
+            raise UserError("model", type(model).__name__, reason, "use --format safetensors")
         self.model = model
         self._config = model.config if isinstance(model, FPCN) and model.config.region != "none" else None
         self.masked = self._config is not None
         if self._config is not None and self._config.region == "largest":
-            raise UserError(
-                "model.region", "largest", "ONNX has no operator for connected regions",
-                "export a model that was trained with model.region threshold or none, or use --format safetensors",
-            )  # fmt: skip
+            reason = "ONNX has no operator for connected regions"
+            hint = "export a model that was trained with model.region threshold or none, or use --format safetensors"
+            raise UserError("model.region", "largest", reason, hint)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 3, H', W'] to logits [B, K], mask [B, h, w] and features [B, C, h, w]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from fpcn_dist.models.backbones import build_backbone
 from fpcn_dist.models.base import Backbone
 from fpcn_dist.models.classifier import Classifier
@@ -11,20 +14,57 @@ from fpcn_dist.models.compared.pca_net import PCANet
 from fpcn_dist.models.fpcn import FPCN
 from fpcn_dist.recipe.schema import ModelConfig
 
-__all__ = ["FPCN", "Backbone", "BilinearCNN", "Classifier", "MMALNet", "PCANet", "build_backbone", "build_model"]
+__all__ = [
+    "FPCN",
+    "NETWORKS",
+    "Backbone",
+    "BilinearCNN",
+    "Classifier",
+    "MMALNet",
+    "Network",
+    "PCANet",
+    "build_backbone",
+    "build_model",
+]
 
-_COMPARED = {"bilinear_cnn": BilinearCNN, "pca_net": PCANet, "mmal_net": MMALNet}
+
+class Network(NamedTuple):
+    """The network that a task trains.
+
+    Attributes:
+        kind: its class.
+        build: makes one from a recipe's section ``model`` and the number of classes.
+        has_onnx_form: whether :mod:`fpcn_dist.deploy.onnx_graph` can write its forward pass in ONNX's operators.
+    """
+
+    kind: type[Classifier]
+    build: Callable[[ModelConfig, int], Classifier]
+    has_onnx_form: bool = False
+
+
+def _fpcn(config: ModelConfig, num_classes: int) -> FPCN:
+    return FPCN(num_classes=num_classes, **config.model_dump())
+
+
+def _classifier(config: ModelConfig, num_classes: int) -> Classifier:
+    return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+
+
+NETWORKS: dict[str, Network] = {
+    "contrast": Network(FPCN, _fpcn, has_onnx_form=True),
+    "classify": Network(Classifier, _classifier, has_onnx_form=True),
+    "distill": Network(Classifier, _classifier, has_onnx_form=True),
+    "bilinear_cnn": Network(BilinearCNN, BilinearCNN),
+    "pca_net": Network(PCANet, PCANet),
+    "mmal_net": Network(MMALNet, MMALNet),
+}
+"""The network of each task of :data:`fpcn_dist.recipe.schema.Task`."""
 
 
 def build_model(config: ModelConfig, num_classes: int, *, task: str) -> Classifier:
-    """The network of a recipe: :class:`FPCN` for the task "contrast", a compared one for the task of its name, else
-    :class:`Classifier`.
+    """The network of a recipe, as :data:`NETWORKS` has it for ``task``.
 
     Raises:
         UserError: see the classes.
     """
-    if task == "contrast":
-        return FPCN(num_classes=num_classes, **config.model_dump())
-    if task in _COMPARED:
-        return _COMPARED[task](config, num_classes)
-    return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+    return NETWORKS[task].build(config, num_classes)

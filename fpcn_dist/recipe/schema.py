@@ -8,6 +8,7 @@ why each default was chosen where the paper is silent.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # its errors are shown to users, who need no link
@@ -304,23 +305,45 @@ class Recipe(Schema):
                 f"model.head 'gated' is defined on the hardest pairs only, not {self.contrast.pairs!r}; "
                 "set contrast.pairs to 'hardest'"
             )
-        if self.contrast.pairs == "random" and self.contrast.num_pairs is None and self.task != "pca_net":
-            raise ValueError(
-                "contrast.pairs 'random' needs contrast.num_pairs; set it to the number of pairs per global batch"
-            )
-        if self.contrast.pairs != "random" and self.task == "pca_net":
-            raise ValueError(
-                f"task 'pca_net' draws its pairs at random, but contrast.pairs is {self.contrast.pairs!r}; "
-                "set it to 'random'"
-            )
-        if self.task == "distill" and self.distill.teacher_mode == "bank" and self.data.views is None:
-            raise ValueError(
-                "distill.teacher_mode 'bank' needs data.views, the number of views of each image that it holds; set it "
-                "(16, say), or use 'online'"
-            )
+        for rule in _TASK_RULES[self.task]:
+            rule(self)
         if self.optim.ema_decay is not None and self.engine.zero_stage == 3:
             raise ValueError(
                 f"optim.ema_decay {self.optim.ema_decay} needs whole weights on each rank, which engine.zero_stage 3 "
                 "shards; use zero_stage 2 or drop ema_decay"
             )
         return self
+
+
+def _check_pairs_are_counted(recipe: Recipe) -> None:
+    if recipe.contrast.pairs == "random" and recipe.contrast.num_pairs is None:
+        raise ValueError(
+            "contrast.pairs 'random' needs contrast.num_pairs; set it to the number of pairs per global batch"
+        )
+
+
+def _check_pairs_are_random(recipe: Recipe) -> None:
+    if recipe.contrast.pairs != "random":
+        raise ValueError(
+            f"task {recipe.task!r} draws its pairs at random, but contrast.pairs is {recipe.contrast.pairs!r}; "
+            "set it to 'random'"
+        )
+
+
+def _check_views_of_the_bank(recipe: Recipe) -> None:
+    if recipe.distill.teacher_mode == "bank" and recipe.data.views is None:
+        raise ValueError(
+            "distill.teacher_mode 'bank' needs data.views, the number of views of each image that it holds; set it "
+            "(16, say), or use 'online'"
+        )
+
+
+# What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
+_TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
+    "contrast": (_check_pairs_are_counted,),
+    "classify": (_check_pairs_are_counted,),
+    "distill": (_check_pairs_are_counted, _check_views_of_the_bank),
+    "bilinear_cnn": (_check_pairs_are_counted,),
+    "pca_net": (_check_pairs_are_random,),
+    "mmal_net": (_check_pairs_are_counted,),
+}

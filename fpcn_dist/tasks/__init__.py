@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import torch
 
-from fpcn_dist.models import FPCN, MMALNet, PCANet, build_model
+from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.runtime.collectives import Group
+from fpcn_dist.tasks.base import Setting, Task, TaskOutput
 from fpcn_dist.tasks.classify import Classify
 from fpcn_dist.tasks.contrast import Contrast
 from fpcn_dist.tasks.distill import Distill
 from fpcn_dist.tasks.mmal_net import MMALNetTask
 from fpcn_dist.tasks.pca_net import PCANetTask
 
-__all__ = ["Classify", "Contrast", "Distill", "MMALNetTask", "PCANetTask", "Task", "TaskOutput", "build_task"]
+__all__ = [
+    "TASKS",
+    "Classify",
+    "Contrast",
+    "Distill",
+    "MMALNetTask",
+    "PCANetTask",
+    "Setting",
+    "Task",
+    "TaskOutput",
+    "build_task",
+]
+
+TASKS: dict[str, type[Task]] = {
+    "contrast": Contrast,
+    "classify": Classify,
+    "distill": Distill,
+    "bilinear_cnn": Classify,
+    "pca_net": PCANetTask,
+    "mmal_net": MMALNetTask,
+}
+"""The losses of each task of :data:`fpcn_dist.recipe.schema.Task`."""
 
 
-def build_task(
-    recipe: Recipe,
-    num_classes: int,
-    group: torch.distributed.ProcessGroup | None = None,
-    *,
-    steps_per_epoch: int = 0,
-) -> Task:
+def build_task(recipe: Recipe, num_classes: int, group: Group | None = None, *, steps_per_epoch: int = 0) -> Task:
     """The recipe's task around a freshly initialised model; the same weights for the same seed on every rank.
 
     Args:
@@ -33,13 +49,4 @@ def build_task(
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, num_classes, task=recipe.task)
-    coupling = {"seed": recipe.seed, "group": group}
-    if isinstance(model, FPCN):
-        return Contrast(model, recipe.contrast, recipe.train, **coupling)
-    if isinstance(model, PCANet):
-        return PCANetTask(model, recipe.contrast, recipe.train, **coupling)
-    if isinstance(model, MMALNet):
-        return MMALNetTask(model, recipe.train, raw_steps=steps_per_epoch)
-    if recipe.task == "distill":
-        return Distill(model, recipe.distill, recipe.train)
-    return Classify(model, recipe.train)
+    return TASKS[recipe.task](model, recipe, Setting(group, steps_per_epoch))

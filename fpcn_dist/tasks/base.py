@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
-from fpcn_dist.recipe.schema import TrainConfig
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.collectives import Group
 
 
 class TaskOutput(NamedTuple):
@@ -28,6 +29,18 @@ class TaskOutput(NamedTuple):
     parts: dict[str, Tensor]
 
 
+class Setting(NamedTuple):
+    """What a task must know of the run beside its recipe.
+
+    Attributes:
+        group: all ranks, or ``None`` for one.
+        steps_per_epoch: for tasks that begin otherwise than they go on; 0 skips such a beginning.
+    """
+
+    group: Group | None = None
+    steps_per_epoch: int = 0
+
+
 class Task(nn.Module, ABC):
     """A model with its losses. The engine wraps the whole task, so that a loss may hold parameters and buffers.
 
@@ -36,8 +49,9 @@ class Task(nn.Module, ABC):
 
     Args:
         model: the network that is trained.
-        config: its ``precision`` "bf16" runs ``encode`` under bfloat16 autocast (the criterion always computes in
-            float32); its ``channels_last`` gives ``encode`` images in that memory order.
+        recipe: what to compute. ``train.precision`` "bf16" runs ``encode`` under bfloat16 autocast (the criterion
+            always computes in float32); ``train.channels_last`` gives ``encode`` images in that memory order.
+        setting: the ranks and the length of an epoch.
     """
 
     couples_images = False
@@ -45,10 +59,9 @@ class Task(nn.Module, ABC):
 
     model: Classifier
 
-    def __init__(self, model: Classifier, config: TrainConfig) -> None:
+    def __init__(self, model: Classifier, recipe: Recipe, setting: Setting) -> None:
         super().__init__()
-        self.model = model
-        self.train_config = config
+        self.model, self.recipe, self.setting = model, recipe, setting
 
     @abstractmethod
     def encode(self, batch: Batch, step: int) -> Tensor:
@@ -61,9 +74,9 @@ class Task(nn.Module, ABC):
     def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
         """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""
         if pooled is None:
-            if self.train_config.channels_last:
+            if self.recipe.train.channels_last:
                 batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
-            precision = self.train_config.precision
+            precision = self.recipe.train.precision
             with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pooled = self.encode(batch, step)
             pooled = pooled.float() if pooled.dtype in (torch.bfloat16, torch.float16) else pooled

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from fpcn_kernels import pair_contrast
+from fpcn_kernels import PairHead, pair_contrast
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import FPCN
-from fpcn_dist.recipe.schema import ContrastConfig, TrainConfig
-from fpcn_dist.runtime.collectives import Group, all_gather
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.collectives import all_gather
 from fpcn_dist.runtime.keys import key
-from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.base import Setting, Task, TaskOutput
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 
 
@@ -20,27 +20,24 @@ class Contrast(Task):
 
     Args:
         model: the network.
-        config: which pairs, and the centre loss.
-        seed: with the step, the key of dropout and random pairs.
-        group: all ranks, or ``None`` for one.
-        train: see :class:`Task`.
+        recipe: ``contrast`` says which pairs, and describes the centre loss; ``seed`` is with the step the key of
+            dropout and random pairs.
+        setting: see :class:`Task`.
     """
 
     couples_images = True
     model: FPCN
 
-    def __init__(
-        self, model: FPCN, config: ContrastConfig, train: TrainConfig, *, seed: int, group: Group | None = None
-    ) -> None:
-        super().__init__(model, train)
-        self.config, self.seed, self.group = config, seed, group
+    def __init__(self, model: FPCN, recipe: Recipe, setting: Setting) -> None:
+        super().__init__(model, recipe, setting)
+        self.config, self.group = recipe.contrast, setting.group
         self.centers = ClassCenters(model.classifier.out_features, model.backbone.channels)
 
     def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
-        loss = self._class_loss(pooled, batch.labels, key(self.seed, step))
+        loss = self._class_loss(pooled, batch.labels, key(self.recipe.seed, step))
         parts = {"class_loss": loss.detach()}
         if self.config.center_weight:
             self.centers.update(pooled, batch.labels, rate=self.config.center_rate, group=self.group)
@@ -53,18 +50,15 @@ class Contrast(Task):
         return TaskOutput(loss, logits, parts)
 
     def _class_loss(self, pooled: Tensor, labels: Tensor, seed: int) -> Tensor:
-        model, head = self.model, self.model.config
-        weights = (
-            model.fuse_in.weight, model.fuse_in.bias, model.fuse_out.weight, model.fuse_out.bias,
-            model.classifier.weight, model.classifier.bias,
-        )  # fmt: skip
-        options = {"activation": head.activation, "dropout": head.dropout, "seed": seed, "group": self.group}
-        if head.head == "gated":
-            pairs = self._hardest_pairs(pooled, labels)
-            return gated_contrast_loss(pooled, labels, *weights, pairs=pairs, margin=self.config.margin, **options)
-        if self.config.pairs == "hardest":
-            return pair_contrast(pooled, labels, *weights, pairs=self._hardest_pairs(pooled, labels), **options)
-        return pair_contrast(pooled, labels, *weights, pairs=self.config.num_pairs, **options)
+        model, config = self.model, self.model.config
+        head = PairHead.of(model.fuse_in, model.fuse_out, model.classifier)
+        options = {"activation": config.activation, "dropout": config.dropout, "seed": seed, "group": self.group}
+        hardest = self.config.pairs == "hardest"
+        pairs = self._hardest_pairs(pooled, labels) if hardest else self.config.num_pairs
+        if config.head == "gated":
+            assert isinstance(pairs, Tensor), "the recipe says so"
+            return gated_contrast_loss(pooled, labels, head, pairs=pairs, margin=self.config.margin, **options)
+        return pair_contrast(pooled, labels, head, pairs=pairs, **options)
 
     @torch.no_grad()
     def _hardest_pairs(self, pooled: Tensor, labels: Tensor) -> Tensor:

@@ -6,24 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.models import Classifier
-from fpcn_dist.recipe.schema import DistillConfig, TrainConfig
 from fpcn_dist.tasks.base import Task, TaskOutput
 from fpcn_dist.tasks.losses import distillation_loss
 
 
 class Distill(Task):
-    """The plain classifier, taught by ``batch.teacher_logits``, wherever these come from.
-
-    Args:
-        model: the student.
-        config: temperature and alpha.
-        train: see :class:`Task`.
-    """
-
-    def __init__(self, model: Classifier, config: DistillConfig, train: TrainConfig) -> None:
-        super().__init__(model, train)
-        self.config = config
+    """The plain classifier, taught by ``batch.teacher_logits``, wherever these come from."""
 
     def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled
@@ -31,6 +19,7 @@ class Distill(Task):
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         assert batch.teacher_logits is not None, "the training loop attaches them"
         logits = self.model.logits(pooled)
-        loss = distillation_loss(logits, batch.teacher_logits, batch.labels, self.config.temperature, self.config.alpha)
+        config = self.recipe.distill
+        loss = distillation_loss(logits, batch.teacher_logits, batch.labels, config.temperature, config.alpha)
         class_loss = F.cross_entropy(logits.detach(), batch.labels)
         return TaskOutput(loss, logits.detach(), {"class_loss": class_loss})

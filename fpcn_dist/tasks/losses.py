@@ -10,9 +10,10 @@ any parameter, whether it comes before or after ``pooled``. Ranks may hold diffe
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from fpcn_kernels import PairHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -202,12 +203,7 @@ def _partners(images: int, num_pairs: int | None) -> int:
 def gated_contrast_loss(
     pooled: Tensor,
     labels: Tensor,
-    fuse_in_weight: Tensor,
-    fuse_in_bias: Tensor,
-    fuse_out_weight: Tensor,
-    fuse_out_bias: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor,
+    head: PairHead,
     *,
     pairs: Tensor,
     margin: float = 0.05,
@@ -231,9 +227,7 @@ def gated_contrast_loss(
     Args:
         pooled: [B, C].
         labels: [B] int64.
-        fuse_in_weight, fuse_in_bias: [D, 2C], [D].
-        fuse_out_weight, fuse_out_bias: [C, D], [C].
-        classifier_weight, classifier_bias: [K, C], [K].
+        head: MLP and classifier, with C channels, D hidden units and K classes.
         pairs: [P, 2] int64 indices into the global batch, equal on all ranks; see :func:`hardest_pairs`.
         margin: of the ranking loss.
         activation: of the hidden layer.
@@ -245,25 +239,39 @@ def gated_contrast_loss(
         Scalar, equal on all ranks.
     """
     pooled_NC, labels_N = all_gather(pooled, group), all_gather(labels, group)
-    generator = torch.Generator(pooled.device).manual_seed(seed)
-
-    def drop(tensor: Tensor) -> Tensor:
-        if not dropout:
-            return tensor
-        keep = torch.rand(tensor.shape, generator=generator, device=tensor.device) >= dropout
-        return tensor * keep / (1 - dropout)
-
+    drop = _Dropout(dropout, torch.Generator(pooled.device).manual_seed(seed))
     x_a, x_b = pooled_NC[pairs[:, 0]], pooled_NC[pairs[:, 1]]
-    hidden = F.linear(torch.cat([x_a, x_b], dim=1), fuse_in_weight, fuse_in_bias)
+    hidden = F.linear(torch.cat([x_a, x_b], dim=1), head.fuse_in_weight, head.fuse_in_bias)
     hidden = F.relu(hidden) if activation == "relu" else hidden
-    fused = F.linear(drop(hidden), fuse_out_weight, fuse_out_bias)
-    gate_a, gate_b = torch.sigmoid(fused * x_a), torch.sigmoid(fused * x_b)
-    by_self = torch.cat([x_a + gate_a * x_a, x_b + gate_b * x_b])
-    by_other = torch.cat([x_a + gate_b * x_a, x_b + gate_a * x_b])
-
-    logits = F.linear(drop(torch.cat([by_self, by_other])), classifier_weight, classifier_bias)
+    fused = F.linear(drop(hidden), head.fuse_out_weight, head.fuse_out_bias)
+    logits = F.linear(drop(_gated(fused, x_a, x_b)), head.classifier_weight, head.classifier_bias)
     targets = labels_N[pairs.T.flatten()].repeat(2)
+    return F.cross_entropy(logits, targets) + _ranking_loss(logits, targets, margin)
+
+
+class _Dropout(NamedTuple):
+    """Dropout whose draws come one after the other from a generator of its own."""
+
+    probability: float
+    generator: torch.Generator
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not self.probability:
+            return tensor
+        keep = torch.rand(tensor.shape, generator=self.generator, device=tensor.device) >= self.probability
+        return tensor * keep / (1 - self.probability)
+
+
+def _gated(fused_PC: Tensor, a_PC: Tensor, b_PC: Tensor) -> Tensor:
+    """[4 P, C]: all a gated by themselves, all b by themselves, all a gated by b, all b gated by a."""
+    gate_a, gate_b = torch.sigmoid(fused_PC * a_PC), torch.sigmoid(fused_PC * b_PC)
+    by_self = torch.cat([a_PC + gate_a * a_PC, b_PC + gate_b * b_PC])
+    by_other = torch.cat([a_PC + gate_b * a_PC, b_PC + gate_a * b_PC])
+    return torch.cat([by_self, by_other])
+
+
+def _ranking_loss(logits: Tensor, targets: Tensor, margin: float) -> Tensor:
+    """The mean of max(0, margin - (p(self) - p(other))), of rows in the order of :func:`_gated`."""
     true_probability = F.softmax(logits, dim=1).gather(1, targets[:, None])
     p_self, p_other = true_probability.chunk(2)
-    ranking = F.margin_ranking_loss(p_self, p_other, torch.ones_like(p_self), margin=margin)
-    return F.cross_entropy(logits, targets) + ranking
+    return F.margin_ranking_loss(p_self, p_other, torch.ones_like(p_self), margin=margin)

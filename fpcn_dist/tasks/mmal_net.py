@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models.compared.mmal_net import MMALNet
-from fpcn_dist.recipe.schema import TrainConfig
 from fpcn_dist.tasks.base import Task, TaskOutput
 
 
@@ -17,19 +16,15 @@ class MMALNetTask(Task):
 
     Args:
         model: the network.
-        train: see :class:`Task`.
-        raw_steps: steps at the start that learn from whole images alone (published: an epoch).
+        recipe: see :class:`Task`.
+        setting: an epoch at the start learns from whole images alone, as published.
     """
 
     model: MMALNet
 
-    def __init__(self, model: MMALNet, train: TrainConfig, *, raw_steps: int) -> None:
-        super().__init__(model, train)
-        self.raw_steps = raw_steps
-
     def encode(self, batch: Batch, step: int) -> Tensor:
         """[B, (1 + 1 + N) C]: image, object, N parts; [B, C] while there are but images."""
-        if step < self.raw_steps:
+        if step < self.setting.steps_per_epoch:
             return self.model.raw(batch.images)[0]
         found = self.model.branches(batch.images, parts=True)
         assert found.parts is not None

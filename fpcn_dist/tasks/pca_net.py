@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models.compared.pca_net import ATTENTION, FEATURES, SCALE, PCANet, attentive_pool, co_attention, erase
-from fpcn_dist.recipe.schema import ContrastConfig, TrainConfig
-from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike
+from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.collectives import all_gather, all_gather_unlike
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
-from fpcn_dist.tasks.base import Task, TaskOutput
+from fpcn_dist.tasks.base import Setting, Task, TaskOutput
 from fpcn_dist.tasks.losses import ClassCenters, random_partners
 
 _DRAWS = 4096
@@ -30,21 +30,18 @@ class PCANetTask(Task):
 
     Args:
         model: the network.
-        config: ``num_pairs`` = k N: each image has k partners of its class, drawn at random; ``center_weight`` and
-            ``center_rate`` of the centre loss (published: 1 and 0.05).
-        seed: with the step, the key of partners and erasing.
-        group: all ranks, or ``None`` for one.
-        train: see :class:`Task`.
+        recipe: ``contrast.num_pairs`` = k N gives each image k partners of its class, drawn at random;
+            ``contrast.center_weight`` and ``contrast.center_rate`` describe the centre loss (published: 1 and 0.05);
+            ``seed`` is with the step the key of partners and erasing.
+        setting: see :class:`Task`.
     """
 
     couples_images = True
     model: PCANet
 
-    def __init__(
-        self, model: PCANet, config: ContrastConfig, train: TrainConfig, *, seed: int, group: Group | None = None
-    ) -> None:
-        super().__init__(model, train)
-        self.config, self.seed, self.group = config, seed, group
+    def __init__(self, model: PCANet, recipe: Recipe, setting: Setting) -> None:
+        super().__init__(model, recipe, setting)
+        self.config, self.group = recipe.contrast, setting.group
         self.centers = ClassCenters(model.classifier.out_features, FEATURES * ATTENTION)
 
     def encode(self, batch: Batch, step: int) -> Tensor:
@@ -102,4 +99,4 @@ class PCANetTask(Task):
         return pairs // images
 
     def _generator(self, device: torch.device, step: int, *, purpose: int) -> torch.Generator:
-        return torch.Generator(device).manual_seed(key(self.seed, step, purpose))
+        return torch.Generator(device).manual_seed(key(self.recipe.seed, step, purpose))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fpcn_kernels.pairs.head import PairHead
+
 _WORD = 0xFFFFFFFF
 
 
@@ -47,12 +49,7 @@ def masked_pool(
 def pair_contrast(
     pooled: Tensor,
     labels: Tensor,
-    fuse_in_weight: Tensor,
-    fuse_in_bias: Tensor,
-    fuse_out_weight: Tensor,
-    fuse_out_bias: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor,
+    head: PairHead,
     *,
     activation: str = "relu",
     dropout: float = 0.0,
@@ -60,15 +57,7 @@ def pair_contrast(
     pairs: int | Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the chosen pairs of images, both sides; see :func:`fpcn_kernels.pair_contrast`."""
-    operands = (
-        pooled,
-        fuse_in_weight,
-        fuse_in_bias,
-        fuse_out_weight,
-        fuse_out_bias,
-        classifier_weight,
-        classifier_bias,
-    )
+    operands = (pooled, *head)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
     x_NC, in_weight, in_bias, out_weight, out_bias, cls_weight, cls_bias = (t.to(dtype) for t in operands)
     images = len(x_NC)

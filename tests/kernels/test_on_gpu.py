@@ -9,7 +9,7 @@ import pytest
 import torch
 from fpcn_kernels import masked_pool, pair_contrast
 
-from tests.helpers.pair_problems import gradients_of, make_problem
+from tests.helpers.pair_problems import gradients_of, make_problem, mapped
 
 pytestmark = pytest.mark.gpu
 
@@ -67,16 +67,8 @@ def make_pairs(images, classes, dtype, seed, channels=2048, width=512):
     """With logits of order one, as a trained network has them."""
     problem = make_problem(images, channels, width, classes, seed=seed)
     fan_in = {"fuse_in_weight": 2 * channels, "fuse_out_weight": width, "classifier_weight": channels}
-    return {
-        name: value.to(CUDA)
-        if name == "labels"
-        else (value.detach() * fan_in.get(name, 1) ** -0.5).to(CUDA, dtype).requires_grad_()
-        for name, value in problem.items()
-    }
-
-
-def in_float64(problem):
-    return {n: t if n == "labels" else t.detach().double().requires_grad_() for n, t in problem.items()}
+    problem = mapped(problem, lambda name, values: (values * fan_in.get(name, 1) ** -0.5).to(CUDA, dtype))
+    return {**problem, "labels": problem["labels"].to(CUDA)}
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "pairs": 30000, "seed": 3}], ids=["all", "random, dropout"])
@@ -86,7 +78,7 @@ def test_pair_contrast(fresh, images, classes, dtype, options):
     if "pairs" in options:
         options = {**options, "pairs": images**2 * 3 // 4}
     problem = make_pairs(images, classes, dtype, fresh)
-    wide = in_float64(problem)
+    wide = mapped(problem, lambda name, values: values.double())
     expected = pair_contrast(**wide, **options, backend="torch")
     got, again = (pair_contrast(**problem, **options, backend="triton") for _ in range(2))
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)

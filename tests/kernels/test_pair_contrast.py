@@ -4,13 +4,22 @@ import sys
 
 import pytest
 import torch
-from fpcn_kernels import pair_contrast, reference
+from fpcn_kernels import PairHead, pair_contrast, reference
 from fpcn_kernels.pairs import assemble, backend_torch
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs, mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.pair_problems import LISTED, PARAMETERS, assert_same, gradients_of, make_problem
+from tests.helpers.pair_problems import (
+    LISTED,
+    PARAMETERS,
+    assert_same,
+    changed,
+    gradients_of,
+    make_problem,
+    mapped,
+    operands,
+)
 
 
 def _list_or_tiles(monkeypatch, listed):
@@ -39,7 +48,7 @@ def test_matches_reference_at_odd_batches(images, pairs):
 def test_equations_by_hand():
     # One channel, one hidden unit: x = (1, 2), h = relu(2 a - b), X_f = 3 h + 1, logits = (x X_f, 0).
     column = [[2.0, -1.0]], [0.0], [[3.0]], [1.0], [[1.0], [0.0]], [0.0, 0.0]
-    parameters = dict(zip(PARAMETERS, map(torch.tensor, column), strict=True))
+    head = PairHead(*map(torch.tensor, column))
     pooled, labels = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
     logits = {(0, 0): (4, 4), (0, 1): (1, 2), (1, 0): (20, 10), (1, 1): (14, 14)}  # by pair: x_a X_f, x_b X_f
     expected = 0.0
@@ -48,7 +57,7 @@ def test_equations_by_hand():
             expected += float(torch.tensor(float(logit if image else -logit)).exp().log1p()) / 8
     # Pair (0, 1): h = relu(2 - 2) = 0; pair (1, 0): h = 3, X_f = 10.
     for backend in ("torch", "reference"):
-        assert float(pair_contrast(pooled, labels, **parameters, backend=backend)) == pytest.approx(expected, rel=1e-6)
+        assert float(pair_contrast(pooled, labels, head, backend=backend)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -96,10 +105,7 @@ def test_deterministic_and_equal_without_gradients(pairs):
 @pytest.mark.parametrize("pairs", [None, LISTED], ids=["all", "listed"])
 def test_low_precision_accumulates_in_float32(dtype, pairs):
     problem = make_problem(9, 33, 12, 3, dtype)
-    wide = {
-        name: t.detach().double().requires_grad_(t.is_floating_point()) if name != "labels" else t
-        for name, t in problem.items()
-    }
+    wide = mapped(problem, lambda name, values: values.double())
     got, expected = pair_contrast(**problem, pairs=pairs), pair_contrast(**wide, pairs=pairs)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
@@ -123,8 +129,8 @@ def test_dtypes_mix_and_autocast_does_not_round():
 def test_float16_gradients_survive_under_a_loss_scale():
     problem = make_problem(3, 4, 4, 2)
     tiny = 1e-7
-    for name in ("fuse_out_weight", "fuse_in_weight"):
-        problem[name] = (problem[name].detach() * 0.01).requires_grad_()
+    small = {"fuse_in_weight": 0.01, "fuse_out_weight": 0.01}
+    problem = mapped(problem, lambda name, values: values * small.get(name, 1))
     expected = gradients_of(pair_contrast(**problem) * tiny, problem)["pooled"] * 2**20
     half = {**problem, "pooled": problem["pooled"].detach().half().requires_grad_()}
     got = gradients_of(pair_contrast(**half) * tiny * 2**20, half)["pooled"]
@@ -137,7 +143,7 @@ def test_float16_gradients_survive_under_a_loss_scale():
 def test_non_finite_is_never_silent(name, value):
     problem = make_problem(5, 4, 6, 3)
     with torch.no_grad():
-        problem[name].view(-1)[-1] = value
+        operands(problem)[name].view(-1)[-1] = value
     # The last image is in none of the listed pairs; relu hides a bias of -inf.
     for options in ({}, {"pairs": LISTED}, {"pairs": 2}, {"dropout": 0.9}):
         loss = pair_contrast(**problem, **options)
@@ -152,8 +158,7 @@ def test_operator_contract(pairs):
     problem = make_problem(4, 5, 6, 3, torch.float32)
     seed = torch.tensor(1)
     listed, count = (pairs, None) if isinstance(pairs, torch.Tensor) else (None, pairs)
-    operands = [problem[name] for name in ("pooled", *PARAMETERS)]
-    positional = (*operands, problem["labels"], seed, listed, count, True, 0.2, None, "torch", True)
+    positional = (*operands(problem).values(), problem["labels"], seed, listed, count, True, 0.2, None, "torch", True)
     torch.library.opcheck(torch.ops.fpcn.pair_contrast.default, positional)
 
     def run():
@@ -274,6 +279,7 @@ def test_hash_flips_half_of_the_bits():
             r"classifier_weight must have shape \[K, C\] = \[3, 4\]",
         ),
         ({"classifier_bias": None}, TypeError, r"classifier_bias must be a tensor \[K\], got NoneType"),
+        ({"head": None}, TypeError, "head must be a PairHead, got NoneType"),
         ({"labels": torch.zeros(4).long()}, ValueError, r"labels must have shape \[B\] = \[5\], got \[4\]"),
         ({"labels": torch.zeros(5)}, TypeError, r"labels must be an int64 tensor \[B\], got torch.float32 \[5\]"),
         ({"labels": torch.tensor([0, 1, 2, 3, 0])}, ValueError, r"labels \[5\] must lie in \[0, 3\), got .* 0 to 3"),
@@ -298,4 +304,4 @@ def test_hash_flips_half_of_the_bits():
 )
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
-        pair_contrast(**{**make_problem(5, 4, 6, 3, torch.float32), **change})
+        pair_contrast(**changed(make_problem(5, 4, 6, 3, torch.float32), **change))

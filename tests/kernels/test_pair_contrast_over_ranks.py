@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fpcn_kernels import pair_contrast
+from fpcn_kernels import PairHead, pair_contrast
 
 SIZES = {1: (11,), 2: (4, 7), 3: (5, 1, 5), 4: (3, 4, 0, 4)}
 IMAGES, CHANNELS, WIDTH, CLASSES = 11, 6, 5, 3
@@ -51,7 +51,7 @@ def _run(rank, options, group=None, rows=slice(None), compiled=False):
     pooled = pooled.detach()[rows].requires_grad_()
 
     def loss_of(pooled, labels, *parameters):
-        return pair_contrast(pooled, labels, *parameters, group=group, **options)
+        return pair_contrast(pooled, labels, PairHead(*parameters), group=group, **options)
 
     sys.modules["fpcn_kernels.pairs.operator"]._GATHERED_BYTES = gathered_bytes
     function = torch.compile(loss_of, fullgraph=True, backend="aot_eager") if compiled else loss_of
@@ -72,17 +72,18 @@ def _rank(rank: int, folder: str) -> None:
         sys.modules["fpcn_kernels.pairs.operator"]._GATHERED_BYTES = 0
         with torch.no_grad():
             pooled, *parameters = _problem()[0]
-            loss = pair_contrast(pooled[rows], _problem()[1][rows], *parameters, group=group)
+            loss = pair_contrast(pooled[rows], _problem()[1][rows], PairHead(*parameters), group=group)
         torch.save(loss, f"{folder}/{world_size} loss only {rank}")
         if world_size == 1:
             torch.save(_run(rank, OPTIONS["all, dropout"], group, compiled=True), f"{folder}/1 compiled {rank}")
-    non_finite, labels = _problem()
+    (pooled, *parameters), labels = _problem()
+    arguments = pooled[rows], labels[rows], PairHead(*parameters)
     with torch.no_grad():
-        non_finite[0][-1, 0] = torch.nan
-        loss = pair_contrast(non_finite[0][rows], labels[rows], *non_finite[1:], group=dist.group.WORLD)
+        pooled[-1, 0] = torch.nan
+        loss = pair_contrast(*arguments, group=dist.group.WORLD)
     torch.save(loss, f"{folder}/4 non-finite {rank}")
     try:
-        pair_contrast(non_finite[0][rows], labels[rows], *non_finite[1:], pairs=122, group=dist.group.WORLD)
+        pair_contrast(*arguments, pairs=122, group=dist.group.WORLD)
     except ValueError as error:
         Path(f"{folder}/4 error {rank}").write_text(str(error))
     dist.destroy_process_group()

@@ -14,35 +14,27 @@ from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.pair_problems import LISTED, PARAMETERS, gradients_of, make_problem
+from tests.helpers.pair_problems import LISTED, PARAMETERS, gradients_of, make_problem, mapped, operands
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _narrow(sizes, dtype=torch.float32, seed=0):
     """A problem of ``dtype`` with logits of order one, as a trained network has them."""
-    problem = make_problem(*sizes, seed=seed)
-    labels = problem.pop("labels").to(DEVICE)
-    narrow = {name: (value.detach() * 0.4).to(DEVICE, dtype).requires_grad_() for name, value in problem.items()}
-    return {**narrow, "labels": labels}
-
-
-def _wide(problem):
-    return {
-        name: value if name == "labels" else value.detach().double().requires_grad_() for name, value in problem.items()
-    }
+    problem = mapped(make_problem(*sizes, seed=seed), lambda name, values: (values * 0.4).to(DEVICE, dtype))
+    return {**problem, "labels": problem["labels"].to(DEVICE)}
 
 
 def _assert_matches(problem, tolerance=2e-6, expected_backend="torch", **options):
     """Loss and gradients of the kernels against float64, relative to the largest entry of each."""
-    wide = _wide(problem)
+    wide = mapped(problem, lambda name, values: values.double())
     got = pair_contrast(**problem, **options, backend="triton")
     expected = pair_contrast(**wide, **options, backend=expected_backend)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
     got, expected = gradients_of(got, problem), gradients_of(expected, wide)
     for name, value in expected.items():
-        rounding = torch.finfo(problem[name].dtype).eps
+        rounding = torch.finfo(got[name].dtype).eps
         bound = (tolerance + (0 if rounding < tolerance else rounding)) * float(value.abs().max())
         torch.testing.assert_close(got[name].double(), value, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -116,7 +108,7 @@ def test_deterministic(classes):
 def test_non_finite_is_never_silent(dense, name, value, classes):
     problem = _narrow((3, 4, 5, classes))
     with torch.no_grad():
-        problem[name].view(-1)[-1] = value
+        operands(problem)[name].view(-1)[-1] = value
     loss = pair_contrast(**problem, pairs=4, backend="triton")
     assert loss.isnan()
     assert all(gradient.isnan().any() for gradient in gradients_of(loss, problem).values())
@@ -135,8 +127,7 @@ def test_non_finite_in_the_hidden_layer_reaches_the_loss():
 @pytest.mark.parametrize("classes", [3, 17])
 def test_operator_contract(classes):
     problem, seed = _narrow((3, 5, 6, classes)), torch.tensor(1, device=DEVICE)
-    operands = [problem[name] for name in ("pooled", *PARAMETERS)]
-    positional = (*operands, problem["labels"], seed, None, None, True, 0.2, None, "triton", True)
+    positional = (*operands(problem).values(), problem["labels"], seed, None, None, True, 0.2, None, "triton", True)
     torch.library.opcheck(torch.ops.fpcn.pair_contrast.default, positional)
 
     def run():

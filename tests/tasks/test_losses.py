@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fpcn_kernels import PairHead
 from torch import Tensor
 
 from fpcn_dist.runtime.errors import UserError
@@ -117,13 +118,13 @@ def test_distillation_stays_finite_for_extreme_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "alpha", "field"), [(0.0, 0.5, "distill.temperature"), (-1.0, 0.5, "distill.temperature"),
-                                        (2.0, 1.5, "distill.alpha"), (2.0, -0.1, "distill.alpha")],
-)  # fmt: skip
+    ("temperature", "alpha", "field"),
+    [(0.0, 0.5, "temperature"), (-1.0, 0.5, "temperature"), (2.0, 1.5, "alpha"), (2.0, -0.1, "alpha")],
+)
 def test_distillation_refuses_values_out_of_bounds(temperature: float, alpha: float, field: str) -> None:
     with pytest.raises(UserError) as caught:
         distillation_loss(randn(2, 3), randn(2, 3), torch.tensor([0, 1]), temperature, alpha)
-    assert caught.value.field == field
+    assert caught.value.field == f"distill.{field}"
 
 
 def test_distillation_refuses_a_teacher_of_other_classes() -> None:
@@ -216,9 +217,15 @@ def gated_written_out(
 def test_gated_loss_is_the_released_codes(activation: str, margin: float, dropout: float) -> None:
     tensors, labels = head(), [0, 2, 1, 1, 0]
     loss = gated_contrast_loss(
-        tensors[0], torch.tensor(labels), *tensors[1:], pairs=torch.tensor(PAIRS), margin=margin,
-        activation=activation, dropout=dropout, seed=11,
-    )  # fmt: skip
+        tensors[0],
+        torch.tensor(labels),
+        PairHead(*tensors[1:]),
+        pairs=torch.tensor(PAIRS),
+        margin=margin,
+        activation=activation,
+        dropout=dropout,
+        seed=11,
+    )
     generator = torch.Generator().manual_seed(11)
     keeps = [(torch.rand(*shape, generator=generator) >= dropout) / (1 - dropout) for shape in ((6, 6), (24, 4))]
     expected = gated_written_out(tensors, labels, margin, activation == "relu", *[keep.double() for keep in keeps])
@@ -229,7 +236,7 @@ def test_gated_dropout_is_keyed_by_the_seed() -> None:
     pooled, *layers = head()
     losses = [
         gated_contrast_loss(
-            pooled, torch.tensor([0, 2, 1, 1, 0]), *layers, pairs=torch.tensor(PAIRS), dropout=0.5, seed=seed
+            pooled, torch.tensor([0, 2, 1, 1, 0]), PairHead(*layers), pairs=torch.tensor(PAIRS), dropout=0.5, seed=seed
         ).item()
         for seed in (1, 1, 2)
     ]
@@ -238,8 +245,6 @@ def test_gated_dropout_is_keyed_by_the_seed() -> None:
 
 def test_without_a_difference_between_gates_the_ranking_loss_is_the_margin() -> None:
     pooled, *layers = head()
-    loss = {
-        margin: gated_contrast_loss(pooled, torch.tensor([0] * 5), *layers, pairs=torch.tensor([[1, 1]]), margin=margin)
-        for margin in (0.0, 0.05)
-    }
+    labels, pairs, layers = torch.tensor([0] * 5), torch.tensor([[1, 1]]), PairHead(*layers)
+    loss = {m: gated_contrast_loss(pooled, labels, layers, pairs=pairs, margin=m) for m in (0.0, 0.05)}
     assert math.isclose((loss[0.05] - loss[0.0]).item(), 0.05, rel_tol=1e-12)

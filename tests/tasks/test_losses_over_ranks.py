@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from fpcn_kernels import PairHead
 from torch import Tensor, nn
 
 from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike, all_reduce_sum, world_size
@@ -42,12 +43,13 @@ def run(rows: slice, group: Group | None) -> dict[str, Any]:
         return products.sum() * world_size(group) / IMAGES
 
     def losses(pooled: Tensor) -> dict[str, Tensor]:
+        head, options = PairHead(*layers), {"dropout": 0.3, "seed": 5, "group": group}
         pairs = hardest_pairs(all_gather(pooled, group), all_gather(labels, group), 4 * IMAGES)
         return {
             "center_mean": center_loss(pooled, labels, centers.centers, group=group),
             "center_sum": center_loss(pooled, labels, centers.centers, reduction="sum", group=group),
             "partners": partners_loss(pooled),
-            "gated": gated_contrast_loss(pooled, labels, *layers, pairs=pairs, dropout=0.3, seed=5, group=group),
+            "gated": gated_contrast_loss(pooled, labels, head, pairs=pairs, **options),
         }
 
     result: dict[str, Any] = {"rows": all_gather(images, group), "total": all_reduce_sum(images.sum(0), group)}

@@ -30,23 +30,21 @@ from fpcn_kernels._validate import (
 )
 from fpcn_kernels.pairs import backend_torch
 from fpcn_kernels.pairs.assemble import all_pairs, is_cheaper_listed, listed_pairs
+from fpcn_kernels.pairs.head import PairHead
 from fpcn_kernels.pairs.problem import Gradients, PairProblem, SideLoss
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from fpcn_kernels.shards import RowExchange, RowShards
 
 # Of u and v of the global batch. Beyond it they pass from rank to rank instead of being gathered.
 _GATHERED_BYTES = 2**28
+# What the operator differentiates: the pooled vectors and the head's parameters.
+_OPERANDS = 1 + len(PairHead._fields)
 
 
 def pair_contrast(
     pooled: Tensor,
     labels: Tensor,
-    fuse_in_weight: Tensor,
-    fuse_in_bias: Tensor,
-    fuse_out_weight: Tensor,
-    fuse_out_bias: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor,
+    head: PairHead,
     *,
     activation: str = "relu",
     dropout: float = 0.0,
@@ -69,9 +67,7 @@ def pair_contrast(
     Args:
         pooled: image vectors x [B, C]; float64, or any of float32, bfloat16 and float16, which accumulate in float32.
         labels: int64 classes [B] in [0, K).
-        fuse_in_weight, fuse_in_bias: W_in [D, 2C] on the concatenation of both vectors, b_in [D].
-        fuse_out_weight, fuse_out_bias: W_out [C, D], b_out [C].
-        classifier_weight, classifier_bias: W_cls [K, C], b_cls [K].
+        head: the layers that classify a pair, with C channels, D hidden units and K classes.
         activation: f, ``"relu"`` or ``"identity"``.
         dropout: chance that a hidden unit of a pair is zeroed, in [0, 1); the others are divided by 1 - dropout.
         seed: of dropout and random pairs: an int or a 0-dim int64 tensor, equal on all ranks.
@@ -87,16 +83,7 @@ def pair_contrast(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: the backend is not available.
     """
-    operands = (
-        pooled,
-        fuse_in_weight,
-        fuse_in_bias,
-        fuse_out_weight,
-        fuse_out_bias,
-        classifier_weight,
-        classifier_bias,
-    )
-    _check_operands(labels, *operands)
+    _check_operands(pooled, labels, head)
     check_choice("activation", activation, ("relu", "identity"))
     check_fraction("dropout", dropout)
     _check_pairs(pairs, pooled.device)
@@ -106,23 +93,13 @@ def pair_contrast(
         if group is not None:
             raise ValueError("backend 'reference' runs in a single process, got a group; use backend='torch'")
         return reference.pair_contrast(
-            pooled, labels, *operands[1:], activation=activation, dropout=dropout, seed=int(seed), pairs=pairs
+            pooled, labels, head, activation=activation, dropout=dropout, seed=int(seed), pairs=pairs
         )
-    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *head))
     listed, count = (pairs, None) if isinstance(pairs, Tensor) else (None, pairs)
     group_name = None if group is None else group.group_name
-    return _pair_contrast(
-        *operands,
-        labels,
-        seed,
-        listed,
-        count,
-        activation == "relu",
-        float(dropout),
-        group_name,
-        backend,
-        with_gradients,
-    )[0]
+    choice = (labels, seed, listed, count, activation == "relu", float(dropout))
+    return _pair_contrast(pooled, *head, *choice, group_name, backend, with_gradients)[0]
 
 
 @torch.library.custom_op("fpcn::pair_contrast", mutates_args=())
@@ -146,73 +123,93 @@ def _pair_contrast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and, if asked for, the gradients of the seven floating-point operands, in the accumulation dtype.
 
-    A group goes by its name, as an operator's schema has no groups.
+    An operator's schema knows tensors, numbers and strings alone: the head comes in parts, and a group by its name.
     """
-    operands = (
-        pooled,
-        fuse_in_weight,
-        fuse_in_bias,
-        fuse_out_weight,
-        fuse_out_bias,
-        classifier_weight,
-        classifier_bias,
-    )
-    dtype = accumulation_dtype(*operands)
+    head = PairHead(fuse_in_weight, fuse_in_bias, fuse_out_weight, fuse_out_bias, classifier_weight, classifier_bias)
+    dtype = accumulation_dtype(pooled, *head)
     group = None if group_name is None else dist.distributed_c10d._resolve_process_group(group_name)  # pyright: ignore
     with torch.autocast(pooled.device.type, enabled=False):
-        wide = [t.to(dtype) for t in operands]
-        x_BC, in_weight, in_bias, out_weight, out_bias, cls_weight, cls_bias = wide
-        weight_a, weight_b = in_weight.chunk(2, 1)
+        x_BC, head = pooled.to(dtype), PairHead(*(t.to(dtype) for t in head))
         shards = RowShards(len(x_BC), group, x_BC.device)
-        _check_values(labels, len(cls_bias), listed, count, shards.total)
-        uv_B2D = torch.cat([torch.addmm(in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
-        random = None if count is None else RandomPairs(count, seed, shards.total)
-        chosen = count or (shards.total**2 if listed is None else len(listed))
-        # A relu or an unchosen pair could hide what is not finite; multiplication by zero passes it on.
-        poison = 0 * torch.nn.utils.get_total_norm([t for t in wide if t.numel()], torch.inf)
-        problem = PairProblem(
-            x_BC,
-            uv_B2D,
-            out_weight,
-            out_bias,
-            cls_weight,
-            cls_bias,
-            labels,
-            shards.first,
-            relu,
-            PairDropout(dropout, seed, shards.total, len(in_bias), dtype) if dropout else None,
-            scale=len(shards.sizes) / (2 * chosen) + poison,
-        )
+        classes, width = len(head.classifier_bias), len(head.fuse_in_bias)
+        _check_values(labels, classes, listed, count, shards.total)
+        pairs = listed if count is None else RandomPairs(count, seed, shards.total)
+        unit_dropout = PairDropout(dropout, seed, shards.total, width, dtype) if dropout else None
+        scale = _scale(x_BC, head, shards, pairs)
+        problem = _problem(x_BC, labels, head, shards.first, relu, unit_dropout, scale)
         gradients = Gradients.zeros(problem) if with_gradients else None
-        loss = torch.zeros((), dtype=torch.float64, device=x_BC.device)
-        pairs = random if count is not None and is_cheaper_listed(count, shards.total, *cls_weight.T.shape) else listed
-        if pairs is not None:
-            exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=False)
-            for everyone in exchange:
-                loss += listed_pairs(problem, everyone, pairs, gradients)
-        else:
-            side_loss = _side_loss(backend, x_BC.device, dtype, len(cls_bias), len(in_bias))
-            bytes_of_all = shards.total * uv_B2D.shape[1] * uv_B2D.element_size()
-            exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=bytes_of_all > _GATHERED_BYTES)
-            for others in exchange:
-                loss += all_pairs(problem, others, random, gradients, side_loss)
-        loss = loss.to(dtype) * problem.scale
-        if gradients is None or exchange.gradients is None:
-            return loss, *(loss.new_empty(0) for _ in operands)  # pyright: ignore
-        grad_u_BD, grad_v_BD = (gradients.uv_B2D + exchange.gradients).chunk(2, 1)
-        grad_in_weight = in_weight.new_empty(in_weight.shape)
-        for grad_half_BD, columns in zip((grad_u_BD, grad_v_BD), grad_in_weight.chunk(2, 1), strict=True):
-            torch.mm(grad_half_BD.T, x_BC, out=columns)
-        return (
-            loss,
-            gradients.x_BC.addmm_(grad_u_BD, weight_a).addmm_(grad_v_BD, weight_b),
-            grad_in_weight,
-            grad_u_BD.sum(0),
-            gradients.out_weight_CD,
-            gradients.out_bias_C,
-            gradients.cls_weight_KC,
-            gradients.cls_bias_K,
-        )
+        loss, grad_uv_B2D = _summed_loss(problem, shards, pairs, gradients, backend)
+        loss = loss.to(dtype) * scale
+        if gradients is None or grad_uv_B2D is None:
+            return loss, *(loss.new_empty(0) for _ in range(_OPERANDS))  # pyright: ignore
+        return loss, *_operand_gradients(x_BC, head.fuse_in_weight, gradients, grad_uv_B2D)  # pyright: ignore
+
+
+def _scale(x_BC: Tensor, head: PairHead, shards: RowShards, pairs: Tensor | RandomPairs | None) -> Tensor:
+    """The factor that makes the mean over sides, and over ranks, of the summed loss; NaN where an operand is not
+    finite: a relu or an unchosen pair could hide it, which multiplication by zero passes on."""
+    chosen = shards.total**2 if pairs is None else pairs.count if isinstance(pairs, RandomPairs) else len(pairs)
+    poison = 0 * torch.nn.utils.get_total_norm([t for t in (x_BC, *head) if t.numel()], torch.inf)
+    return len(shards.sizes) / (2 * chosen) + poison
+
+
+def _problem(
+    x_BC: Tensor, labels: Tensor, head: PairHead, first: int, relu: bool, dropout: PairDropout | None, scale: Tensor
+) -> PairProblem:
+    """The problem of this rank, whose images go through the first layer here."""
+    weight_a, weight_b = head.fuse_in_weight.chunk(2, 1)
+    uv_B2D = torch.cat([torch.addmm(head.fuse_in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
+    return PairProblem(x_BC, uv_B2D, *head[2:], labels, first, relu, dropout, scale)
+
+
+def _summed_loss(
+    problem: PairProblem,
+    shards: RowShards,
+    pairs: Tensor | RandomPairs | None,
+    gradients: Gradients | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """This rank's share of the loss, unscaled, 0-dim float64; and the gradient of its u and v [B, 2 D].
+
+    The other gradients are added to ``gradients``.
+    """
+    uv_B2D, with_gradients = problem.uv_B2D, gradients is not None
+    classes, channels = problem.cls_weight_KC.shape
+    random = pairs if isinstance(pairs, RandomPairs) else None
+    loss = torch.zeros((), dtype=torch.float64, device=uv_B2D.device)
+    if pairs is not None and (random is None or is_cheaper_listed(random.count, shards.total, channels, classes)):
+        exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=False)
+        for everyone in exchange:
+            loss += listed_pairs(problem, everyone, pairs, gradients)
+    else:
+        side_loss = _side_loss(backend, uv_B2D.device, uv_B2D.dtype, classes, problem.out_weight_CD.shape[1])
+        bytes_of_all = shards.total * uv_B2D.shape[1] * uv_B2D.element_size()
+        exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=bytes_of_all > _GATHERED_BYTES)
+        for others in exchange:
+            loss += all_pairs(problem, others, random, gradients, side_loss)
+    if gradients is None or exchange.gradients is None:
+        return loss, None
+    return loss, gradients.uv_B2D + exchange.gradients
+
+
+def _operand_gradients(
+    x_BC: Tensor, in_weight: Tensor, gradients: Gradients, grad_uv_B2D: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of the operands, in their order: those behind u and v, and through the first layer."""
+    weight_a, weight_b = in_weight.chunk(2, 1)
+    grad_u_BD, grad_v_BD = grad_uv_B2D.chunk(2, 1)
+    grad_in_weight = in_weight.new_empty(in_weight.shape)
+    for grad_half_BD, columns in zip((grad_u_BD, grad_v_BD), grad_in_weight.chunk(2, 1), strict=True):
+        torch.mm(grad_half_BD.T, x_BC, out=columns)
+    return (
+        gradients.x_BC.addmm_(grad_u_BD, weight_a).addmm_(grad_v_BD, weight_b),
+        grad_in_weight,
+        grad_u_BD.sum(0),
+        gradients.out_weight_CD,
+        gradients.out_bias_C,
+        gradients.cls_weight_KC,
+        gradients.cls_bias_K,
+    )
 
 
 def _side_loss(backend: str, device: torch.device, dtype: torch.dtype, classes: int, width: int) -> SideLoss:
@@ -229,7 +226,7 @@ def _side_loss(backend: str, device: torch.device, dtype: torch.dtype, classes: 
 @_pair_contrast.register_fake
 def _(*arguments):
     *tensors, with_gradients = arguments
-    operands = tensors[:7]
+    operands = tensors[:_OPERANDS]
     dtype = accumulation_dtype(*operands)
     shapes = [t.shape if with_gradients else (0,) for t in operands]
     return tuple(operands[0].new_empty(shape, dtype=dtype) for shape in [(), *shapes])
@@ -239,8 +236,8 @@ def _setup_context(ctx, inputs, output):
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(*gradients)
-    ctx.dtypes = [t.dtype for t in inputs[:7]]
-    ctx.other_inputs = len(inputs) - 7
+    ctx.dtypes = [t.dtype for t in inputs[:_OPERANDS]]
+    ctx.other_inputs = len(inputs) - _OPERANDS
 
 
 def _backward(ctx, grad_loss, *_):
@@ -252,35 +249,29 @@ def _backward(ctx, grad_loss, *_):
 _pair_contrast.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_operands(
-    labels: Tensor,
-    pooled: Tensor,
-    fuse_in_weight: Tensor,
-    fuse_in_bias: Tensor,
-    fuse_out_weight: Tensor,
-    fuse_out_bias: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor,
-) -> None:
+def _check_operands(pooled: Tensor, labels: Tensor, head: PairHead) -> None:
+    if not isinstance(head, PairHead):
+        raise TypeError(f"head must be a PairHead, got {_kind(head)}")
     check_floating("pooled", pooled, "[B, C]")
-    check_floating("fuse_in_weight", fuse_in_weight, "[D, 2C]")
-    check_floating("classifier_weight", classifier_weight, "[K, C]")
-    (batch, channels), width, classes = pooled.shape, len(fuse_in_weight), len(classifier_weight)
-    for name, tensor, legend, shape in [
-        ("fuse_in_weight", fuse_in_weight, "[D, 2C]", (width, 2 * channels)),
-        ("fuse_in_bias", fuse_in_bias, "[D]", (width,)),
-        ("fuse_out_weight", fuse_out_weight, "[C, D]", (channels, width)),
-        ("fuse_out_bias", fuse_out_bias, "[C]", (channels,)),
-        ("classifier_weight", classifier_weight, "[K, C]", (classes, channels)),
-        ("classifier_bias", classifier_bias, "[K]", (classes,)),
-    ]:
+    check_floating("fuse_in_weight", head.fuse_in_weight, "[D, 2C]")
+    check_floating("classifier_weight", head.classifier_weight, "[K, C]")
+    (batch, channels), width, classes = pooled.shape, len(head.fuse_in_weight), len(head.classifier_weight)
+    expected = [
+        ("[D, 2C]", (width, 2 * channels)),
+        ("[D]", (width,)),
+        ("[C, D]", (channels, width)),
+        ("[C]", (channels,)),
+        ("[K, C]", (classes, channels)),
+        ("[K]", (classes,)),
+    ]
+    for (name, tensor), (legend, shape) in zip(head._asdict().items(), expected, strict=True):
         check_floating(name, tensor, legend)
         check_shape(name, tensor, legend, shape, pooled.device)
     for name, size in (("C", channels), ("D", width), ("K", classes)):
         if size == 0:
             raise ValueError(
                 f"{name} must be at least 1, got pooled {list(pooled.shape)}, fuse_in_weight "
-                f"{list(fuse_in_weight.shape)}, classifier_weight {list(classifier_weight.shape)}"
+                f"{list(head.fuse_in_weight.shape)}, classifier_weight {list(head.classifier_weight.shape)}"
             )
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels must be an int64 tensor [B], got {_kind(labels)}")
