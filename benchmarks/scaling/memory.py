@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from fpcn_kernels import pair_contrast
+from fpcn_kernels import PairHead, pair_contrast
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.scaling.processes import run_module
@@ -41,7 +41,7 @@ def contrast_peak(case: Case, group: Group | None) -> int:
     labels = torch.arange(images) % classes
     pooled, *weights = operands
     with ring_forced(case.ring), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        pair_contrast(pooled, labels, *weights, group=group).backward()
+        pair_contrast(pooled, labels, PairHead(*weights), group=group).backward()
     kineto = profiler.profiler
     assert kineto is not None and kineto.kineto_results is not None
     changes: list[Any] = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
