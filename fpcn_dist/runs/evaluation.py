@@ -131,6 +131,93 @@ class Evaluation:
             raise UserError("file", path, str(error), "evaluate the run again") from error
 
 
+class Evaluator:
+    """Counts what a network makes of batches, on its device; ranks are summed up once, at the end.
+
+    Args:
+        model: the bare network, on its device; its modes (train, eval) come back unchanged after each batch.
+        classes: K class names in label order.
+        precision: "fp32" or "bf16" (autocast).
+        samples: takes the images worth showing in the report.
+    """
+
+    def __init__(
+        self, model: Classifier, classes: Sequence[str], *, precision: str = "fp32", samples: Watcher | None = None
+    ) -> None:
+        self.model, self.classes, self.precision, self.samples = model, classes, precision, samples
+        self.device = next(model.parameters()).device
+        self._confusion = self._zeros(len(classes) ** 2)
+        self._seen_by_area, self._correct_by_area = self._zeros(len(AREAS)), self._zeros(len(AREAS))
+        self._loss = self._zeros(1, torch.float64)
+
+    def _zeros(self, size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
+    @torch.inference_mode()
+    def update(self, batch: Batch) -> None:
+        """Classify one batch; nothing here waits for the device."""
+        with evaluating(self.model):
+            with autocast(self.device, self.precision):
+                pool = self.model.pool(batch.images)
+            logits_BK = self.model.logits(pool.pooled)
+        predicted = logits_BK.argmax(dim=1)
+        quartile = (object_share(pool.mask) * len(AREAS)).long().clamp(max=len(AREAS) - 1)
+        cell = batch.labels * len(self.classes) + predicted
+        self._confusion.index_add_(0, cell, torch.ones_like(cell))
+        self._seen_by_area.index_add_(0, quartile, torch.ones_like(quartile))
+        self._correct_by_area.index_add_(0, quartile, (predicted == batch.labels).long())
+        self._loss += F.cross_entropy(logits_BK, batch.labels, reduction="sum")
+        if self.samples is not None:
+            self.samples.update(batch, logits_BK.softmax(dim=1), pool.mask)
+
+    def result(
+        self,
+        *,
+        num_images: int,
+        split: str = "val",
+        checkpoint: str = "",
+        step: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> Evaluation:
+        """Scores of what all ranks of ``group`` have counted; see :func:`evaluate`. Collective.
+
+        Raises:
+            RuntimeError: the ranks saw more or fewer images than ``num_images``; the counts are named rank by rank.
+        """
+        counts, seen, correct, loss, by_rank = self._totals(group)
+        images = int(by_rank.sum())
+        if images != num_images:
+            shares = ", ".join(f"rank {index}: {int(count)}" for index, count in enumerate(by_rank))
+            raise RuntimeError(f"evaluation on {split!r} saw {images} of {num_images} images ({shares})")
+        matrix = counts.long().view(len(self.classes), len(self.classes))
+        return Evaluation(
+            split=split,
+            checkpoint=checkpoint,
+            step=step,
+            images=images,
+            loss=loss.item() / images,
+            accuracy=matrix.diagonal().sum().item() / images,
+            per_class=_class_scores(self.classes, matrix),
+            confusion=tuple(tuple(row) for row in matrix.tolist()),
+            area_quartiles=tuple(
+                AreaScore(area, int(total), _ratio(hits, total))
+                for area, total, hits in zip(AREAS, seen.tolist(), correct.tolist(), strict=True)
+            ),
+        )
+
+    def _totals(self, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+        """Confusion, seen and correct by area, sum of losses over all ranks; and the images that each rank saw."""
+        rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        seen_by_rank = self._zeros(world_size, torch.float64)
+        seen_by_rank[rank] = self._confusion.sum()
+        parts = [self._confusion, self._seen_by_area, self._correct_by_area, self._loss, seen_by_rank]
+        # One float64 vector for one collective; counts stay exact up to 2^53.
+        totals = torch.cat([part.double() for part in parts])
+        if group is not None:
+            dist.all_reduce(totals, group=group)
+        return totals.cpu().split([part.numel() for part in parts])
+
+
 def evaluate(
     model: Classifier,
     loader: Iterable[Batch],
@@ -147,14 +234,11 @@ def evaluate(
     """Classify every image that the ranks' loaders yield; the same result on every rank.
 
     Args:
-        model: the bare network, on its device; its modes (train, eval) come back unchanged.
+        model, classes, precision, samples: see :class:`Evaluator`.
         loader: this rank's batches; the ranks' shares are disjoint and may be uneven or empty.
-        classes: K class names in label order.
         num_images: images that all ranks should see together.
         split, checkpoint, step: what is evaluated, noted in the result.
-        precision: "fp32" or "bf16" (autocast).
         group: ranks that evaluate together; ``None`` is this process alone.
-        samples: takes the images worth showing in the report.
 
     Raises:
         UserError: there are no images.
@@ -162,55 +246,10 @@ def evaluate(
     """
     if num_images == 0:
         raise UserError("split", split, "has no images", "choose another split, or raise data.val_fraction")
-    device = next(model.parameters()).device
-    num_classes = len(classes)
-    rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    seen_by_area = torch.zeros(len(AREAS), dtype=torch.int64, device=device)
-    correct_by_area = torch.zeros(len(AREAS), dtype=torch.int64, device=device)
-    loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-
-    with evaluating(model), torch.inference_mode():
-        for batch in loader:
-            with autocast(device, precision):
-                pool = model.pool(batch.images)
-            logits_BK = model.logits(pool.pooled)
-            predicted = logits_BK.argmax(dim=1)
-            quartile = (object_share(pool.mask) * len(AREAS)).long().clamp(max=len(AREAS) - 1)
-            confusion.index_add_(0, batch.labels * num_classes + predicted, torch.ones_like(predicted))
-            seen_by_area.index_add_(0, quartile, torch.ones_like(quartile))
-            correct_by_area.index_add_(0, quartile, (predicted == batch.labels).long())
-            loss_sum += F.cross_entropy(logits_BK, batch.labels, reduction="sum")
-            if samples is not None:
-                samples.update(batch, logits_BK.softmax(dim=1), pool.mask)
-
-    # One float64 vector for one collective; counts stay exact up to 2^53.
-    seen_by_rank = torch.zeros(world_size, dtype=torch.float64, device=device)
-    seen_by_rank[rank] = confusion.sum()
-    parts = [confusion, seen_by_area, correct_by_area, loss_sum, seen_by_rank]
-    totals = torch.cat([part.double() for part in parts])
-    if group is not None:
-        dist.all_reduce(totals, group=group)
-    counts, seen, correct, loss, by_rank = totals.cpu().split([part.numel() for part in parts])
-    images = int(by_rank.sum())
-    if images != num_images:
-        shares = ", ".join(f"rank {index}: {int(count)}" for index, count in enumerate(by_rank))
-        raise RuntimeError(f"evaluation on {split!r} saw {images} of {num_images} images ({shares})")
-    matrix = counts.long().view(num_classes, num_classes)
-    return Evaluation(
-        split=split,
-        checkpoint=checkpoint,
-        step=step,
-        images=images,
-        loss=loss.item() / images,
-        accuracy=matrix.diagonal().sum().item() / images,
-        per_class=_class_scores(classes, matrix),
-        confusion=tuple(tuple(row) for row in matrix.tolist()),
-        area_quartiles=tuple(
-            AreaScore(area, int(total), _ratio(hits, total))
-            for area, total, hits in zip(AREAS, seen.tolist(), correct.tolist(), strict=True)
-        ),
-    )
+    evaluator = Evaluator(model, classes, precision=precision, samples=samples)
+    for batch in loader:
+        evaluator.update(batch)
+    return evaluator.result(num_images=num_images, split=split, checkpoint=checkpoint, step=step, group=group)
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fpcn_dist.data.loader import TrainLoader
+from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.loader import Replacement, TrainLoader
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.evaluation import Evaluator
 from fpcn_dist.runs.finish import finish_run
 from fpcn_dist.runs.folder import RunFolder, owning
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
@@ -24,6 +26,8 @@ from fpcn_dist.training.start import open_run, prepare_data
 
 Watch = Callable[[Path, float, float], None]
 """Called on the first rank after each evaluation with run folder, epoch and validation accuracy."""
+OnlineTeacher = Callable[[Batch], Batch]
+"""Adds a teacher's logits to a batch."""
 
 
 def train(
@@ -84,100 +88,154 @@ def train_together(
     Raises:
         UserError, Preempted: see :func:`train`. Before the first step whatever is wrong with one recipe stops all.
     """
-    shared = _require_agreement(list(recipes.values()))
-    runs = [RunFolder(output) for output in recipes]
-    manifest = prepare_data(data, shared, ranks)
-    starts = [
-        open_run(run, recipe, manifest, ranks, resume) for run, recipe in zip(runs, recipes.values(), strict=True)
-    ]
-    use_threads(shared.data.threads, ranks.device)
-    soft_labels, teacher = attach_teacher([start.recipe for start in starts], runs[0].path, manifest, ranks)
-
-    start_step = min(start.step for start in starts)
-    loader = TrainLoader(
-        manifest, shared.data, shared.seed, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device,
-        start_step=start_step, soft_labels=soft_labels,
-    )  # fmt: skip
-    trainees = []
-    for run, start in zip(runs, starts, strict=True):
-        _require_even_parts(loader.batch_size // ranks.world_size, start.recipe.train.micro_batches)
-        schedule = Schedule.of(start.recipe, loader.batch_size, loader.steps_per_epoch)
-        trainees.append(TrainingRun(run, start, manifest, ranks, schedule))
-    del starts, start  # their states are in the engines now, and need no second copy
-    total = trainees[0].schedule.total
-    progress = Progress(total, start_step=start_step, rank=ranks.rank)
-
+    loader, teacher, trainings = _set_up(recipes, data, ranks, resume)
+    first_step, total = min(training.first_step for training in trainings), trainings[0].schedule.total
     with (
         contextlib.ExitStack() as written,
         contextlib.closing(loader),
-        progress,
-        profiled(runs[0].path, ranks, profile) as tick,
+        Progress(total, start_step=first_step, rank=ranks.rank) as progress,
+        profiled(trainings[0].run.path, ranks, profile) as tick,
     ):
-        for trainee in trainees:  # whatever happens, the last checkpoints get whole
-            written.callback(trainee.finish_writing)
+        for training in trainings:  # whatever happens, the last checkpoints get whole
+            written.callback(training.finish_writing)
         batches, reported = iter(loader), 0
-        for step in range(start_step, total):
-            began = time.perf_counter()
-            batch = next(batches)
-            if teacher is not None:
-                batch = teacher(batch)
-            waited = time.perf_counter() - began
-            for trainee in _active(trainees, step):
-                with _isolated(trainee, trainees):
-                    trainee.train(batch, step, waited)
+        for step in range(first_step, total):
+            batch, waited = _next(batches, teacher)
+            for training in _active(trainings, step):
+                with _isolated(training, trainings):
+                    training.train(batch, step, waited)
             progress.advance(step + 1)
             tick()
 
-            done = step + 1
             stop = preemption.agreed() if preemption is not None else None
-            logging = [trainee for trainee in _active(trainees, step) if stop or trainee.schedule.logs(done)]
-            if logging:
-                for replaced in ranks.gather(loader.replaced[reported:]):
-                    progress.print(f"warning: {replaced.path} {replaced.reason}; another image is shown in its place")
-                    for trainee in _active(trainees, step):
-                        trainee.replaced.append(replaced)
+            due = [t for t in _active(trainings, step) if stop or t.schedule.logs(step + 1)]
+            if due:
+                _note_replaced(ranks.gather(loader.replaced[reported:]), _active(trainings, step), progress)
                 reported = len(loader.replaced)
-            for trainee in logging:
-                with _isolated(trainee, trainees):
-                    name = "" if len(runs) == 1 else trainee.run.path.name
-                    accuracy = _log_point(trainee, done, progress, name, save=stop is not None)
-                    if watch is not None and accuracy is not None and ranks.first:
-                        watch(trainee.run.path, done / trainee.schedule.per_epoch, accuracy)
-            if stop is not None and done < total:
-                raise Preempted(stop, done)
-            if not _active(trainees, step) and all(t.first_step <= step for t in trainees):
+                _log_point(due, trainings, step + 1, progress, watch, save=stop is not None)
+            if stop is not None and step + 1 < total:
+                raise Preempted(stop, step + 1)
+            if not _active(trainings, step) and all(t.first_step <= step for t in trainings):
                 break
-        for trainee in _active(trainees, total):
-            with _isolated(trainee, trainees):
-                trainee.close()
-    for trainee in _active(trainees, total):
-        with _isolated(trainee, trainees):
-            finish_run(trainee.run, trainee.checkpoints, ranks)
-            ranks.on_first(lambda run=trainee.run: run.set_outcome("finished"))
-    return {trainee.run.path: trainee.failure for trainee in trainees if trainee.failure is not None}
+        for training in _active(trainings, total):
+            with _isolated(training, trainings):
+                training.close()
+    _finish(trainings, total)
+    return {training.run.path: training.failure for training in trainings if training.failure is not None}
 
 
-def _log_point(trainee: TrainingRun, done: int, progress: Progress, name: str, *, save: bool) -> float | None:
-    """Record, evaluate and save as is due; gives the validation accuracy where that was measured."""
-    schedule, prefix = trainee.schedule, f"{name}: " if name else ""
-    progress.update(done, done / schedule.per_epoch, trainee.log(done), name=name)
-    accuracy = None
-    if schedule.evaluates(done) and len(trainee.manifest.ids("val")):
-        scores = trainee.validate(done)
-        accuracy = scores.accuracy
-        epoch = f"{prefix}epoch {done / schedule.per_epoch:g}"
-        progress.print(f"{epoch}: validation accuracy {100 * accuracy:.1f} %, loss {scores.loss:.4f}")
-    trainee.save(done, accuracy, at_save_point=save or schedule.saves(done))
-    trainee.meter.restart_clock()
-    return accuracy
+def _set_up(
+    recipes: Mapping[Path, Recipe], data: Path | Manifest, ranks: Ranks, resume: str
+) -> tuple[TrainLoader, OnlineTeacher | None, list[TrainingRun]]:
+    """The batches from the first step on that any of the trainings takes part in, who labels them, and the trainings.
+
+    The checkpoints that the trainings go on from are in memory no longer than it takes to fill their engines.
+    """
+    shared = _require_agreement(list(recipes.values()))
+    manifest = prepare_data(data, shared, ranks)
+    runs = [RunFolder(output) for output in recipes]
+    starts = [open_run(run, recipes[run.path], manifest, ranks, resume) for run in runs]
+    use_threads(shared.data.threads, ranks.device)
+    soft_labels, teacher = attach_teacher([start.recipe for start in starts], runs[0].path, manifest, ranks)
+    loader = TrainLoader(
+        manifest,
+        shared.data,
+        shared.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        start_step=min(start.step for start in starts),
+        soft_labels=soft_labels,
+    )
+    trainings = []
+    for run, start in zip(runs, starts, strict=True):
+        _require_even_parts(loader.batch_size // ranks.world_size, start.recipe.train.micro_batches)
+        schedule = Schedule.of(start.recipe, loader.batch_size, loader.steps_per_epoch)
+        trainings.append(TrainingRun(run, start, manifest, ranks, schedule))
+    return loader, teacher, trainings
 
 
-def _active(trainees: Sequence[TrainingRun], step: int) -> list[TrainingRun]:
-    return [trainee for trainee in trainees if trainee.failure is None and trainee.first_step <= step]
+def _next(batches: Iterator[Batch], teacher: OnlineTeacher | None) -> tuple[Batch, float]:
+    """The next batch, with the teacher's logits where it computes them now; and the seconds that it took."""
+    began = time.perf_counter()
+    batch = next(batches)
+    if teacher is not None:
+        batch = teacher(batch)
+    return batch, time.perf_counter() - began
+
+
+def _note_replaced(replaced: Sequence[Replacement], trainings: Sequence[TrainingRun], progress: Progress) -> None:
+    """Show which files turned unreadable on any rank, and let each training record them at its next log point."""
+    for file in replaced:
+        progress.print(f"warning: {file.path} {file.reason}; another image is shown in its place")
+        for training in trainings:
+            training.replaced.append(file)
+
+
+def _log_point(
+    due: Sequence[TrainingRun],
+    trainings: Sequence[TrainingRun],
+    done: int,
+    progress: Progress,
+    watch: Watch | None,
+    *,
+    save: bool,
+) -> None:
+    """Record, evaluate and save those of the trainings that are due after ``done`` steps. Collective."""
+    for training in due:
+        with _isolated(training, trainings):
+            name = training.run.path.name if len(trainings) > 1 else ""
+            progress.update(done, training.epoch(done), training.log(done), name=name)
+    accuracies = _validate([t for t in _active(due, done) if t.schedule.evaluates(done)], trainings, done, progress)
+    for training in _active(due, done):
+        with _isolated(training, trainings):
+            accuracy = accuracies.get(training)
+            training.save(done, accuracy, at_save_point=save or training.schedule.saves(done))
+            training.meter.restart_clock()
+            if watch is not None and accuracy is not None and training.ranks.first:
+                watch(training.run.path, training.epoch(done), accuracy)
+
+
+def _validate(
+    due: Sequence[TrainingRun], trainings: Sequence[TrainingRun], done: int, progress: Progress
+) -> dict[TrainingRun, float]:
+    """Validation accuracies of ``due``, all measured on the same decoded batches; none without such images."""
+    if not due or not len(due[0].manifest.ids("val")):
+        return {}
+    evaluators: dict[TrainingRun, Evaluator] = {}
+    for training in due:
+        with _isolated(training, trainings):
+            evaluators[training] = training.begin_validation()
+    for batch in due[0].validation_images():
+        for training in _active(due, done):
+            with _isolated(training, trainings):
+                evaluators[training].update(batch)
+    accuracies = {}
+    for training in _active(due, done):
+        with _isolated(training, trainings):
+            scores = training.end_validation(evaluators[training], done)
+            accuracies[training] = scores.accuracy
+            name = f"{training.run.path.name}: " if len(trainings) > 1 else ""
+            numbers = f"validation accuracy {100 * scores.accuracy:.1f} %, loss {scores.loss:.4f}"
+            progress.print(f"{name}epoch {training.epoch(done):g}: {numbers}")
+    return accuracies
+
+
+def _finish(trainings: Sequence[TrainingRun], total: int) -> None:
+    """Export, evaluate and report those that came to their end. Collective."""
+    for training in _active(trainings, total):
+        with _isolated(training, trainings):
+            finish_run(training.run, training.checkpoints, training.ranks)
+            training.ranks.on_first(lambda run=training.run: run.set_outcome("finished"))
+
+
+def _active(trainings: Sequence[TrainingRun], step: int) -> list[TrainingRun]:
+    """Those that take part in ``step``."""
+    return [training for training in trainings if training.failure is None and training.first_step <= step]
 
 
 @contextlib.contextmanager
-def _isolated(trainee: TrainingRun, trainees: Sequence[TrainingRun]):
+def _isolated(training: TrainingRun, trainings: Sequence[TrainingRun]):
     """Let the others go on where one of several fails, as far as ranks can still agree on what happened.
 
     A loss that is not finite is found by all ranks at once. Anything else may have happened on one rank alone, whose
@@ -186,10 +244,10 @@ def _isolated(trainee: TrainingRun, trainees: Sequence[TrainingRun]):
     try:
         yield
     except Exception as error:
-        if len(trainees) == 1 or (trainee.ranks.world_size > 1 and not isinstance(error, NotFinite)):
+        if len(trainings) == 1 or (training.ranks.world_size > 1 and not isinstance(error, NotFinite)):
             raise
         state = "diverged" if isinstance(error, NotFinite) else "failed"
-        trainee.stop(state, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        training.stop(state, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
 
 def _require_agreement(recipes: Sequence[Recipe]) -> Recipe:
@@ -209,6 +267,5 @@ def _require_even_parts(share: int, micro_batches: int) -> None:
     if share % micro_batches:
         fitting = [parts for parts in range(1, share + 1) if share % parts == 0]
         near = min(fitting, key=lambda parts: (abs(parts - micro_batches), parts))
-        raise UserError(
-            "train.micro_batches", micro_batches, f"does not divide the {share} images of a rank", f"try {near}"
-        )
+        reason = f"does not divide the {share} images of a rank"
+        raise UserError("train.micro_batches", micro_batches, reason, f"try {near}")

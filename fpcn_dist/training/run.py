@@ -13,7 +13,7 @@ from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.models.cost import model_flops, peak_flops
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState
-from fpcn_dist.runs.evaluation import Evaluation, evaluate
+from fpcn_dist.runs.evaluation import Evaluation, Evaluator
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import MetricsLogger
 from fpcn_dist.runtime.errors import UserError
@@ -88,24 +88,33 @@ class TrainingRun:
             rows, speed = self.meter.fetch()
         rows[-1] |= speed
         for number, row in enumerate(rows, start=done - len(rows) + 1):
-            self.logger.log_step(number, number / self.schedule.per_epoch, row)
+            self.logger.log_step(number, self.epoch(number), row)
         for _, path, reason in self.replaced:
             self.logger.log_replaced(done, path, reason)
         self.replaced.clear()
         return rows[-1]
 
-    def validate(self, done: int) -> Evaluation:
-        """Evaluate on the validation images and record it. Collective."""
-        ranks = self.ranks
-        loader = EvalLoader.from_manifest(
-            self.manifest, "val", self.recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
-        )
-        scores = evaluate(
-            self.engine.evaluation_model(), loader, self.manifest.classes, num_images=len(self.manifest.ids("val")),
-            split="val", step=done, precision=self.recipe.train.precision, group=ranks.group,
-        )  # fmt: skip
+    def epoch(self, done: int) -> float:
+        """Epochs that ``done`` steps make."""
+        return done / self.schedule.per_epoch
+
+    def validation_images(self) -> EvalLoader:
+        """This rank's share of the validation images; the same for all trainings that share batches."""
+        ranks, config = self.ranks, self.recipe.data
+        place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
+        return EvalLoader.from_manifest(self.manifest, "val", config, **place)
+
+    def begin_validation(self) -> Evaluator:
+        """What counts the scores of the weights as they are now. Collective."""
+        model, precision = self.engine.evaluation_model(), self.recipe.train.precision
+        return Evaluator(model, self.manifest.classes, precision=precision)
+
+    def end_validation(self, evaluator: Evaluator, done: int) -> Evaluation:
+        """Scores over all ranks once each has shown its images to ``evaluator``; they are recorded. Collective."""
+        images = len(self.manifest.ids("val"))
+        scores = evaluator.result(num_images=images, split="val", step=done, group=self.ranks.group)
         values = {"loss": scores.loss, "accuracy": scores.accuracy}
-        self.logger.log_eval(done, done / self.schedule.per_epoch, "val", values)
+        self.logger.log_eval(done, self.epoch(done), "val", values)
         return scores
 
     def save(self, done: int, accuracy: float | None, *, at_save_point: bool) -> None:

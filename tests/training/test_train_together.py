@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs import checkpoint
 from fpcn_dist.runs.checkpoint import read_checkpoint
+from fpcn_dist.runs.evaluation import Evaluator
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import UserError
@@ -173,6 +175,39 @@ def test_a_file_that_turns_bad_is_in_the_records_of_all(tmp_path, rocks, monkeyp
     replaced = [[e for e in read_metrics(run) if e["kind"] == "replaced"] for run in recipes]
     assert [len(entries) for entries in replaced] == [1, 1]
     assert replaced[0][0]["path"] == replaced[1][0]["path"] and replaced[0][0]["step"] < replaced[1][0]["step"] == 5
+
+
+def test_validation_images_are_decoded_once_for_all(tmp_path, rocks, monkeypatch):
+    decoded, every_batch = [], EvalLoader.__iter__
+
+    def counting(self):
+        for batch in every_batch(self):
+            decoded.append(len(batch.labels))
+            yield batch
+
+    monkeypatch.setattr(EvalLoader, "__iter__", counting)
+    monkeypatch.setattr(loop, "finish_run", lambda *_: None)  # which evaluates each again
+    recipes = {tmp_path / name: recipe("classify", train={"epochs": 1}) for name in ("a", "b")}
+    assert train_together(recipes, rocks, ALONE) == {}
+    images = len(RunFolder(tmp_path / "a").open()[1].ids("val"))
+    evaluations = [[e for e in read_metrics(run) if e["kind"] == "eval"] for run in recipes]
+    assert len(evaluations[0]) == len(evaluations[1]) > 0
+    assert sum(decoded) == images * len(evaluations[0])
+
+
+def test_one_that_fails_in_validation_leaves_the_others_alone(tmp_path, rocks, alone, students, monkeypatch):
+    whole = Evaluator.update
+
+    def update(self, batch):
+        if self.precision == "bf16":
+            raise RuntimeError("out of luck")
+        whole(self, batch)
+
+    monkeypatch.setattr(Evaluator, "update", update)
+    unlucky = recipe("classify", train={"precision": "bf16"})
+    recipes = {tmp_path / "unlucky": unlucky, tmp_path / "baseline": students["baseline"]}
+    assert train_together(recipes, rocks, ALONE) == {tmp_path / "unlucky": "RuntimeError: out of luck"}
+    assert_same({"baseline": tmp_path / "baseline"}, alone)
 
 
 def test_when_all_fail_the_rest_of_the_steps_is_left_out(tmp_path, rocks, source, monkeypatch):
