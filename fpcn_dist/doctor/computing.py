@@ -68,15 +68,20 @@ def pair_contrast(device: torch.device) -> Iterator[Finding]:
     images, channels, width, classes = 5, 12, 9, 3
     generator = torch.Generator().manual_seed(0)
     shapes = [
-        (images, channels), (width, 2 * channels), (width,), (channels, width), (channels,),
-        (classes, channels), (classes,),
-    ]  # fmt: skip
+        (images, channels),
+        (width, 2 * channels),
+        (width,),
+        (channels, width),
+        (channels,),
+        (classes, channels),
+        (classes,),
+    ]
     operands = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
     labels = torch.randint(classes, (images,), generator=generator)
 
     def compute(operation: Callable[..., Tensor], dtype: torch.dtype, where: torch.device, **options):
         pooled, *parameters = [operand.to(where, dtype, copy=True).requires_grad_() for operand in operands]
-        loss = operation(pooled, labels.to(where), *parameters, **options)
+        loss = operation(pooled, labels.to(where), fpcn_kernels.PairHead(*parameters), **options)
         gradients = torch.autograd.grad(loss, [pooled, *parameters])
         return {"loss": loss} | {f"gradient {index}": gradient for index, gradient in enumerate(gradients)}
 

@@ -2,9 +2,10 @@
 
 The model FLOPs utilisation (MFU) of a run is
 
-    MFU = 3 * model_flops * images per second and device / peak_flops
+    MFU = 3 * forward FLOPs of an image * images per second and device / peak_flops
 
-where 3 stands for one forward pass and a backward pass of twice its cost.
+where 3 stands for one forward pass and a backward pass of twice its cost. Some networks compute more for an image in
+training than afterwards; what counts is what the training computes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,8 +76,14 @@ def model_flops(model: nn.Module, image_size: int) -> int:
     """
     parameter = next(model.parameters())
     image_BCHW = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(image_BCHW)
+    with evaluating(model), torch.inference_mode():
+        return count_flops(lambda: model(image_BCHW))
+
+
+def count_flops(compute: Callable[[], object]) -> int:
+    """FLOPs (two per multiply-add) of the matrix products and convolutions in ``compute``, which is called once."""
+    with FlopCounterMode(display=False) as counter:
+        compute()
     return counter.get_total_flops()
 
 

@@ -9,9 +9,26 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.models.cost import count_flops
+from fpcn_dist.models.modes import evaluating
 from fpcn_dist.runtime.errors import NotFinite
 from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.tasks import TaskOutput
+from fpcn_dist.tasks import Task, TaskOutput
+
+
+def forward_flops(task: Task, image_size: int, step: int) -> int:
+    """FLOPs of all that training step ``step`` computes forward for one [3, ``image_size``, ``image_size``] image.
+
+    A task may show its network more than the image, such as parts of it. What the losses add is left out: it is next to
+    nothing, and depends on the batch.
+    """
+    parameter = next(task.parameters())
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    zero = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+    batch = Batch(image, zero, zero, zero, zero.expand(1, 3))
+    # Not inference_mode, whose tensors no later step could use where a task keeps them.
+    with evaluating(task), torch.no_grad():
+        return count_flops(lambda: task.encode(batch, step))
 
 
 class StepMeter:

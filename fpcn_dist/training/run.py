@@ -11,7 +11,7 @@ import torch
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.models.cost import model_flops, peak_flops
+from fpcn_dist.models.cost import peak_flops
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState
 from fpcn_dist.runs.evaluation import Evaluation, Evaluator
 from fpcn_dist.runs.folder import RunFolder
@@ -22,7 +22,7 @@ from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
 from fpcn_dist.training.engine.optim import learning_rate
-from fpcn_dist.training.meter import StepMeter
+from fpcn_dist.training.meter import StepMeter, forward_flops
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.start import Start
 
@@ -51,11 +51,17 @@ class TrainingRun:
         self.failure: str | None = None
         self.replaced: list[Replacement] = []
         self._build(start.state, frozen_backbone=start.step < schedule.frozen)
-        flops = 3 * model_flops(self.engine.task.model, recipe.data.crop)
-        peak = peak_flops(ranks.device, recipe.train.precision)
-        flops_share = flops / peak / ranks.world_size if peak else None
-        self.meter = StepMeter(ranks, schedule.batch_size, flops_share)
+        self.meter = StepMeter(ranks, schedule.batch_size, self._flops_share())
         self.logger = MetricsLogger(run.path, ranks.rank, start_step=start.step)
+
+    def _flops_share(self) -> float | None:
+        """Share of the ranks' peak that one image per second uses; ``None`` where the device's peak is unknown."""
+        peak = peak_flops(self.ranks.device, self.recipe.train.precision)
+        if peak is None:
+            return None
+        # The last step, because a task may do less at first.
+        flops = 3 * forward_flops(self.engine.task, self.recipe.data.crop, self.schedule.total)
+        return flops / peak / self.ranks.world_size
 
     def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
         # A state replaces pretrained weights, which may not even be reachable any more.

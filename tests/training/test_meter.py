@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.models.cost import model_flops
 from fpcn_dist.runtime.errors import NotFinite
 from fpcn_dist.runtime.ranks import CPU, Ranks
-from fpcn_dist.tasks import TaskOutput
-from fpcn_dist.training.meter import StepMeter
+from fpcn_dist.tasks import TaskOutput, build_task
+from fpcn_dist.training import run as training_run
+from fpcn_dist.training.meter import StepMeter, forward_flops
+from fpcn_dist.training.run import TrainingRun
+from tests.helpers.compared import CLASSES, recipe
 
 ALONE = Ranks(0, 1, 0, 1, CPU)
 BATCH = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]), torch.arange(2), torch.zeros(2), torch.zeros(2, 3))
@@ -38,3 +44,33 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step():
     meter.add(5, BATCH, output(float("nan"), part_loss=2.0), None, 0.1, 0.0)
     with pytest.raises(NotFinite, match=r"at step 5: is not finite \(loss nan, part_loss 2\)"):
         meter.fetch()
+
+
+def in_training(system: str):
+    """A compared system in training, and the FLOPs of a forward pass of its network on 112 px."""
+    task = build_task(recipe(system), CLASSES, steps_per_epoch=1)
+    return task, model_flops(task.model, 112)
+
+
+@pytest.mark.parametrize("system", ["resnet50", "bilinear_cnn", "api_net"])
+def test_most_networks_compute_in_training_what_they_compute_afterwards(system):
+    task, forward = in_training(system)
+    assert forward_flops(task, 112, step=9) == pytest.approx(forward, rel=0.01)
+
+
+def test_pca_net_sees_an_image_twice():
+    task, forward = in_training("pca_net")
+    assert forward_flops(task, 112, step=9) == pytest.approx(2 * forward, rel=0.01)
+
+
+def test_mmal_net_sees_an_image_then_its_object_and_seven_parts_of_half_the_side():
+    task, forward = in_training("mmal_net")  # afterwards: the image and its object
+    whole = forward / 2
+    assert forward_flops(task, 112, step=0) == pytest.approx(whole, rel=0.01)
+    assert forward_flops(task, 112, step=9) == pytest.approx((2 + 7 / 4) * whole, rel=0.1)
+
+
+def test_nothing_is_counted_for_a_device_of_unknown_peak(monkeypatch):
+    monkeypatch.setattr(training_run, "forward_flops", lambda *_: 10)
+    trained = SimpleNamespace(ranks=ALONE, recipe=recipe("lenet"), engine=None)
+    assert TrainingRun._flops_share(trained) is None  # pyright: ignore[reportArgumentType]
