@@ -8,7 +8,7 @@ from collections.abc import Callable
 import triton
 from torch import Tensor
 
-from fpcn_kernels._launch import choose, device_limits, launch
+from fpcn_kernels._launch import choose, launch, multiprocessors
 from fpcn_kernels.pairs.problem import Side
 
 Config = dict[str, int]
@@ -61,7 +61,7 @@ class Block:
 
     def shares(self, terms: int, programs: int, programs_at_once: int) -> tuple[int, int]:
         """Size and number of the shares of a sum of ``terms`` that let its programs fill every multiprocessor."""
-        wanted = programs_at_once * device_limits(self.side.own_ID.device).multiprocessors
+        wanted = programs_at_once * multiprocessors(self.side.own_ID.device)
         shares = max(1, min(triton.cdiv(wanted, programs), triton.cdiv(terms, 16)))
         share = triton.cdiv(terms, shares)
         return share, triton.cdiv(terms, share)
