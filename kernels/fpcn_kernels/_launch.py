@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -67,18 +67,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-class DeviceLimits(NamedTuple):
-    multiprocessors: int
-    l2_bytes: int
-
-
 @functools.cache
-def device_limits(device: torch.device) -> DeviceLimits:
-    """What sizes a launch; of an H200 where ``device`` is none: launches can be recorded and interpreted anywhere."""
-    if device.type != "cuda":
-        return DeviceLimits(132, 50 * 2**20)
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(properties.multi_processor_count, properties.L2_cache_size)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a launch may fill: an H200's where ``device`` is no GPU, as launches can be recorded and
+    interpreted anywhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

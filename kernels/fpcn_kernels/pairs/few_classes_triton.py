@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fpcn_kernels._launch import launch
+from fpcn_kernels.pairs.block_triton import Block, Config
 from fpcn_kernels.pairs.hidden_triton import activation, dropout, load_row, load_rows
 
 
@@ -58,6 +61,29 @@ def scores_kernel(
         for k in tl.static_range(K):
             score_J = tl.sum(products[k], 1) + tl.load(g + i * K + k)
             tl.store(scores + (i * K + k) * others + j, score_J, mask=j < others)
+
+
+def extra_constants() -> dict[str, str]:
+    """The kernels of few classes have no constants of their own."""
+    return {}
+
+
+def scores(block: Block, scores_IKJ: Tensor) -> None:
+    """Write the block's scores."""
+    # Others and products take D / 32 + 4 K registers of a thread for each row of a tile.
+    rows = 4 if block.width // 32 + 4 * block.classes <= 32 else 1 if block.width > 1024 else 2
+    table = [
+        {"BI": 16, "BJ": rows, "BD": 128, "num_warps": 1},
+        {"BI": 32, "BJ": rows, "BD": 128, "num_warps": 1},
+        {"BI": 16, "BJ": max(1, rows // 2), "BD": 128, "num_warps": 1},
+    ]
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(block.others, config["BJ"]), triton.cdiv(block.count, config["BI"]), 1)
+        arguments = (*block.rows, block.G_IKD, block.g_IK, *block.words, scores_IKJ, block.count, block.others)
+        launch(scores_kernel, grid, *arguments, **block.constants, **config)
+
+    block.choose("scores", table, run)
 
 
 @triton.jit
@@ -123,6 +149,28 @@ def own_kernel(
             tl.store(grad_G + (at * K + k) * D + d[None, :], sum_G[m * K + k], mask=mask)
 
 
+def own_gradients(block: Block, q_IKJ: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of own images [S, I, D] and of G [S, I, K, D], in shares S of their sums over the others."""
+    # Sums of sixteen rows in registers: the fewer classes, the more images share a row of the others.
+    group = max(1, 16 // (block.classes + 1))
+    table = [
+        {"BI": group, "BD": 128, "num_warps": 1},
+        {"BI": max(1, group // 2), "BD": 256, "num_warps": 1},
+        {"BI": max(1, group // 2), "BD": 128, "num_warps": 1},
+    ]
+    share, shares = block.shares(block.others, triton.cdiv(block.count, group) * triton.cdiv(block.width, 128), 16)
+    grad_own = q_IKJ.new_empty(shares, block.count, block.width)
+    grad_G = q_IKJ.new_empty(shares, *block.G_IKD.shape)
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(block.count, config["BI"]), triton.cdiv(block.width, config["BD"]), shares)
+        arguments = (*block.rows, block.G_IKD, *block.words, q_IKJ, grad_own, grad_G, block.count, block.others, share)
+        launch(own_kernel, grid, *arguments, **block.constants, **config)
+
+    block.choose("own", table, run)
+    return grad_own, grad_G
+
+
 @triton.jit
 def others_kernel(
     own,
@@ -165,3 +213,13 @@ def others_kernel(
         sum_JD += grad_JD
     offsets = (tl.program_id(2) * others + j).to(tl.int64)[:, None] * D + d[None, :]
     tl.store(grad_others + offsets, sum_JD, mask=(j < others)[:, None] & (d < D)[None, :])
+
+
+def others_gradients(block: Block, q_IKJ: Tensor) -> Tensor:
+    """The gradients of the others [S, J, D], in shares S of their sum over the own images."""
+    table = [
+        {"BJ": 8, "BD": 128, "num_warps": 1},
+        {"BJ": 4, "BD": 128, "num_warps": 1},
+        {"BJ": 4, "BD": 256, "num_warps": 1},
+    ]
+    return block.others_gradients(others_kernel, table, q_IKJ)

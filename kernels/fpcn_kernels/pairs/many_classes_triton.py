@@ -6,9 +6,13 @@ Grids count others in tiles of BJ, hidden units in tiles of BD, classes in tiles
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fpcn_kernels._launch import launch
+from fpcn_kernels.pairs.block_triton import Block, Config
 from fpcn_kernels.pairs.hidden_triton import activation, dropout, load_row, load_rows
 
 
@@ -50,6 +54,36 @@ def scores_kernel(
     score_JK += tl.load(g + i * K + k, mask=k < K, other=0.0)[None, :]
     mask = (j < others)[:, None] & (k < K)[None, :]
     tl.store(scores + (i * K + k[None, :]) * others + j[:, None], score_JK, mask=mask)
+
+
+def extra_constants() -> dict[str, str]:
+    """PRECISION of the products, as PyTorch is set to."""
+    return {"PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"}
+
+
+def _parts(block: Block) -> int:
+    """In how many parts a product keeps each operand: three products keep two, twice the registers of a tile."""
+    return 2 if block.constants["PRECISION"] == "tf32x3" else 1
+
+
+def _class_tile(block: Block, largest: int) -> int:
+    return min(largest, max(16, triton.next_power_of_2(block.classes)))
+
+
+def scores(block: Block, scores_IKJ: Tensor) -> None:
+    """Write the block's scores."""
+    table = [
+        {"BJ": 64, "BD": 32, "BK": _class_tile(block, 128), "num_warps": 4 * _parts(block), "num_stages": 3},
+        {"BJ": 64, "BD": 32, "BK": _class_tile(block, 64), "num_warps": 4, "num_stages": 3},
+        {"BJ": 128, "BD": 32, "BK": _class_tile(block, 128), "num_warps": 8, "num_stages": 3},
+    ]
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(block.others, config["BJ"]), triton.cdiv(block.classes, config["BK"]), block.count)
+        arguments = (*block.rows, block.G_IKD, block.g_IK, *block.words, scores_IKJ, block.others)
+        launch(scores_kernel, grid, *arguments, **block.constants, **config)
+
+    block.choose("scores", table, run)
 
 
 @triton.jit
@@ -103,6 +137,26 @@ def own_kernel(
     tl.store(grad_own + (tl.program_id(1) * images + i) * D + d, tl.sum(G_KD * sum_slope_KD, 0), mask=d < D)
 
 
+def own_gradients(block: Block, q_IKJ: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of own images [T, I, D], in tiles T of their sum over the classes, and of G [1, I, K, D]."""
+    class_tile = _class_tile(block, 64)
+    table = [
+        {"BJ": 32, "BD": 64 // _parts(block), "BK": class_tile, "num_warps": 4, "num_stages": 2},
+        {"BJ": 32, "BD": 128, "BK": class_tile, "num_warps": 8, "num_stages": 2},
+    ]
+    class_tiles = triton.cdiv(block.classes, class_tile)
+    grad_own = q_IKJ.new_empty(class_tiles, block.count, block.width)
+    grad_G = q_IKJ.new_empty(1, *block.G_IKD.shape)
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(block.width, config["BD"]), class_tiles, block.count)
+        arguments = (*block.rows, block.G_IKD, *block.words, q_IKJ, grad_own, grad_G, block.count, block.others)
+        launch(own_kernel, grid, *arguments, **block.constants, **config)
+
+    block.choose("own", table, run)
+    return grad_own, grad_G
+
+
 @triton.jit
 def others_kernel(
     own,
@@ -150,3 +204,13 @@ def others_kernel(
         sum_JD += grad_JD
     offsets = (tl.program_id(2) * others + j).to(tl.int64)[:, None] * D + d[None, :]
     tl.store(grad_others + offsets, sum_JD, mask=(j < others)[:, None] & (d < D)[None, :])
+
+
+def others_gradients(block: Block, q_IKJ: Tensor) -> Tensor:
+    """The gradients of the others [S, J, D], in shares S of their sum over the own images."""
+    table = [
+        {"BJ": 64, "BD": 64, "BK": 16, "num_warps": 4, "num_stages": 3},
+        {"BJ": 64, "BD": 64, "BK": _class_tile(block, 32), "num_warps": 8, "num_stages": 2},
+        {"BJ": 64, "BD": 128, "BK": 16, "num_warps": 8, "num_stages": 3},
+    ]
+    return block.others_gradients(others_kernel, table, q_IKJ)

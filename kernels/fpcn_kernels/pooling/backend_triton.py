@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpcn_kernels._launch import choose, device_limits, launch
+from fpcn_kernels._launch import choose, launch, multiprocessors
 
 # Added to an image's count of helpers once its mask is there; above any number of helpers.
 _READY = tl.constexpr(1 << 24)
@@ -294,7 +294,7 @@ def _run(
 
 def _lag(device: torch.device, splits: int, warps: int) -> int:
     """How many images later an image is pooled."""
-    return triton.cdiv(device_limits(device).multiprocessors * _LAG_WARPS // warps, splits)
+    return triton.cdiv(multiprocessors(device) * _LAG_WARPS // warps, splits)
 
 
 def backward(
