@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal, overload
 
 import timm
 import torch
@@ -83,15 +83,26 @@ class ResNet(Backbone):
             net.load_state_dict(weights.torchvision_weights(name), strict=False)
         super().__init__(net, resnet.fc.in_features, norm)
 
-    def forward_with_companion(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, C, H, W], and those of the block before the last, of the same shape."""
+    @overload
+    def forward(self, images: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, *, companion: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, images: Tensor, *, companion: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Features [B, C, H, W]; with ``companion`` also those of the block before the last, of the same shape."""
+        if not companion:
+            return super().forward(images)
         self._check_device(images.device)
         *stem, last_stage = self.net.children()
         *blocks, last_block = last_stage.children()
-        companion = images
+        features = images
         for module in (*stem, *blocks):
-            companion = module(companion)
-        return last_block(companion), companion
+            features = module(features)
+        return last_block(features), features
+
+    def forward_with_companion(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, C, H, W], and those of the block before the last, of the same shape."""
+        # A call of the module, as it is only these that ``compile`` acts on.
+        return self(images, companion=True)
 
 
 # Their forward pass is their layers in turn, global average pooling, and one linear layer after a dropout at most.

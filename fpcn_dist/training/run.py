@@ -1,4 +1,4 @@
-"""One network in training: its engine, and all that its run folder keeps of it. train.py drives one or many."""
+"""One network in training: its engine, and all that its run folder keeps of it. The loop drives one or many."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TrainingRun:
         self.meter.add(step + 1, batch, result, norm, lr, waited)
 
     def log(self, done: int) -> dict[str, float]:
-        """Record the steps since the last log point; gives the numbers of the last one. Collective.
+        """Record the steps since the last log point, and return the numbers of the last one. Collective.
 
         Raises:
             NotFinite: a loss is not finite; names the last good checkpoint.
@@ -138,8 +138,12 @@ class TrainingRun:
             self.best = accuracy if improved else self.best
 
     def stop(self, state: str, failure: str) -> None:
-        """Take no further part; gives the engine's memory free and leaves "diverged" or "failed" in the folder, and
-        why."""
+        """Take no further part: free the engine's memory, and leave the outcome in the folder.
+
+        Args:
+            state: "diverged" or "failed".
+            failure: why.
+        """
         self.failure = failure
         self.close()
         if self.ranks.first:
@@ -147,7 +151,7 @@ class TrainingRun:
         del self.engine
 
     def close(self) -> None:
-        """Finish writing, and give back what the engine needs free."""
+        """Close the engine, so that it can be freed, and finish writing."""
         self.engine.close()
         self.finish_writing()
 

@@ -135,6 +135,17 @@ def test_the_companion_takes_part_in_the_region() -> None:
     assert not torch.equal(alone.mask, intersected.mask)
 
 
+@pytest.mark.parametrize("companion", [False, True])
+def test_a_compiled_backbone_computes_all_features(companion: bool) -> None:
+    """All of them in one graph, also where the companion takes part."""
+    model = small(region="largest", companion=companion).eval()
+    expected = model.pool(images())
+    graphs = []
+    model.backbone.compile(backend=lambda graph, _: (graphs.append(graph), graph.forward)[1], fullgraph=True)
+    torch.testing.assert_close(model.pool(images()), expected)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("region", ["none", "threshold", "largest"])
 def test_pooling_is_in_float32_under_autocast(region: str) -> None:
     model = small(region=region).eval()

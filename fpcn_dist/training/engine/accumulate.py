@@ -42,13 +42,13 @@ def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int
 
 def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> TaskOutput:
     with torch.no_grad(), _running_statistics_kept(engine.task):
-        features = [engine.forward(part, step, encode_only=True) for part in parts]
+        features = [engine.encode(part, step) for part in parts]
     pooled = torch.cat(features).requires_grad_()
     output = engine.forward(batch, step, pooled=pooled)
     engine.backward(output.loss)
     assert pooled.grad is not None
     for part, gradient in zip(parts, pooled.grad.split([len(part) for part in parts]), strict=True):
-        features_again = engine.forward(part, step, encode_only=True)
+        features_again = engine.encode(part, step)
         if features_again.requires_grad:  # else the backbone is frozen: this pass only counts in its statistics
             engine.backward((features_again * gradient).sum())
     return TaskOutput(output.loss.detach(), output.logits, output.parts)

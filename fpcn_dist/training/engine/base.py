@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.tasks import Task
+from fpcn_dist.tasks import Task, TaskOutput
 
 
 class Engine(Protocol):
@@ -22,14 +22,20 @@ class Engine(Protocol):
 
     task: Task
 
-    def forward(self, batch: Batch, step: int, **halves: Any) -> Any:
-        """Call the task (both halves, or one of them: see :meth:`Task.forward`)."""
+    def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None) -> TaskOutput:
+        """Call both halves of the task; the criterion alone where the features ``pooled`` [B, C] are given."""
+        ...
+
+    def encode(self, batch: Batch, step: int) -> Tensor:
+        """Call the first half of the task alone: features [B, C] of the images."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` to those of this step."""
 
     def update(self, lr: float) -> Tensor | None:
-        """Average gradients over ranks, clip, step, clear; gives the gradient norm, a device scalar, where known."""
+        """Average gradients over ranks, clip, step, clear; return the gradient norm, a device scalar, where known."""
+        ...
 
     def evaluation_model(self) -> Classifier:
         """The model to evaluate (the averaged one where there is one), the same on every rank. Collective."""
@@ -40,7 +46,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what a successor engine needs free."""
+        """Let go of what another engine could not be built beside."""
 
 
 def prepare_task(task: Task, recipe: Recipe, ranks: Ranks, frozen_backbone: bool, state: TrainingState | None) -> Task:

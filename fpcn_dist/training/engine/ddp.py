@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.tasks import Task
+from fpcn_dist.tasks import Task, TaskOutput
 from fpcn_dist.training.engine.base import (
     averaged_model,
     build_ema,
@@ -54,11 +56,19 @@ class DDPEngine:
             if self.one_pass:
                 _settle_buckets(self.module)
 
-    def forward(self, batch, step, **halves):
+    def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None) -> TaskOutput:
+        with self._averaging_later():
+            return self.module(batch, step, pooled=pooled)
+
+    def encode(self, batch: Batch, step: int) -> Tensor:
+        with self._averaging_later():
+            return self.module(batch, step, encode_only=True)
+
+    def _averaging_later(self) -> contextlib.AbstractContextManager[None]:
+        """DDP averages no gradients of a forward pass inside, where :meth:`update` is to do so."""
         if self.one_pass or not isinstance(self.module, DistributedDataParallel):
-            return self.module(batch, step, **halves)
-        with self.module.no_sync():
-            return self.module(batch, step, **halves)
+            return contextlib.nullcontext()
+        return self.module.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -20,7 +20,7 @@ from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
-from fpcn_dist.tasks import Task
+from fpcn_dist.tasks import Task, TaskOutput
 from fpcn_dist.training.engine.base import (
     averaged_model,
     build_ema,
@@ -72,8 +72,11 @@ class DeepSpeedEngine:
         if state is not None and state.optimizer:
             self._restore_moments(state)
 
-    def forward(self, batch, step, **halves):
-        return self.engine(batch, step, **halves)
+    def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None) -> TaskOutput:
+        return self.engine(batch, step, pooled=pooled)
+
+    def encode(self, batch: Batch, step: int) -> Tensor:
+        return self.engine(batch, step, encode_only=True)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
