@@ -36,7 +36,7 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
-    from fpcn_dist.studies.distill.driver import distill
+    from fpcn_dist.studies.distill.distillation import distill
 
     recipe = args.overrides.changed(**{"distill.teacher": str(args.teacher)})
     output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fpcn_dist.studies.reproduce.results import Comparison, Heatmap, Results, Row, RunRecord, Score, Table
+from fpcn_dist.studies.reproduce.tables import Comparison, Heatmap, ReproductionResults, Row, RunRecord, Score, Table
 
 HOSTILE = "<script>alert('1')</script> & {{ 7 * 7 }} $x^2$ | `a` *b*"
 SEEDS = (0, 1, 2)
@@ -39,7 +39,7 @@ _AREAS = (
 )  # fmt: skip
 
 
-def fabricate(output: Path) -> Results:
+def fabricate(output: Path) -> ReproductionResults:
     """All tables, with three seeds, a row that lacks one and a row without any; images of Figure 5 below ``output``."""
     table2 = [
         _row(name, (backbone,), (Score(train, tuple(score + 5 for score in test)), Score(paper, test)))
@@ -60,7 +60,7 @@ def fabricate(output: Path) -> Results:
         for place, name in enumerate(("with alpha", "without alpha"))
         for area, images, *scores in _AREAS
     ]
-    return Results(
+    return ReproductionResults(
         "/data/rock photographs", "tiny", "test", 1953, SEEDS,
         (
             Table(

@@ -19,14 +19,14 @@ from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
 from fpcn_dist.runs.report.page import FILE, write_page
 
 if TYPE_CHECKING:
-    from fpcn_dist.studies.distill.results import Results
+    from fpcn_dist.studies.distill.results import DistillationResults
 
 _DISTILLED, _TEACHER, _BASELINE = SERIES[0], SERIES[1], SERIES[4]
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def build_distillation_report(output: Path, results: Results) -> Path:
+def build_distillation_report(output: Path, results: DistillationResults) -> Path:
     """Write ``output``/report.html, which needs no other file to be read but links those of the runs.
 
     Raises:
@@ -46,7 +46,7 @@ def build_distillation_report(output: Path, results: Results) -> Path:
     )
 
 
-def _tiles(results: Results) -> list[dict[str, str]]:
+def _tiles(results: DistillationResults) -> list[dict[str, str]]:
     """The headline: name, value and a note of each number that there is."""
     teacher, tiles = results.teacher, []
     if teacher.evaluation is not None:
@@ -71,7 +71,7 @@ def _tiles(results: Results) -> list[dict[str, str]]:
     return tiles
 
 
-def draw_accuracy_against_cost(results: Results) -> str:
+def draw_accuracy_against_cost(results: DistillationResults) -> str:
     """Accuracy in percent over GFLOPs as an ``<svg>`` element, "" where no student has a result.
 
     A line joins what a student reached without the teacher and with it.
@@ -126,7 +126,7 @@ class _Point(NamedTuple):
     other: float
 
 
-def _marked(results: Results, kind: str) -> list[tuple[float, float]]:
+def _marked(results: DistillationResults, kind: str) -> list[tuple[float, float]]:
     """GFLOPs and accuracies in percent of the results of one kind."""
     if kind == "teacher":
         entries = [(results.teacher.cost, results.teacher.evaluation)]

@@ -17,7 +17,7 @@ from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.distill import BASELINE
 
-FILE = "distillation.json"
+DISTILLATION_FILE = "distillation.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class StudentRow:
 
 
 @dataclass(frozen=True)
-class Results:
+class DistillationResults:
     """All rows of the table.
 
     Attributes:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
-from fpcn_dist.studies.reproduce.results import Row, Score, Table
+from fpcn_dist.studies.reproduce.tables import Row, Score, Table
 
 # Names are the user's: a dollar sign in them is no mathematics.
 _STYLE: dict[Any, Any] = STYLE | {"text.parse_math": False}

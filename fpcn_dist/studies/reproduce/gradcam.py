@@ -27,7 +27,7 @@ from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runs.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, replacing
-from fpcn_dist.studies.reproduce.results import Comparison, Heatmap
+from fpcn_dist.studies.reproduce.tables import Comparison, Heatmap
 
 
 class Look(NamedTuple):

@@ -18,7 +18,7 @@ from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.studies.cluster import Slots
-from fpcn_dist.studies.reproduce import driver
+from fpcn_dist.studies.reproduce import reproduction
 from fpcn_dist.studies.reproduce.estimate import in_words
 from tests.helpers.distilling import recipe
 from tests.helpers.launching import ROOT, Runs, environment, finish, start
@@ -144,13 +144,13 @@ def test_a_strangers_folder_is_left_alone(runs, tmp_path):
 
 
 def test_nothing_is_written_to_a_folder_that_another_owns(rocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "connect_ray", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(driver, "find_slots", lambda *_, **__: Slots("CPU", 1, 1))
-    request = driver.Request(recipe("contrast"), RECIPES, "tiny", ("figure5",), seeds=1, students=())
+    monkeypatch.setattr(reproduction, "connect_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(reproduction, "find_slots", lambda *_, **__: Slots("CPU", 1, 1))
+    request = reproduction.ReproductionRequest(recipe("contrast"), RECIPES, "tiny", ("figure5",), seeds=1, students=())
     output = tmp_path / "out"
     output.mkdir()
     with locked(output), pytest.raises(UserError, match="another run is writing to it"):
-        driver.reproduce(request, rocks, output, yes=True)
+        reproduction.reproduce(request, rocks, output, yes=True)
     assert not list(output.iterdir())
 
 

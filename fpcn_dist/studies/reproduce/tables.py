@@ -15,7 +15,7 @@ from pathlib import Path
 from fpcn_dist import __version__
 from fpcn_dist.runtime.files import write_text
 
-FILE, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
+JSON, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
 
 TITLE = "The paper's tables on other data"
 CAVEAT = (
@@ -175,7 +175,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Results:
+class ReproductionResults:
     """Everything of the report.
 
     Attributes:
@@ -202,7 +202,7 @@ class Results:
             UserError: they cannot be written.
         """
         values = {"fpcn_dist_version": __version__, **dataclasses.asdict(self)}
-        write_text(output / FILE, json.dumps(values, indent=2) + "\n")
+        write_text(output / JSON, json.dumps(values, indent=2) + "\n")
         write_text(output / CSV, to_csv(self))
         write_text(output / MARKDOWN, to_markdown(self))
 
@@ -239,7 +239,7 @@ _CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def to_csv(results: Results) -> str:
+def to_csv(results: ReproductionResults) -> str:
     """One line for each score of each row; several values in a cell are joined by "; "."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -264,7 +264,7 @@ def _joined(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values))
 
 
-def to_markdown(results: Results) -> str:
+def to_markdown(results: ReproductionResults) -> str:
     """Every table, and below it the commands of each row."""
     lines = [
         f"# {TITLE}", "",
