@@ -55,9 +55,16 @@ def main() -> None:
     recipe, student = args.overrides, args.student_recipe and load_recipe(args.student_recipe, "--student-recipe")
     output = args.output or Path("runs") / f"search-{recipe.name}-{args.data.resolve().name}"
     request = SearchRequest(
-        recipe, args.stage, student, split(args.students), args.trials, args.scheduler, split(args.multi_objective),
-        args.workers_per_trial, args.gpus_per_trial,
-    )  # fmt: skip
+        recipe,
+        args.stage,
+        student=student,
+        students=split(args.students),
+        trials=args.trials,
+        scheduler=args.scheduler,
+        objectives=split(args.multi_objective),
+        workers=args.workers_per_trial,
+        gpus=args.gpus_per_trial,
+    )
     search(request, args.data, output, address=args.address, resume=args.resume)
 
 

@@ -99,9 +99,15 @@ def draw_accuracy_against_cost(results: DistillationResults) -> str:
         for kind in kinds:
             where = _marked(results, kind.label)
             axes.plot(
-                [cost for cost, _ in where], [accuracy for _, accuracy in where], kind.marker, color=kind.colour,
-                markerfacecolor=kind.face, markersize=6, clip_on=False, label=kind.label,
-            )  # fmt: skip
+                [cost for cost, _ in where],
+                [accuracy for _, accuracy in where],
+                kind.marker,
+                color=kind.colour,
+                markerfacecolor=kind.face,
+                markersize=6,
+                clip_on=False,
+                label=kind.label,
+            )
         _scale(axes)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.0)
         _write_names(figure, axes, points)
@@ -150,9 +156,15 @@ def _scale(axes: Axes) -> None:
 
 
 _PLACES = (
-    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 6, "center", "bottom"), (0, -6, "center", "top"),
-    (5, 5, "left", "bottom"), (5, -5, "left", "top"), (-5, 5, "right", "bottom"), (-5, -5, "right", "top"),
-)  # fmt: skip
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+    (5, 5, "left", "bottom"),
+    (5, -5, "left", "top"),
+    (-5, 5, "right", "bottom"),
+    (-5, -5, "right", "top"),
+)
 """Where a name may stand beside its point: an offset in typographic points, and the alignment."""
 
 
@@ -164,9 +176,15 @@ def _write_names(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
         covered: list[tuple[float, int, Annotation]] = []
         for number, (dx, dy, horizontal, vertical) in enumerate(_PLACES):
             label = axes.annotate(
-                point.name, (point.cost, point.accuracy), (dx, dy), textcoords="offset points", fontsize=8.5,
-                ha=horizontal, va=vertical, parse_math=False,
-            )  # fmt: skip
+                point.name,
+                (point.cost, point.accuracy),
+                (dx, dy),
+                textcoords="offset points",
+                fontsize=8.5,
+                ha=horizontal,
+                va=vertical,
+                parse_math=False,
+            )
             label.set_in_layout(False)
             box = label.get_window_extent()
             outside = _area(box) - _area(Bbox.intersection(box, axes.bbox))

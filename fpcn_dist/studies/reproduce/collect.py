@@ -69,9 +69,12 @@ def collect(
     """
     found = _Collector(grid, manifest, output, students, failures)
     make: dict[str, Callable[[], Table]] = {
-        "table2": found.table_2, "table3": found.table_3, "table4": found.table_4, "figure3": found.figure_3,
+        "table2": found.table_2,
+        "table3": found.table_3,
+        "table4": found.table_4,
+        "figure3": found.figure_3,
         "figure4": found.figure_4,
-    }  # fmt: skip
+    }
     tables = tuple(make[section]() for section in grid.sections if section in make)
     comparisons = found.figure_5() if "figure5" in grid.sections else ()
     split = "test" if len(manifest.ids("test")) else "val"
@@ -195,9 +198,16 @@ class _Collector:
         return np.array(turns[:_PICTURES])
 
     def _table(
-        self, key: str, title: str, name: str, details: tuple[str, ...], rows: Sequence[Row], note: str,
-        *, train: bool = False,
-    ) -> Table:  # fmt: skip
+        self,
+        key: str,
+        title: str,
+        name: str,
+        details: tuple[str, ...],
+        rows: Sequence[Row],
+        note: str,
+        *,
+        train: bool = False,
+    ) -> Table:
         scores = ("training accuracy, %", "test accuracy, %") if train else ("test accuracy, %",)
         return Table(key, title, name, details, scores, tuple(rows), note)
 

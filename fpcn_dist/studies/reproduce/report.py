@@ -186,12 +186,15 @@ def _pictures(output: Path, comparison: Comparison) -> list[_Picture]:
         _Picture(_data_uri(output / comparison.jpeg), comparison.truth),
         *(
             _Picture(
-                _data_uri(output / heatmap.jpeg), heatmap.title, heatmap.predicted, heatmap.probability,
+                _data_uri(output / heatmap.jpeg),
+                heatmap.title,
+                heatmap.predicted,
+                heatmap.probability,
                 heatmap.predicted == comparison.truth,
             )
             for heatmap in comparison.heatmaps
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _data_uri(path: Path) -> str:

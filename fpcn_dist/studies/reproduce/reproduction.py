@@ -139,9 +139,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _train(
-    grid: Grid, students: Sequence[str], manifest: Manifest, output: Path, held: contextlib.ExitStack,
-    *, address: str | None, yes: bool,
-) -> dict[str, str] | None:  # fmt: skip
+    grid: Grid,
+    students: Sequence[str],
+    manifest: Manifest,
+    output: Path,
+    held: contextlib.ExitStack,
+    *,
+    address: str | None,
+    yes: bool,
+) -> dict[str, str] | None:
     """Why each run without a result has none, by name; ``None`` where the user would rather not begin.
 
     From here on ``held`` keeps others out of the folder.
@@ -175,9 +181,15 @@ def _with_threads(recipe: Recipe, threads: int) -> Recipe:
 
 
 def _estimate(
-    ray: Any, slots: Slots, grid: Grid, runs: dict[str, Recipe], unfinished: Sequence[str], students: Sequence[str],
-    manifest: Manifest, output: Path,
-) -> Estimate:  # fmt: skip
+    ray: Any,
+    slots: Slots,
+    grid: Grid,
+    runs: dict[str, Recipe],
+    unfinished: Sequence[str],
+    students: Sequence[str],
+    manifest: Manifest,
+    output: Path,
+) -> Estimate:
     """Of all that has not come to its end: single runs, and the distillation of each seed."""
     todo = {name: runs[name] for name in unfinished}
     taught: dict[str, dict[str, Recipe]] = {}

@@ -227,16 +227,18 @@ def signed(value: float | None) -> str:
 def cells(score: Score, columns: Iterable[str]) -> list[tuple[float | None, str]]:
     """Numbers under :meth:`Table.columns`, each with its text."""
     known = {
-        "paper": (score.paper, percent(score.paper)), "ours": (score.mean, percent(score.mean)),
-        "difference": (score.difference, signed(score.difference)), "spread": (score.spread, percent(score.spread)),
-    }  # fmt: skip
+        "paper": (score.paper, percent(score.paper)),
+        "ours": (score.mean, percent(score.mean)),
+        "difference": (score.difference, signed(score.difference)),
+        "spread": (score.spread, percent(score.spread)),
+    }
     return [known[column] for column in columns]
 
 
 _CSV_COLUMNS = (
-    "table", "name", "details", "score", "paper", "ours", "difference", "seeds", "spread", "values", "reason",
-    "commits", "devices", "commands",
-)  # fmt: skip
+    *("table", "name", "details", "score", "paper", "ours", "difference", "seeds", "spread", "values"),
+    *("reason", "commits", "devices", "commands"),
+)
 
 
 def to_csv(results: ReproductionResults) -> str:
@@ -248,15 +250,15 @@ def to_csv(results: ReproductionResults) -> str:
         for row in table.rows:
             pairs = zip(table.details, row.details, strict=True)
             details = "; ".join(f"{heading}: {show(value)}" for heading, value in pairs if show(value))
+            sources = [
+                _joined(run.commit for run in row.runs),
+                _joined(run.device for run in row.runs),
+                _joined(run.command for run in row.runs),
+            ]
             for heading, score in zip(table.scores, row.scores, strict=True):
-                writer.writerow(
-                    [
-                        table.key, row.name, details, heading, score.paper, score.mean, score.difference,
-                        len(score.ours), score.spread, "; ".join(f"{value:.4g}" for value in score.ours), row.reason,
-                        _joined(run.commit for run in row.runs), _joined(run.device for run in row.runs),
-                        _joined(run.command for run in row.runs),
-                    ]
-                )  # fmt: skip
+                numbers = [score.paper, score.mean, score.difference, len(score.ours), score.spread]
+                values = "; ".join(f"{value:.4g}" for value in score.ours)
+                writer.writerow([table.key, row.name, details, heading, *numbers, values, row.reason, *sources])
     return buffer.getvalue()
 
 
@@ -267,10 +269,11 @@ def _joined(values: Iterable[str]) -> str:
 def to_markdown(results: ReproductionResults) -> str:
     """Every table, and below it the commands of each row."""
     lines = [
-        f"# {TITLE}", "",
+        f"# {TITLE}",
+        "",
         f"Data {_code(results.data)}, scale {_escape(results.scale)}, {len(results.seeds)} seed(s); accuracies on "
         f"{results.images:,} {_escape(results.split)} images, in percent. {CAVEAT}",
-    ]  # fmt: skip
+    ]
     for table in results.tables:
         columns = [table.columns(number) for number in range(len(table.scores))]
         heads = [table.name, *table.details]

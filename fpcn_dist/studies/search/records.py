@@ -134,11 +134,7 @@ def _csv(trials: Sequence[TrialRecord], fields: Sequence[str]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for trial in trials:
+        standing = [trial.state, trial.accuracy, trial.epoch, trial.pairs, trial.latency, round(trial.seconds, 1)]
         settings = [trial.settings.get(name) for name in fields]
-        writer.writerow(
-            [
-                trial.number, trial.state, trial.accuracy, trial.epoch, trial.pairs, trial.latency,
-                round(trial.seconds, 1), *settings, trial.reason,
-            ]
-        )  # fmt: skip
+        writer.writerow([trial.number, *standing, *settings, trial.reason])
     return buffer.getvalue()

@@ -113,11 +113,15 @@ def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int,
             param_space=_parameters(request, plan),
             tune_config=_tune_config(request, plan, places),
             run_config=tune.RunConfig(
-                name=_TUNE, storage_path=str(plan.output), callbacks=[recorder], verbose=0, stop={"epoch": plan.epochs},
+                name=_TUNE,
+                storage_path=str(plan.output),
+                callbacks=[recorder],
+                verbose=0,
+                stop={"epoch": plan.epochs},
                 failure_config=tune.FailureConfig(max_failures=_ATTEMPTS),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             ),
-        )  # fmt: skip
+        )
     try:
         tuner.fit()
     finally:
@@ -162,9 +166,13 @@ def _tune_config(request: SearchRequest, plan: Plan, places: int) -> Any:
         plan, trials=request.trials, seed=plan.main.seed, trials_per_teacher=request.recipe.search.trials_per_teacher
     )
     return tune.TuneConfig(
-        search_alg=sampler, scheduler=scheduler, num_samples=request.trials, max_concurrent_trials=places,
-        reuse_actors=True, trial_dirname_creator=_name_of_folder,
-    )  # fmt: skip
+        search_alg=sampler,
+        scheduler=scheduler,
+        num_samples=request.trials,
+        max_concurrent_trials=places,
+        reuse_actors=True,
+        trial_dirname_creator=_name_of_folder,
+    )
 
 
 def _name_of_folder(trial: Any) -> str:

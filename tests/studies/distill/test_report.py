@@ -41,9 +41,13 @@ def results() -> DistillationResults:
         for name, gflops, baseline, distilled in STUDENTS
     )
     teacher = TeacherRow(
-        Path("/data/runs/teacher of <all>"), "0123456789abcdef" * 4, "resnet101", 224,
-        Cost(46_000_000, 15_700_000_000, 90.0), _score(0.9512),
-    )  # fmt: skip
+        Path("/data/runs/teacher of <all>"),
+        "0123456789abcdef" * 4,
+        "resnet101",
+        224,
+        Cost(46_000_000, 15_700_000_000, 90.0),
+        _score(0.9512),
+    )
     return DistillationResults(teacher, students, True, "2 CPU thread(s)")
 
 

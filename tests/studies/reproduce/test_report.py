@@ -217,11 +217,16 @@ def _hostile(results: ReproductionResults) -> ReproductionResults:
 
     tables = tuple(
         dataclasses.replace(
-            table, title=HOSTILE, name=HOSTILE, details=(HOSTILE,) * len(table.details),
-            scores=(HOSTILE,) * len(table.scores), rows=_each_row(table, spoil), note=HOSTILE,
+            table,
+            title=HOSTILE,
+            name=HOSTILE,
+            details=(HOSTILE,) * len(table.details),
+            scores=(HOSTILE,) * len(table.scores),
+            rows=_each_row(table, spoil),
+            note=HOSTILE,
         )
         for table in results.tables
-    )  # fmt: skip
+    )
     comparisons = tuple(
         Comparison(HOSTILE, HOSTILE, c.jpeg, tuple(Heatmap(HOSTILE, HOSTILE, 0.5, h.jpeg) for h in c.heatmaps))
         for c in results.comparisons
@@ -294,9 +299,16 @@ def _column(sorting: browser.Sorting, number: int) -> list[str]:
 def test_a_click_on_a_head_sorts_its_table(output: Path, results: ReproductionResults, tmp_path: Path) -> None:
     page = build_reproduction_report(output, results)
     clicks = [
-        (TABLE2, 7), (TABLE2, 7), (TABLE2, 0), (TABLE2, 1), (TABLE2, 1), (TABLE4, 3), (FIGURE3, 1), (FIGURE4, 2),
+        (TABLE2, 7),
+        (TABLE2, 7),
+        (TABLE2, 0),
+        (TABLE2, 1),
+        (TABLE2, 1),
+        (TABLE4, 3),
+        (FIGURE3, 1),
+        (FIGURE4, 2),
         (TABLE2, 4),
-    ]  # fmt: skip
+    ]
     sorted_, console = browser.click(page, tmp_path / "browser", clicks)
     assert console == [] and all(sorting.focused for sorting in sorted_)
     up, down, names, backbones, reverse, flops, pairs, images, differences = sorted_

@@ -25,14 +25,14 @@ from tests.helpers.launching import ROOT, Runs, environment, finish, start
 from tests.helpers.ray_cluster import wait_for
 
 RECIPES = ROOT / "launch/recipes/compared"
-SMALL = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4", "--train.epochs", "1",
-         "--train.eval-every", "1", "--model.norm", "frozen_batch", "--model.backbone", "test_resnet")  # fmt: skip
+_DATA = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4")
+_MODEL = ("--model.norm", "frozen_batch", "--model.backbone", "test_resnet")
+SMALL = (*_DATA, *_MODEL, "--train.epochs", "1", "--train.eval-every", "1")
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "launch/reproduce.py"), "--data", str(data), "--output", str(output), *SMALL, *more
-    ]  # fmt: skip
+    folders = ["--data", str(data), "--output", str(output)]
+    return [sys.executable, str(ROOT / "launch/reproduce.py"), *folders, *SMALL, *more]
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,13 @@ def test_nobody_to_ask(runs, tmp_path):
 def test_it_asks_first(runs, tmp_path):
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        command(runs.data, tmp_path / "out", "--only", "figure5"), stdin=end, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+        command(runs.data, tmp_path / "out", "--only", "figure5"),
+        stdin=end,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     os.write(terminal, b"n\n")
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and "Begin? [y/N]" in shown and "nothing was started" in shown
@@ -155,6 +159,5 @@ def test_nothing_is_written_to_a_folder_that_another_owns(rocks, tmp_path, monke
 
 
 def test_durations_in_words():
-    assert [in_words(s) for s in (12.4, 99.4, 150, 5000, 7300, 400000)] == [
-        "12 s", "99 s", "2 min", "83 min", "2.0 h", "4.6 days"
-    ]  # fmt: skip
+    shown = ["12 s", "99 s", "2 min", "83 min", "2.0 h", "4.6 days"]
+    assert [in_words(s) for s in (12.4, 99.4, 150, 5000, 7300, 400000)] == shown

@@ -110,9 +110,18 @@ def test_markdown_tables(results: ReproductionResults) -> None:
     assert CAVEAT in text and "scale tiny, 3 seed(s)" in text and "1,953 test images" in text
     start = lines.index("## Table 2: systems") + 2
     assert _cells(lines[start]) == [
-        "system", "backbone", "training accuracy, %: paper", "ours", "difference", "spread", "test accuracy, %: paper",
-        "ours", "difference", "spread", "seeds",
-    ]  # fmt: skip
+        "system",
+        "backbone",
+        "training accuracy, %: paper",
+        "ours",
+        "difference",
+        "spread",
+        "test accuracy, %: paper",
+        "ours",
+        "difference",
+        "spread",
+        "seeds",
+    ]
     rows = {cells[0]: cells[1:] for cells in map(_cells, lines[start + 2 : start + 11])}
     assert rows["FPCN"] == ["ResNet-101", "99.8", "96.7", "-3.1", "0.6", "93.1", "91.7", "-1.4", "0.6", "3"]
     assert rows["MMAL-Net"] == ["ResNet-50", "99.7", "-", "-", "-", "91.9", "-", "-", "-", "0"]

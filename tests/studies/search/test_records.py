@@ -40,9 +40,13 @@ def test_the_best_has_run_to_its_end():
 
 def test_pareto_front():
     found = results(
-        trial(0, 0.9, latency=9.0), trial(1, 0.8, latency=3.0), trial(2, 0.7, latency=5.0), trial(3, 0.9, latency=8.0),
-        trial(4, 0.99, "stopped", latency=1.0), trial(5, 0.8, latency=2.5),
-    )  # fmt: skip
+        trial(0, 0.9, latency=9.0),
+        trial(1, 0.8, latency=3.0),
+        trial(2, 0.7, latency=5.0),
+        trial(3, 0.9, latency=8.0),
+        trial(4, 0.99, "stopped", latency=1.0),
+        trial(5, 0.8, latency=2.5),
+    )
     assert [member.number for member in found.pareto] == [5, 3]
 
 
