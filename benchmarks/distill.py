@@ -23,7 +23,7 @@ from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.studies.distill import STUDENTS
-from fpcn_dist.studies.distill.driver import distill
+from fpcn_dist.studies.distill.distillation import distill
 from fpcn_dist.training.loop import train
 from fpcn_dist.training.soft_labels.students import check_recipe
 

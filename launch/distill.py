@@ -36,15 +36,21 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
-    from fpcn_dist.studies.distill.driver import distill
+    from fpcn_dist.studies.distill.distillation import distill
 
     recipe = args.overrides.changed(**{"distill.teacher": str(args.teacher)})
     output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
     students = [name.strip() for name in args.students.split(",") if name.strip()]
     distill(
-        recipe, args.data, output, students=students, baselines=args.baselines,
-        address=args.address, gpus=args.gpus, dry_run=args.dry_run,
-    )  # fmt: skip
+        recipe,
+        args.data,
+        output,
+        students=students,
+        baselines=args.baselines,
+        address=args.address,
+        gpus=args.gpus,
+        dry_run=args.dry_run,
+    )
 
 
 if __name__ == "__main__":

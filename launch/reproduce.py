@@ -42,12 +42,14 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args, presets=("--scale", "tiny", SCALES))
-    from fpcn_dist.studies.reproduce.driver import Request, reproduce
     from fpcn_dist.studies.reproduce.experiments import parse_sections
+    from fpcn_dist.studies.reproduce.reproduction import ReproductionRequest, reproduce
 
     output = args.output or Path("runs") / f"reproduce-{args.scale}-{args.data.resolve().name}"
     students = tuple(name.strip() for name in args.students.split(",") if name.strip())
-    request = Request(args.overrides, RECIPES / "compared", args.scale, parse_sections(args.only), args.seeds, students)
+    request = ReproductionRequest(
+        args.overrides, RECIPES / "compared", args.scale, parse_sections(args.only), args.seeds, students
+    )
     reproduce(request, args.data, output, address=args.address, yes=args.yes)
 
 

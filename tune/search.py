@@ -46,18 +46,25 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
-    from fpcn_dist.studies.search.driver import search
-    from fpcn_dist.studies.search.request import Request
+    from fpcn_dist.studies.search.request import SearchRequest
+    from fpcn_dist.studies.search.run_search import search
 
     def split(text: str) -> tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
 
     recipe, student = args.overrides, args.student_recipe and load_recipe(args.student_recipe, "--student-recipe")
     output = args.output or Path("runs") / f"search-{recipe.name}-{args.data.resolve().name}"
-    request = Request(
-        recipe, args.stage, student, split(args.students), args.trials, args.scheduler, split(args.multi_objective),
-        args.workers_per_trial, args.gpus_per_trial,
-    )  # fmt: skip
+    request = SearchRequest(
+        recipe,
+        args.stage,
+        student=student,
+        students=split(args.students),
+        trials=args.trials,
+        scheduler=args.scheduler,
+        objectives=split(args.multi_objective),
+        workers=args.workers_per_trial,
+        gpus=args.gpus_per_trial,
+    )
     search(request, args.data, output, address=args.address, resume=args.resume)
 
 

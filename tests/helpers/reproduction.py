@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fpcn_dist.studies.reproduce.results import Comparison, Heatmap, Results, Row, RunRecord, Score, Table
+from fpcn_dist.studies.reproduce.tables import Comparison, Heatmap, ReproductionResults, Row, RunRecord, Score, Table
 
 HOSTILE = "<script>alert('1')</script> & {{ 7 * 7 }} $x^2$ | `a` *b*"
 SEEDS = (0, 1, 2)
@@ -16,17 +16,23 @@ REASON = "seed 2 failed: no memory left on the device"
 LOST = "FPCN-huge: the backbone's weights cannot be had"
 
 _TABLE2 = (
-    ("AlexNet", "", 96.8, 73.1, (64.2, 66.1, 65.0)), ("LeNet", "", 50.1, 50.5, (48.1, 47.5, 51.2)),
-    ("GoogLeNet", "", 86.6, 76.3, (78.4, 80.1, 79.2)), ("ResNet-50", "", 79.6, 72.4, (81.0, 83.2, 82.1)),
-    ("Bilinear CNN", "VGG16", 85.4, 85.3, (84.9, 86.2, 85.0)), ("PCA-Net", "ResNet-101", 94.9, 90.8, (88.1, 87.2)),
-    ("API-Net", "ResNet-101", 99.8, 91.2, (89.1, 90.2, 90.1)), ("MMAL-Net", "ResNet-50", 99.7, 91.9, ()),
+    ("AlexNet", "", 96.8, 73.1, (64.2, 66.1, 65.0)),
+    ("LeNet", "", 50.1, 50.5, (48.1, 47.5, 51.2)),
+    ("GoogLeNet", "", 86.6, 76.3, (78.4, 80.1, 79.2)),
+    ("ResNet-50", "", 79.6, 72.4, (81.0, 83.2, 82.1)),
+    ("Bilinear CNN", "VGG16", 85.4, 85.3, (84.9, 86.2, 85.0)),
+    ("PCA-Net", "ResNet-101", 94.9, 90.8, (88.1, 87.2)),
+    ("API-Net", "ResNet-101", 99.8, 91.2, (89.1, 90.2, 90.1)),
+    ("MMAL-Net", "ResNet-50", 99.7, 91.9, ()),
     ("FPCN", "ResNet-101", 99.8, 93.1, (91.1, 92.3, 91.6)),
-)  # fmt: skip
+)
 _TABLE3 = (
-    (("✓", "", ""), 92.0, (90.2, 90.1, 91.0)), (("", "✓", ""), 91.2, (89.2, 89.9, 90.3)),
-    (("✓", "", "✓"), 92.2, (90.0, 91.3, 91.1)), (("✓", "✓", ""), 92.8, (91.0, 91.2, 91.3)),
+    (("✓", "", ""), 92.0, (90.2, 90.1, 91.0)),
+    (("", "✓", ""), 91.2, (89.2, 89.9, 90.3)),
+    (("✓", "", "✓"), 92.2, (90.0, 91.3, 91.1)),
+    (("✓", "✓", ""), 92.8, (91.0, 91.2, 91.3)),
     (("✓", "✓", "✓"), 93.1, (91.1, 92.3, 91.6)),
-)  # fmt: skip
+)
 _TABLE4 = (
     ("FPCN (teacher)", (46.06, 46.06, 56.42, 56.42, 21.8, 13.98), 93.1, None, (91.1, 92.3, 91.6), ()),
     ("ResNet-18", (11.44, 11.89, 7.296, 14.588, 3.1, 2.61), 73.8, 74.7, (79.8, 80.2, 80.9), (85.2, 86.1, 85.8)),
@@ -34,12 +40,14 @@ _TABLE4 = (
     ("ShuffleNetV2", (2.48, 3.4, 1.184, 1.894, 0.9, 0.73), 70.5, 73.6, (76.1, 77.2, 76.4), (82.3, 82.1, 81.7)),
 )
 _AREAS = (
-    ("0-25%", 112.0, (78.2, 80.1, 79.4), (71.2, 73.0, 70.8)), ("25-50%", 640.0, (90.2, 91.1, 90.4), (88.2, 89.0, 88.8)),
-    ("50-75%", 1201.0, (93.2, 93.1, 93.4), (93.0, 92.8, 93.1)), ("75-100%", None, (), ()),
-)  # fmt: skip
+    ("0-25%", 112.0, (78.2, 80.1, 79.4), (71.2, 73.0, 70.8)),
+    ("25-50%", 640.0, (90.2, 91.1, 90.4), (88.2, 89.0, 88.8)),
+    ("50-75%", 1201.0, (93.2, 93.1, 93.4), (93.0, 92.8, 93.1)),
+    ("75-100%", None, (), ()),
+)
 
 
-def fabricate(output: Path) -> Results:
+def fabricate(output: Path) -> ReproductionResults:
     """All tables, with three seeds, a row that lacks one and a row without any; images of Figure 5 below ``output``."""
     table2 = [
         _row(name, (backbone,), (Score(train, tuple(score + 5 for score in test)), Score(paper, test)))
@@ -60,33 +68,61 @@ def fabricate(output: Path) -> Results:
         for place, name in enumerate(("with alpha", "without alpha"))
         for area, images, *scores in _AREAS
     ]
-    return Results(
-        "/data/rock photographs", "tiny", "test", 1953, SEEDS,
+    return ReproductionResults(
+        "/data/rock photographs",
+        "tiny",
+        "test",
+        1953,
+        SEEDS,
         (
             Table(
-                "table2", "Table 2: systems", "system", ("backbone",), ("training accuracy, %", "test accuracy, %"),
-                tuple(table2), "Training accuracy: of the last epoch's batches, cropped and flipped at random.",
+                "table2",
+                "Table 2: systems",
+                "system",
+                ("backbone",),
+                ("training accuracy, %", "test accuracy, %"),
+                tuple(table2),
+                "Training accuracy: of the last epoch's batches, cropped and flipped at random.",
             ),
             Table(
-                "table3", "Table 3: parts of FPCN", "setting", ("mask", "center loss", "alpha"), ("test accuracy, %",),
-                tuple(parts), "",
+                "table3",
+                "Table 3: parts of FPCN",
+                "setting",
+                ("mask", "center loss", "alpha"),
+                ("test accuracy, %",),
+                tuple(parts),
+                "",
             ),
             Table(
-                "table4", "Table 4: distillation", "network",
-                ("parameters, M", "paper", "GFLOPs", "paper ", "ms", "paper  "), ("baseline, %", "distilled, %"),
-                tuple(students), "Every student learns from FPCN of the same seed.",
+                "table4",
+                "Table 4: distillation",
+                "network",
+                ("parameters, M", "paper", "GFLOPs", "paper ", "ms", "paper  "),
+                ("baseline, %", "distilled, %"),
+                tuple(students),
+                "Every student learns from FPCN of the same seed.",
             ),
             Table(
-                "figure3", "Figure 3: pairs in a batch", "system", ("pairs in a batch",), ("test accuracy, %",),
-                tuple(pairs), "The batch grows with its pairs: n images make n (n - 1) / 2.",
+                "figure3",
+                "Figure 3: pairs in a batch",
+                "system",
+                ("pairs in a batch",),
+                ("test accuracy, %",),
+                tuple(pairs),
+                "The batch grows with its pairs: n images make n (n - 1) / 2.",
             ),
             Table(
-                "figure4", "Figure 4: mask intensity", "network", ("object area", "images"), ("test accuracy, %",),
-                tuple(areas), "Areas are those of the network with alpha.",
+                "figure4",
+                "Figure 4: mask intensity",
+                "network",
+                ("object area", "images"),
+                ("test accuracy, %",),
+                tuple(areas),
+                "Areas are those of the network with alpha.",
             ),
         ),
         tuple(_comparison(output, number) for number in range(4)),
-    )  # fmt: skip
+    )
 
 
 def _one(details: tuple[str, ...], paper: float, ours: tuple[float, ...]) -> tuple[tuple[str, ...], tuple[Score]]:
@@ -103,11 +139,15 @@ def _runs(name: str) -> tuple[RunRecord, ...]:
     folders = [f"runs/{name.lower().replace(' ', '-')}-{seed}" for seed in SEEDS]
     return tuple(
         RunRecord(
-            folder, seed, f"python launch/train.py --recipe launch/recipes/fpcn_small.yaml --data '/data/rock "
-            f"photographs' --output {folder} --seed {seed}", "9c110457", "NVIDIA H100 80GB HBM3",
+            folder,
+            seed,
+            f"python launch/train.py --recipe launch/recipes/fpcn_small.yaml --data '/data/rock "
+            f"photographs' --output {folder} --seed {seed}",
+            "9c110457",
+            "NVIDIA H100 80GB HBM3",
         )
         for folder, seed in zip(folders, SEEDS, strict=True)
-    )  # fmt: skip
+    )
 
 
 def _comparison(output: Path, number: int) -> Comparison:

@@ -78,9 +78,13 @@ def _local() -> Iterator[Any]:
     try:
         # "local": RAY_ADDRESS may name another cluster.
         ray.init(
-            address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False,
-            configure_logging=False, _temp_dir=folder,
-        )  # fmt: skip
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=folder,
+        )
         yield ray
     finally:
         ray.shutdown()

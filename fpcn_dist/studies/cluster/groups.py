@@ -88,11 +88,15 @@ class RunningGroup:
         address = self._actors[0].address.remote()
         self.tasks = [
             actor.train.remote(
-                self._recipes, self._manifest, rank=rank, world_size=self.group.ranks, meeting=address,
+                self._recipes,
+                self._manifest,
+                rank=rank,
+                world_size=self.group.ranks,
+                meeting=address,
                 log=self._log.format(rank=rank),
             )
             for rank, actor in enumerate(self._actors)
-        ]  # fmt: skip
+        ]
         return True
 
     def result(self) -> GroupResult:

@@ -1,4 +1,4 @@
-"""Distillation of a teacher into many students at once: plan, driver, live table, results."""
+"""Distillation of a teacher into many students at once: the distillation itself, its results, their report."""
 
 STUDENTS = "resnet18,resnet34,resnet50,mobilenet_v1,mobilenet_v2,shufflenet_v2_x1_5"
 """The students of the paper's Table 4."""

@@ -19,14 +19,14 @@ from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
 from fpcn_dist.runs.report.page import FILE, write_page
 
 if TYPE_CHECKING:
-    from fpcn_dist.studies.distill.results import Results
+    from fpcn_dist.studies.distill.results import DistillationResults
 
 _DISTILLED, _TEACHER, _BASELINE = SERIES[0], SERIES[1], SERIES[4]
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def build_distillation_report(output: Path, results: Results) -> Path:
+def build_distillation_report(output: Path, results: DistillationResults) -> Path:
     """Write ``output``/report.html, which needs no other file to be read but links those of the runs.
 
     Raises:
@@ -46,7 +46,7 @@ def build_distillation_report(output: Path, results: Results) -> Path:
     )
 
 
-def _tiles(results: Results) -> list[dict[str, str]]:
+def _tiles(results: DistillationResults) -> list[dict[str, str]]:
     """The headline: name, value and a note of each number that there is."""
     teacher, tiles = results.teacher, []
     if teacher.evaluation is not None:
@@ -71,7 +71,7 @@ def _tiles(results: Results) -> list[dict[str, str]]:
     return tiles
 
 
-def draw_accuracy_against_cost(results: Results) -> str:
+def draw_accuracy_against_cost(results: DistillationResults) -> str:
     """Accuracy in percent over GFLOPs as an ``<svg>`` element, "" where no student has a result.
 
     A line joins what a student reached without the teacher and with it.
@@ -99,9 +99,15 @@ def draw_accuracy_against_cost(results: Results) -> str:
         for kind in kinds:
             where = _marked(results, kind.label)
             axes.plot(
-                [cost for cost, _ in where], [accuracy for _, accuracy in where], kind.marker, color=kind.colour,
-                markerfacecolor=kind.face, markersize=6, clip_on=False, label=kind.label,
-            )  # fmt: skip
+                [cost for cost, _ in where],
+                [accuracy for _, accuracy in where],
+                kind.marker,
+                color=kind.colour,
+                markerfacecolor=kind.face,
+                markersize=6,
+                clip_on=False,
+                label=kind.label,
+            )
         _scale(axes)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.0)
         _write_names(figure, axes, points)
@@ -126,7 +132,7 @@ class _Point(NamedTuple):
     other: float
 
 
-def _marked(results: Results, kind: str) -> list[tuple[float, float]]:
+def _marked(results: DistillationResults, kind: str) -> list[tuple[float, float]]:
     """GFLOPs and accuracies in percent of the results of one kind."""
     if kind == "teacher":
         entries = [(results.teacher.cost, results.teacher.evaluation)]
@@ -150,9 +156,15 @@ def _scale(axes: Axes) -> None:
 
 
 _PLACES = (
-    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 6, "center", "bottom"), (0, -6, "center", "top"),
-    (5, 5, "left", "bottom"), (5, -5, "left", "top"), (-5, 5, "right", "bottom"), (-5, -5, "right", "top"),
-)  # fmt: skip
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+    (5, 5, "left", "bottom"),
+    (5, -5, "left", "top"),
+    (-5, 5, "right", "bottom"),
+    (-5, -5, "right", "top"),
+)
 """Where a name may stand beside its point: an offset in typographic points, and the alignment."""
 
 
@@ -164,9 +176,15 @@ def _write_names(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
         covered: list[tuple[float, int, Annotation]] = []
         for number, (dx, dy, horizontal, vertical) in enumerate(_PLACES):
             label = axes.annotate(
-                point.name, (point.cost, point.accuracy), (dx, dy), textcoords="offset points", fontsize=8.5,
-                ha=horizontal, va=vertical, parse_math=False,
-            )  # fmt: skip
+                point.name,
+                (point.cost, point.accuracy),
+                (dx, dy),
+                textcoords="offset points",
+                fontsize=8.5,
+                ha=horizontal,
+                va=vertical,
+                parse_math=False,
+            )
             label.set_in_layout(False)
             box = label.get_window_extent()
             outside = _area(box) - _area(Bbox.intersection(box, axes.bbox))

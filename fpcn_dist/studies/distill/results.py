@@ -17,7 +17,7 @@ from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.distill import BASELINE
 
-FILE = "distillation.json"
+DISTILLATION_FILE = "distillation.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class StudentRow:
 
 
 @dataclass(frozen=True)
-class Results:
+class DistillationResults:
     """All rows of the table.
 
     Attributes:
@@ -132,17 +132,24 @@ class Results:
             "device": self.device,
             "image_size": teacher.image_size,
             "teacher": {
-                "folder": str(teacher.folder), "sha256": teacher.sha256, "backbone": teacher.backbone,
-                **teacher.cost._asdict(), "evaluation": _score(teacher.evaluation),
+                "folder": str(teacher.folder),
+                "sha256": teacher.sha256,
+                "backbone": teacher.backbone,
+                **teacher.cost._asdict(),
+                "evaluation": _score(teacher.evaluation),
             },
             "students": [
                 {
-                    "student": row.name, **(row.cost or _UNKNOWN)._asdict(), "distilled": _score(row.distilled),
-                    "baseline": _score(row.baseline), "gain_points": row.gain, "reasons": dict(row.reasons),
+                    "student": row.name,
+                    **(row.cost or _UNKNOWN)._asdict(),
+                    "distilled": _score(row.distilled),
+                    "baseline": _score(row.baseline),
+                    "gain_points": row.gain,
+                    "reasons": dict(row.reasons),
                 }
                 for row in self.students
             ],
-        }  # fmt: skip
+        }
         return json.dumps(values, indent=2)
 
 

@@ -21,11 +21,11 @@ from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import own_device
 from fpcn_dist.studies.distill import BASELINE as STUDENT_BASELINE
-from fpcn_dist.studies.distill.results import FILE as DISTILLATION
+from fpcn_dist.studies.distill.results import DISTILLATION_FILE
 from fpcn_dist.studies.reproduce import paper
 from fpcn_dist.studies.reproduce.experiments import BASELINE, WITHOUT_ALPHA, Grid, run_name
 from fpcn_dist.studies.reproduce.gradcam import compare
-from fpcn_dist.studies.reproduce.results import Comparison, Results, Row, RunRecord, Score, Table
+from fpcn_dist.studies.reproduce.tables import Comparison, ReproductionResults, Row, RunRecord, Score, Table
 
 RUNS = "runs"
 """Folder of the run folders."""
@@ -40,7 +40,7 @@ _ABLATIONS = {
 }
 
 
-def distillation(output: Path, seed: int) -> Path:
+def students_folder(output: Path, seed: int) -> Path:
     """Folder of the students of a seed."""
     return output / f"students-seed{seed}"
 
@@ -54,7 +54,7 @@ class _Outcome(NamedTuple):
 
 def collect(
     grid: Grid, manifest: Manifest, output: Path, students: Sequence[str], failures: Mapping[str, str]
-) -> Results:
+) -> ReproductionResults:
     """Everything that the runs below ``output`` have come to.
 
     Args:
@@ -69,13 +69,18 @@ def collect(
     """
     found = _Collector(grid, manifest, output, students, failures)
     make: dict[str, Callable[[], Table]] = {
-        "table2": found.table_2, "table3": found.table_3, "table4": found.table_4, "figure3": found.figure_3,
+        "table2": found.table_2,
+        "table3": found.table_3,
+        "table4": found.table_4,
+        "figure3": found.figure_3,
         "figure4": found.figure_4,
-    }  # fmt: skip
+    }
     tables = tuple(make[section]() for section in grid.sections if section in make)
     comparisons = found.figure_5() if "figure5" in grid.sections else ()
     split = "test" if len(manifest.ids("test")) else "val"
-    return Results(manifest.root, grid.scale, split, len(manifest.ids(split)), grid.seeds, tables, comparisons)
+    return ReproductionResults(
+        manifest.root, grid.scale, split, len(manifest.ids(split)), grid.seeds, tables, comparisons
+    )
 
 
 class _Collector:
@@ -137,7 +142,7 @@ class _Collector:
 
     def table_4(self) -> Table:
         """Of the distillations, the costs as of the first seed that has them."""
-        distilled = {seed: _read(distillation(self.output, seed) / DISTILLATION) for seed in self.grid.seeds}
+        distilled = {seed: _read(students_folder(self.output, seed) / DISTILLATION_FILE) for seed in self.grid.seeds}
         rows = [self._teacher_row(distilled)]
         for student in self.students:
             printed = paper.TABLE_4.get(student)
@@ -148,7 +153,7 @@ class _Collector:
                 for seed, entry in entries.items():
                     if entry[key] is not None:
                         ours.append(100 * entry[key]["accuracy"])
-                        records.append(self._record(distillation(self.output, seed) / (student + suffix), seed))
+                        records.append(self._record(students_folder(self.output, seed) / (student + suffix), seed))
                 scores.append(Score(printed and getattr(printed, key), tuple(ours)))
             reasons = [reason for entry in entries.values() for reason in entry["reasons"].values()]
             if len(entries) < len(self.grid.seeds):
@@ -193,9 +198,16 @@ class _Collector:
         return np.array(turns[:_PICTURES])
 
     def _table(
-        self, key: str, title: str, name: str, details: tuple[str, ...], rows: Sequence[Row], note: str,
-        *, train: bool = False,
-    ) -> Table:  # fmt: skip
+        self,
+        key: str,
+        title: str,
+        name: str,
+        details: tuple[str, ...],
+        rows: Sequence[Row],
+        note: str,
+        *,
+        train: bool = False,
+    ) -> Table:
         scores = ("training accuracy, %", "test accuracy, %") if train else ("test accuracy, %",)
         return Table(key, title, name, details, scores, tuple(rows), note)
 

@@ -105,9 +105,12 @@ class Grid:
         base = self.base
         data = base.data.changed(views=base.data.views or _VIEWS[self.scale])
         student = self._changed(
-            "student", task="distill", data=data.model_dump(), optim={"freeze_backbone_epochs": 0},
+            "student",
+            task="distill",
+            data=data.model_dump(),
+            optim={"freeze_backbone_epochs": 0},
             distill=base.distill.model_dump() | {"teacher": str(teacher)},
-        )  # fmt: skip
+        )
         return with_seed(student, seed)
 
     def _changed(self, name: str, **sections: Any) -> Recipe:
@@ -133,9 +136,12 @@ class Grid:
             model["pretrained"] = False
         model["backbone"] = self._backbone(name, model["backbone"])
         return self._changed(
-            name, task=own["task"], model={**_PLAIN, **model}, optim=optim,
+            name,
+            task=own["task"],
+            model={**_PLAIN, **model},
+            optim=optim,
             contrast={**_PLAIN_CONTRAST, **own.get("contrast", {}), **contrast},
-        )  # fmt: skip
+        )
 
     def _backbone(self, name: str, published: str) -> str:
         """The paper trains API-Net and PCA-Net with FPCN's backbone."""

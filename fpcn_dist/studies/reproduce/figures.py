@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
-from fpcn_dist.studies.reproduce.results import Row, Score, Table
+from fpcn_dist.studies.reproduce.tables import Row, Score, Table
 
 # Names are the user's: a dollar sign in them is no mathematics.
 _STYLE: dict[Any, Any] = STYLE | {"text.parse_math": False}
@@ -114,11 +114,18 @@ def draw_beside(table: Table) -> str:
 def _draw_series(axes: Axes, number: int, name: str, points: list[tuple[float, Row]], *, line: bool) -> None:
     """Means over x, with the spread over seeds where there are several."""
     axes.errorbar(
-        [x for x, _ in points], [_mean(row) for _, row in points],
-        yerr=[_score(row).spread or math.nan for _, row in points], color=SERIES[number % len(SERIES)],
-        marker=_MARKERS[number % len(_MARKERS)], markersize=6, linestyle="-" if line else "none", linewidth=1.6,
-        elinewidth=1.2, capsize=3, label=_shorten(name, 24),
-    )  # fmt: skip
+        [x for x, _ in points],
+        [_mean(row) for _, row in points],
+        yerr=[_score(row).spread or math.nan for _, row in points],
+        color=SERIES[number % len(SERIES)],
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=6,
+        linestyle="-" if line else "none",
+        linewidth=1.6,
+        elinewidth=1.2,
+        capsize=3,
+        label=_shorten(name, 24),
+    )
 
 
 def _finish(axes: Axes, table: Table) -> None:
@@ -132,9 +139,15 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles = [bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]
     labels = axes.get_legend_handles_labels()[1]
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=3, frameon=False, handlelength=1.6, columnspacing=1.2,
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        handlelength=1.6,
+        columnspacing=1.2,
         handletextpad=0.5,
-    )  # fmt: skip
+    )
 
 
 def _apart(values: set[float]) -> list[float]:

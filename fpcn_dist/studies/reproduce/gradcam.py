@@ -27,7 +27,7 @@ from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runs.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, replacing
-from fpcn_dist.studies.reproduce.results import Comparison, Heatmap
+from fpcn_dist.studies.reproduce.tables import Comparison, Heatmap
 
 
 class Look(NamedTuple):
@@ -96,9 +96,11 @@ def look(network: Classifier, image: Tensor, *, title: str = "network") -> Look:
     if type(network) not in (Classifier, FPCN) or not network.backbone.has_map:
         # Several maps (MMAL-Net has one of the image and one of its object) or none are no single place to look at.
         raise UserError(
-            "grad-cam", title, "this network does not classify by one feature map of the image",
+            "grad-cam",
+            title,
+            "this network does not classify by one feature map of the image",
             "compare plain classifiers and FPCN, with a backbone that keeps the image's layout, such as a ResNet",
-        )  # fmt: skip
+        )
     with _borrowed(network), torch.enable_grad():
         cam = library.GradCAM(network, [_last_layer(network)])
         # Not `with cam:`, which prints IndexErrors instead of raising them.

@@ -15,13 +15,14 @@ from markupsafe import Markup
 from fpcn_dist.runs.report.page import FILE, write_page
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.reproduce.figures import draw
-from fpcn_dist.studies.reproduce.results import (
+from fpcn_dist.studies.reproduce.tables import (
     CAVEAT,
     CSV,
+    JSON,
     MARKDOWN,
     TITLE,
     Comparison,
-    Results,
+    ReproductionResults,
     Row,
     RunRecord,
     Table,
@@ -30,14 +31,13 @@ from fpcn_dist.studies.reproduce.results import (
     show,
     signed,
 )
-from fpcn_dist.studies.reproduce.results import FILE as JSON
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _OURS = "FPCN"
 _LONG = 18  # characters that a column is given on one line
 
 
-def build_reproduction_report(output: Path, results: Results) -> Path:
+def build_reproduction_report(output: Path, results: ReproductionResults) -> Path:
     """Write ``output``/report.html, which needs no other file to be read but links those of the runs.
 
     Args:
@@ -140,7 +140,7 @@ def _summary(runs: Iterable[RunRecord]) -> str:
     return f"{len(runs)} run{'s' * (len(runs) > 1)}, commit{plural} {', '.join(commits)}, on {', '.join(devices)}"
 
 
-def _tiles(results: Results) -> list[dict[str, str]]:
+def _tiles(results: ReproductionResults) -> list[dict[str, str]]:
     """The headline: name, value and a note of each number that there is."""
     tiles = [
         *_accuracy_tiles(results),
@@ -154,7 +154,7 @@ def _tiles(results: Results) -> list[dict[str, str]]:
     return tiles
 
 
-def _accuracy_tiles(results: Results) -> list[dict[str, str]]:
+def _accuracy_tiles(results: ReproductionResults) -> list[dict[str, str]]:
     """FPCN's accuracy in Table 2, and its lead over the best of the others there."""
     table = next((table for table in results.tables if table.key == "table2"), None)
     row = next((row for row in table.rows if row.name == _OURS), None) if table else None
@@ -186,12 +186,15 @@ def _pictures(output: Path, comparison: Comparison) -> list[_Picture]:
         _Picture(_data_uri(output / comparison.jpeg), comparison.truth),
         *(
             _Picture(
-                _data_uri(output / heatmap.jpeg), heatmap.title, heatmap.predicted, heatmap.probability,
+                _data_uri(output / heatmap.jpeg),
+                heatmap.title,
+                heatmap.predicted,
+                heatmap.probability,
                 heatmap.predicted == comparison.truth,
             )
             for heatmap in comparison.heatmaps
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _data_uri(path: Path) -> str:

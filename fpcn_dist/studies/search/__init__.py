@@ -1,1 +1,1 @@
-"""Search of hyperparameters with Ray Tune: space, trials, driver, results."""
+"""Search of hyperparameters with Ray Tune: space, trials, records of them, report."""

@@ -43,8 +43,10 @@ class _Look(NamedTuple):
 
 _LOOKS = {
     "finished": _Look("o", SERIES[0]),
-    "all": _Look("o", SERIES[0]), "random": _Look("s", SERIES[1]), "hardest": _Look("^", SERIES[2]),
-}  # fmt: skip
+    "all": _Look("o", SERIES[0]),
+    "random": _Look("s", SERIES[1]),
+    "hardest": _Look("^", SERIES[2]),
+}
 """How each kind is drawn: a field has only one, the pairs of a batch have three."""
 
 
@@ -159,9 +161,13 @@ def draw_progress(results: SearchResults, chart: str) -> str:
             for trial in trials:
                 epochs, shares = zip(*trial.history, strict=True)
                 axes.plot(
-                    epochs, [100 * share for share in shares], color=colour, linewidth=width, zorder=2 + 0.1 * order,
+                    epochs,
+                    [100 * share for share in shares],
+                    color=colour,
+                    linewidth=width,
+                    zorder=2 + 0.1 * order,
                     drawstyle="steps-post",
-                )  # fmt: skip
+                )
                 axes.plot(epochs[-1], 100 * shares[-1], marker, color=colour, zorder=3)
             if trials:
                 look = {"color": colour, "linewidth": width, "marker": marker}
@@ -196,9 +202,13 @@ def draw_pareto(results: SearchResults, chart: str) -> str:
         for trial in front:
             # Nothing that finished lies left of and above the front.
             label = axes.annotate(
-                str(trial.number), (trial.latency or 0, _percent(trial)), (-5, 5), textcoords="offset points",
-                ha="right", va="bottom",
-            )  # fmt: skip
+                str(trial.number),
+                (trial.latency or 0, _percent(trial)),
+                (-5, 5),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+            )
             label.set_in_layout(False)
             box = label.get_window_extent()
             if any(box.overlaps(other) for other in taken):
@@ -248,9 +258,14 @@ def _write_legend(figure: Figure, points: Sequence[_Point], best: TrialRecord | 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=3, frameon=False, handlelength=1.2, columnspacing=1.0,
+        handles=handles,
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        handlelength=1.2,
+        columnspacing=1.0,
         handletextpad=0.5,
-    )  # fmt: skip
+    )
 
 
 def _finish(axes: Axes, points: Sequence[_Point], label: str, *, log: bool) -> None:

@@ -69,9 +69,12 @@ class Recorder(tune.Callback):
         self.seconds += max(0.0, seconds - self._last.get(number, 0.0))
         self._last[number] = seconds
         record = replace(
-            record, seconds=self._earlier.get(number, 0.0) + seconds, latency=result.get("latency"),
-            settings=trial.config["settings"], pairs=self.plan.count_pairs(trial.config["settings"]),
-        )  # fmt: skip
+            record,
+            seconds=self._earlier.get(number, 0.0) + seconds,
+            latency=result.get("latency"),
+            settings=trial.config["settings"],
+            pairs=self.plan.count_pairs(trial.config["settings"]),
+        )
         if "failure" in result:
             record = replace(record, state="failed", reason=result["failure"], latency=None)
         else:

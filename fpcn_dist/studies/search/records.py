@@ -13,7 +13,7 @@ from typing import Any
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
-FILE, TABLE = "results.json", "results.csv"
+RESULTS_FILE, RESULTS_TABLE = "results.json", "results.csv"
 _FORMAT = 1
 
 
@@ -102,8 +102,8 @@ class SearchResults:
 
 def save_results(folder: Path, results: SearchResults) -> None:
     """Write results.json and results.csv, each whole or not at all."""
-    write_text(folder / FILE, json.dumps({"format": _FORMAT, **asdict(results)}, indent=1) + "\n")
-    write_text(folder / TABLE, _csv(results.trials, results.fields))
+    write_text(folder / RESULTS_FILE, json.dumps({"format": _FORMAT, **asdict(results)}, indent=1) + "\n")
+    write_text(folder / RESULTS_TABLE, _csv(results.trials, results.fields))
 
 
 def load_results(folder: Path) -> SearchResults | None:
@@ -112,7 +112,7 @@ def load_results(folder: Path) -> SearchResults | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = folder / FILE
+    path = folder / RESULTS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != _FORMAT:
@@ -134,11 +134,7 @@ def _csv(trials: Sequence[TrialRecord], fields: Sequence[str]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for trial in trials:
+        standing = [trial.state, trial.accuracy, trial.epoch, trial.pairs, trial.latency, round(trial.seconds, 1)]
         settings = [trial.settings.get(name) for name in fields]
-        writer.writerow(
-            [
-                trial.number, trial.state, trial.accuracy, trial.epoch, trial.pairs, trial.latency,
-                round(trial.seconds, 1), *settings, trial.reason,
-            ]
-        )  # fmt: skip
+        writer.writerow([trial.number, *standing, *settings, trial.reason])
     return buffer.getvalue()

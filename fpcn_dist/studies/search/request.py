@@ -19,7 +19,7 @@ OBJECTIVES = (("accuracy",), ("accuracy", "latency"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class SearchRequest:
     """A search.
 
     Attributes:
@@ -49,7 +49,7 @@ class Request:
         return None if self.stage == "student" else self.recipe
 
 
-def checked(request: Request) -> Request:
+def checked(request: SearchRequest) -> SearchRequest:
     """``request`` with what it leaves open: the student's recipe under ``student``, its teacher found, paths absolute.
 
     Raises:
@@ -84,7 +84,7 @@ def checked(request: Request) -> Request:
     return dataclasses.replace(request, recipe=_absolute(recipe), student=student, students=students)
 
 
-def require_searchable(request: Request, classes: int) -> None:
+def require_searchable(request: SearchRequest, classes: int) -> None:
     """Refuse a checked request whose fields cannot be searched in data of so many classes.
 
     Raises:
@@ -95,7 +95,7 @@ def require_searchable(request: Request, classes: int) -> None:
             space.require_mutable()
 
 
-def make_plan(request: Request, output: Path, classes: int, bundles: list[Bundle]) -> Plan:
+def make_plan(request: SearchRequest, output: Path, classes: int, bundles: list[Bundle]) -> Plan:
     """The plan of a checked request.
 
     Args:
@@ -145,7 +145,7 @@ def _require_same_images(teacher: Recipe, student: Recipe) -> None:
             raise UserError(f"--student-recipe: {field}", ours, reason, "make it the same in both")
 
 
-def _require_population(request: Request, students: tuple[str, ...]) -> None:
+def _require_population(request: SearchRequest, students: tuple[str, ...]) -> None:
     """Population-based training carries the weights of one network from trial to trial."""
     if request.scheduler != "pbt":
         return

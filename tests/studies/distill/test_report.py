@@ -13,7 +13,7 @@ import pytest
 from fpcn_dist.models.cost import Cost
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.studies.distill.report import build_distillation_report, draw_accuracy_against_cost
-from fpcn_dist.studies.distill.results import Results, StudentRow, TeacherRow
+from fpcn_dist.studies.distill.results import DistillationResults, StudentRow, TeacherRow
 from tests.helpers import browser
 from tests.runs.report.test_run import Page
 
@@ -35,16 +35,20 @@ def _score(accuracy: float) -> Evaluation:
 
 
 @pytest.fixture
-def results() -> Results:
+def results() -> DistillationResults:
     students = tuple(
         StudentRow(name, Cost(11_200_000, int(gflops * 1e9), 3 * gflops), _score(distilled), _score(baseline), {})
         for name, gflops, baseline, distilled in STUDENTS
     )
     teacher = TeacherRow(
-        Path("/data/runs/teacher of <all>"), "0123456789abcdef" * 4, "resnet101", 224,
-        Cost(46_000_000, 15_700_000_000, 90.0), _score(0.9512),
-    )  # fmt: skip
-    return Results(teacher, students, True, "2 CPU thread(s)")
+        Path("/data/runs/teacher of <all>"),
+        "0123456789abcdef" * 4,
+        "resnet101",
+        224,
+        Cost(46_000_000, 15_700_000_000, 90.0),
+        _score(0.9512),
+    )
+    return DistillationResults(teacher, students, True, "2 CPU thread(s)")
 
 
 @pytest.fixture
@@ -56,20 +60,20 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def _page(output: Path, results: Results) -> Page:
+def _page(output: Path, results: DistillationResults) -> Page:
     path = build_distillation_report(output, results)
     assert path == output / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
 
-def _without(results: Results, name: str, reason: str) -> Results:
+def _without(results: DistillationResults, name: str, reason: str) -> DistillationResults:
     """``results`` as they are if a student failed with its baseline."""
     reasons = {name: reason, f"{name}-baseline": "given up"}
     rows = [StudentRow(name, None, None, None, reasons) if row.name == name else row for row in results.students]
     return dataclasses.replace(results, students=tuple(rows))
 
 
-def test_everything_is_told(output: Path, results: Results) -> None:
+def test_everything_is_told(output: Path, results: DistillationResults) -> None:
     page = _page(output, results)
     text = " ".join(page.text.split())
     assert "95.1 %" in text and "resnet101, 15.7 GFLOPs" in text  # the teacher's tile
@@ -85,13 +89,13 @@ def test_everything_is_told(output: Path, results: Results) -> None:
     assert page.tags.count("svg") == 1 and "Without a result" not in text
 
 
-def test_runs_that_have_a_report_are_linked(output: Path, results: Results) -> None:
+def test_runs_that_have_a_report_are_linked(output: Path, results: DistillationResults) -> None:
     links = [value for tag, name, value in _page(output, results).attributes if (tag, name) == ("a", "href")]
     assert links == ["resnet18/report.html", "resnet18-baseline/report.html"]
     assert all((output / link).is_file() for link in links)
 
 
-def test_the_plot_marks_each_result_where_it_is(results: Results) -> None:
+def test_the_plot_marks_each_result_where_it_is(results: DistillationResults) -> None:
     svg = ElementTree.fromstring(draw_accuracy_against_cost(results).replace("xlink:", ""))
     texts = ["".join(node.itertext()).strip() for node in svg.iter() if node.tag.endswith("text")]
     assert {"teacher", "distilled", "baseline", "GFLOPs of one image", *(name for name, *_ in STUDENTS)} <= set(texts)
@@ -114,7 +118,7 @@ def test_the_plot_marks_each_result_where_it_is(results: Results) -> None:
         assert marked[1][i][0] - marked[1][0][0] == pytest.approx(ratio * distance, abs=0.01)
 
 
-def test_a_student_without_a_result_keeps_its_row(output: Path, results: Results) -> None:
+def test_a_student_without_a_result_keeps_its_row(output: Path, results: DistillationResults) -> None:
     page = _page(output, _without(results, "resnet50", "given up: <u>lost</u>"))
     text = " ".join(page.text.split())
     assert "5 of 6" in text and "mean of 5 students" in text
@@ -122,7 +126,7 @@ def test_a_student_without_a_result_keeps_its_row(output: Path, results: Results
     assert re.search(r"resnet50</td>(<td>-</td>){6}", page.html)
 
 
-def test_without_any_result_there_is_still_a_report(output: Path, results: Results) -> None:
+def test_without_any_result_there_is_still_a_report(output: Path, results: DistillationResults) -> None:
     for name, *_ in STUDENTS:
         results = _without(results, name, "no disk")
     results = dataclasses.replace(results, teacher=dataclasses.replace(results.teacher, evaluation=None))
@@ -130,7 +134,7 @@ def test_without_any_result_there_is_still_a_report(output: Path, results: Resul
     assert "0 of 6" in page.text and "not evaluated" in page.text and "svg" not in page.tags
 
 
-def test_one_student_without_baselines_or_a_scored_teacher(output: Path, results: Results) -> None:
+def test_one_student_without_baselines_or_a_scored_teacher(output: Path, results: DistillationResults) -> None:
     teacher = dataclasses.replace(results.teacher, evaluation=None)
     student = dataclasses.replace(results.students[0], baseline=None)
     page = _page(output, dataclasses.replace(results, teacher=teacher, students=(student,), baselines=False))
@@ -138,7 +142,7 @@ def test_one_student_without_baselines_or_a_scored_teacher(output: Path, results
     assert "baseline" not in page.text and page.tags.count("svg") == 1
 
 
-def test_names_cannot_break_out_and_the_page_needs_nothing_else(output: Path, results: Results) -> None:
+def test_names_cannot_break_out_and_the_page_needs_nothing_else(output: Path, results: DistillationResults) -> None:
     rows = (dataclasses.replace(results.students[0], name=HOSTILE), *results.students[1:])
     teacher = dataclasses.replace(results.teacher, backbone=HOSTILE)
     page = _page(output, dataclasses.replace(results, students=rows, teacher=teacher))
@@ -153,7 +157,7 @@ def test_names_cannot_break_out_and_the_page_needs_nothing_else(output: Path, re
 
 
 @needs_browser
-def test_a_browser_shows_it_on_phone_and_desktop(output: Path, results: Results, tmp_path: Path) -> None:
+def test_a_browser_shows_it_on_phone_and_desktop(output: Path, results: DistillationResults, tmp_path: Path) -> None:
     page = build_distillation_report(output, _without(results, "resnet34", "given up: " + 20 * "a rank was lost, "))
     shown = browser.render(page, tmp_path / "browser")
     assert shown.console == [] and shown.requests == []

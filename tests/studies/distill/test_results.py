@@ -15,7 +15,7 @@ from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.model_folder import save_model
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.studies.distill.driver import write_results
+from fpcn_dist.studies.distill.distillation import write_results
 from fpcn_dist.training.soft_labels.teacher import weights_sha256
 
 CPU = torch.device("cpu")

@@ -51,18 +51,19 @@ def test_what_table_3_switches():
         for name, r in runs.items()
     }
     assert switches == {
-        "mask": (True, False, False), "center": (False, True, False), "mask_alpha": (True, False, True),
-        "mask_center": (True, True, False), "fpcn": (True, True, True),
-    }  # fmt: skip
+        "mask": (True, False, False),
+        "center": (False, True, False),
+        "mask_alpha": (True, False, True),
+        "mask_center": (True, True, False),
+        "fpcn": (True, True, True),
+    }
 
 
 def test_figure_3_takes_more_pairs_of_the_same_batches():
     made = grid(only="figure3")
     found = {name: made.pairs(recipe) for name, recipe in made.of_section("figure3").items()}
     of = {s: sorted(n for name, n in found.items() if name.startswith(s)) for s in ("fpcn", "api_net", "pca_net")}
-    assert of == {
-        "fpcn": [84, 168, 336, 672, 42 * 42], "api_net": [84, 168, 336, 672], "pca_net": [42, 84, 168, 336]
-    }  # fmt: skip
+    assert of == {"fpcn": [84, 168, 336, 672, 42 * 42], "api_net": [84, 168, 336, 672], "pca_net": [42, 84, 168, 336]}
     assert {r.data.images_per_class for r in made.runs.values()} == {14}
     few = grid("tiny", "figure3", classes=7, data={"images_per_class": 4})
     assert max(few.pairs(r) for r in few.runs.values() if r.task == "pca_net") == 2 * 28, "of 3 other images a class"
@@ -71,10 +72,13 @@ def test_figure_3_takes_more_pairs_of_the_same_batches():
 @pytest.mark.parametrize(
     ("name", "task", "backbone"),
     [
-        ("pca_net", "pca_net", "resnet101"), ("api_net", "contrast", "resnet101"), ("mmal_net", "mmal_net", "resnet50"),
-        ("bilinear_cnn", "bilinear_cnn", "vgg16"), ("vgg16", "classify", "torchvision/vgg16"),
+        ("pca_net", "pca_net", "resnet101"),
+        ("api_net", "contrast", "resnet101"),
+        ("mmal_net", "mmal_net", "resnet50"),
+        ("bilinear_cnn", "bilinear_cnn", "vgg16"),
+        ("vgg16", "classify", "torchvision/vgg16"),
     ],
-)  # fmt: skip
+)
 def test_systems_at_the_papers_scale(name, task, backbone):
     run = grid(only="table2").runs[f"{name}-seed0"]
     assert (run.task, run.model.backbone, run.model.pretrained) == (task, backbone, True)

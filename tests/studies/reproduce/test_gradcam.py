@@ -233,9 +233,13 @@ def test_networks_without_a_map_are_refused(build: Callable[[], Classifier], ima
     ids=["missing", "OpenCV without its libraries"],
 )
 def test_a_missing_package_is_named(
-    networks: dict[str, Classifier], images: Tensor, monkeypatch: pytest.MonkeyPatch, error: ImportError, message: str,
+    networks: dict[str, Classifier],
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    error: ImportError,
+    message: str,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *rest: Any, **more: Any) -> Any:

@@ -17,7 +17,16 @@ import pytest
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.reproduce import figures
 from fpcn_dist.studies.reproduce.report import build_reproduction_report
-from fpcn_dist.studies.reproduce.results import CAVEAT, Comparison, Heatmap, Results, Row, RunRecord, Score, Table
+from fpcn_dist.studies.reproduce.tables import (
+    CAVEAT,
+    Comparison,
+    Heatmap,
+    ReproductionResults,
+    Row,
+    RunRecord,
+    Score,
+    Table,
+)
 from tests.helpers import browser
 from tests.helpers.chart import Chart
 from tests.helpers.reproduction import HOSTILE, LOST, REASON, fabricate
@@ -35,11 +44,11 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def results(output: Path) -> Results:
+def results(output: Path) -> ReproductionResults:
     return fabricate(output)
 
 
-def _page(output: Path, results: Results) -> Page:
+def _page(output: Path, results: ReproductionResults) -> Page:
     path = build_reproduction_report(output, results)
     assert path == output / "report.html"
     return Page(path.read_text(encoding="utf-8"))
@@ -49,7 +58,7 @@ def _text(page: Page) -> str:
     return " ".join(page.text.split())
 
 
-def _with_table(results: Results, number: int, **changes: object) -> Results:
+def _with_table(results: ReproductionResults, number: int, **changes: object) -> ReproductionResults:
     tables = list(results.tables)
     tables[number] = dataclasses.replace(tables[number], **changes)
     return dataclasses.replace(results, tables=tuple(tables))
@@ -68,7 +77,7 @@ def _without_spread(table: Table) -> Table:
     return dataclasses.replace(table, rows=_each_row(table, first))
 
 
-def _without_results(results: Results) -> Results:
+def _without_results(results: ReproductionResults) -> ReproductionResults:
     def empty(row: Row) -> Row:
         scores = tuple(Score(score.paper, ()) for score in row.scores)
         return dataclasses.replace(row, scores=scores, runs=(), reason="not yet")
@@ -77,7 +86,7 @@ def _without_results(results: Results) -> Results:
     return dataclasses.replace(results, tables=tables, comparisons=())
 
 
-def test_everything_is_told(output: Path, results: Results) -> None:
+def test_everything_is_told(output: Path, results: ReproductionResults) -> None:
     results.save(output)
     page = _page(output, results)
     text = _text(page)
@@ -100,7 +109,7 @@ def test_everything_is_told(output: Path, results: Results) -> None:
     assert links == ["results.csv", "results.json", "results.md"] and all((output / link).is_file() for link in links)
 
 
-def test_a_row_has_the_paper_s_number_ours_and_their_difference(output: Path, results: Results) -> None:
+def test_a_row_has_the_paper_s_number_ours_and_their_difference(output: Path, results: ReproductionResults) -> None:
     html = _page(output, results).html
     (row,) = [row for row in html.split("<tr>") if ">FPCN</td>" in row and "ResNet-101" in row]
     cells = ["FPCN", "ResNet-101", "99.8", "96.7", "-3.1", "0.6", "93.1", "91.7", "-1.4", "0.6", "3"]
@@ -108,7 +117,7 @@ def test_a_row_has_the_paper_s_number_ours_and_their_difference(output: Path, re
     assert html.count(">difference</th>") == 5  # two in Tables 2 and 4, one in Table 3, none in the figures
 
 
-def test_runs_that_have_a_report_are_linked(output: Path, results: Results) -> None:
+def test_runs_that_have_a_report_are_linked(output: Path, results: ReproductionResults) -> None:
     folder = results.tables[0].rows[-1].runs[1].folder
     (output / folder).mkdir(parents=True)
     (output / folder / "report.html").write_text("<!doctype html>")
@@ -116,7 +125,7 @@ def test_runs_that_have_a_report_are_linked(output: Path, results: Results) -> N
     assert links == [f"{folder}/report.html"]
 
 
-def test_images_are_in_the_page(output: Path, results: Results) -> None:
+def test_images_are_in_the_page(output: Path, results: ReproductionResults) -> None:
     sources = [value for tag, name, value in _page(output, results).attributes if (tag, name) == ("img", "src")]
     files = [file for c in results.comparisons for file in (c.jpeg, *(heatmap.jpeg for heatmap in c.heatmaps))]
     assert len(sources) == 12
@@ -124,13 +133,13 @@ def test_images_are_in_the_page(output: Path, results: Results) -> None:
         assert base64.b64decode(source.removeprefix("data:image/jpeg;base64,")) == (output / file).read_bytes()
 
 
-def test_an_image_that_is_gone_is_named(output: Path, results: Results) -> None:
+def test_an_image_that_is_gone_is_named(output: Path, results: ReproductionResults) -> None:
     (output / "figure5" / "1-2.jpg").unlink()
     with pytest.raises(UserError, match=r"figure5/1-2\.jpg: an image of the report cannot be read"):
         build_reproduction_report(output, results)
 
 
-def test_figure_3_is_drawn_over_the_logarithm_of_the_pairs(results: Results) -> None:
+def test_figure_3_is_drawn_over_the_logarithm_of_the_pairs(results: ReproductionResults) -> None:
     table = _without_spread(results.tables[FIGURE3])
     rows = tuple(reversed(table.rows))  # FPCN last, most pairs first
     chart = Chart(figures.draw_pairs(dataclasses.replace(table, rows=rows)))
@@ -146,7 +155,7 @@ def test_figure_3_is_drawn_over_the_logarithm_of_the_pairs(results: Results) -> 
     assert {"FPCN", "API-Net", "PCA-Net", "28", "112", "441", "861", "pairs in a batch"} <= set(chart.names)
 
 
-def test_the_spread_over_seeds_is_drawn_where_there_is_one(results: Results) -> None:
+def test_the_spread_over_seeds_is_drawn_where_there_is_one(results: ReproductionResults) -> None:
     table = results.tables[FIGURE3]
     several, one = (figures.draw_pairs(t).count("LineCollection") for t in (table, _without_spread(table)))
     assert several > 0
@@ -156,7 +165,7 @@ def test_the_spread_over_seeds_is_drawn_where_there_is_one(results: Results) -> 
     assert "nan" not in figures.draw_pairs(table)
 
 
-def test_figure_4_leaves_out_shares_without_images(results: Results) -> None:
+def test_figure_4_leaves_out_shares_without_images(results: ReproductionResults) -> None:
     chart = Chart(figures.draw_areas(_without_spread(results.tables[FIGURE4])))
     with_alpha, without = ([(x, y) for x, y, mark, _ in chart.marks if mark == colour] for colour in (1, 2))
     assert len(with_alpha) == len(without) == 3
@@ -167,7 +176,7 @@ def test_figure_4_leaves_out_shares_without_images(results: Results) -> None:
     assert "0-25%" in names and "50-75%" in names and "75-100%" not in names and "1,201 / 1,200" in names
 
 
-def test_tables_2_and_4_are_drawn_beside_the_paper(results: Results) -> None:
+def test_tables_2_and_4_are_drawn_beside_the_paper(results: ReproductionResults) -> None:
     table = _without_spread(results.tables[TABLE2])
     chart = Chart(figures.draw(table))
     ours, paper = ([(x, y) for x, y, mark, _ in chart.marks if mark == colour] for colour in (1, 5))
@@ -181,7 +190,7 @@ def test_tables_2_and_4_are_drawn_beside_the_paper(results: Results) -> None:
     assert figures.draw(results.tables[TABLE3]) == ""
 
 
-def test_without_any_result_there_is_still_a_report(output: Path, results: Results) -> None:
+def test_without_any_result_there_is_still_a_report(output: Path, results: ReproductionResults) -> None:
     page = _page(output, _without_results(results))
     text = _text(page)
     assert "0 of 38" in text and "svg" not in page.tags and "img" not in page.tags and "points" not in text
@@ -192,13 +201,13 @@ def test_without_any_result_there_is_still_a_report(output: Path, results: Resul
     assert "0 of 0" in page.text and "table" not in page.tags
 
 
-def test_only_fpcn_is_no_lead(output: Path, results: Results) -> None:
+def test_only_fpcn_is_no_lead(output: Path, results: ReproductionResults) -> None:
     alone = _with_table(results, TABLE2, rows=results.tables[TABLE2].rows[-1:])
     text = _text(_page(output, alone))
     assert "the paper: 93.1 %" in text and "lead" not in text
 
 
-def _hostile(results: Results) -> Results:
+def _hostile(results: ReproductionResults) -> ReproductionResults:
     """With the same text wherever there can be one."""
     run = RunRecord(HOSTILE, 0, HOSTILE, HOSTILE, HOSTILE)
 
@@ -208,11 +217,16 @@ def _hostile(results: Results) -> Results:
 
     tables = tuple(
         dataclasses.replace(
-            table, title=HOSTILE, name=HOSTILE, details=(HOSTILE,) * len(table.details),
-            scores=(HOSTILE,) * len(table.scores), rows=_each_row(table, spoil), note=HOSTILE,
+            table,
+            title=HOSTILE,
+            name=HOSTILE,
+            details=(HOSTILE,) * len(table.details),
+            scores=(HOSTILE,) * len(table.scores),
+            rows=_each_row(table, spoil),
+            note=HOSTILE,
         )
         for table in results.tables
-    )  # fmt: skip
+    )
     comparisons = tuple(
         Comparison(HOSTILE, HOSTILE, c.jpeg, tuple(Heatmap(HOSTILE, HOSTILE, 0.5, h.jpeg) for h in c.heatmaps))
         for c in results.comparisons
@@ -222,7 +236,7 @@ def _hostile(results: Results) -> Results:
     )
 
 
-def test_names_cannot_break_out_and_the_page_needs_nothing_else(output: Path, results: Results) -> None:
+def test_names_cannot_break_out_and_the_page_needs_nothing_else(output: Path, results: ReproductionResults) -> None:
     page = _page(output, _hostile(results))
     assert page.text.count(HOSTILE) > 100
     assert page.tags.count("script") == 1  # the page's own
@@ -237,7 +251,7 @@ def test_names_cannot_break_out_and_the_page_needs_nothing_else(output: Path, re
     assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page.html)) <= set(ids)
 
 
-def test_the_policy_allows_this_script_and_no_other(output: Path, results: Results) -> None:
+def test_the_policy_allows_this_script_and_no_other(output: Path, results: ReproductionResults) -> None:
     page = _page(output, results)
     (script,) = re.findall(r"<script>(.*?)</script>", page.html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -248,7 +262,7 @@ def test_the_policy_allows_this_script_and_no_other(output: Path, results: Resul
 @needs_browser
 @pytest.mark.parametrize("kind", ["full", "hostile", "empty"])
 def test_a_browser_shows_it_on_phone_desktop_and_paper(
-    output: Path, results: Results, kind: str, tmp_path: Path
+    output: Path, results: ReproductionResults, kind: str, tmp_path: Path
 ) -> None:
     shown = {"full": results, "hostile": _hostile(results), "empty": _without_results(results)}[kind]
     page = build_reproduction_report(output, shown)
@@ -269,7 +283,7 @@ def test_a_browser_shows_it_on_phone_desktop_and_paper(
 
 
 @needs_browser
-def test_dark_mode_is_dark(output: Path, results: Results, tmp_path: Path) -> None:
+def test_dark_mode_is_dark(output: Path, results: ReproductionResults, tmp_path: Path) -> None:
     page = build_reproduction_report(output, results)
     light, dark = (browser.render(page, tmp_path / str(mode), dark=mode) for mode in (False, True))
     channels = [[int(c) for c in re.findall(r"\d+", shown.desktop.background)[:3]] for shown in (light, dark)]
@@ -282,12 +296,19 @@ def _column(sorting: browser.Sorting, number: int) -> list[str]:
 
 
 @needs_browser
-def test_a_click_on_a_head_sorts_its_table(output: Path, results: Results, tmp_path: Path) -> None:
+def test_a_click_on_a_head_sorts_its_table(output: Path, results: ReproductionResults, tmp_path: Path) -> None:
     page = build_reproduction_report(output, results)
     clicks = [
-        (TABLE2, 7), (TABLE2, 7), (TABLE2, 0), (TABLE2, 1), (TABLE2, 1), (TABLE4, 3), (FIGURE3, 1), (FIGURE4, 2),
+        (TABLE2, 7),
+        (TABLE2, 7),
+        (TABLE2, 0),
+        (TABLE2, 1),
+        (TABLE2, 1),
+        (TABLE4, 3),
+        (FIGURE3, 1),
+        (FIGURE4, 2),
         (TABLE2, 4),
-    ]  # fmt: skip
+    ]
     sorted_, console = browser.click(page, tmp_path / "browser", clicks)
     assert console == [] and all(sorting.focused for sorting in sorted_)
     up, down, names, backbones, reverse, flops, pairs, images, differences = sorted_
@@ -315,7 +336,7 @@ def test_a_click_on_a_head_sorts_its_table(output: Path, results: Results, tmp_p
 
 
 @needs_browser
-def test_another_script_does_not_run(output: Path, results: Results, tmp_path: Path) -> None:
+def test_another_script_does_not_run(output: Path, results: ReproductionResults, tmp_path: Path) -> None:
     page = build_reproduction_report(output, results)
     html = page.read_text(encoding="utf-8")
     page.write_text(html.replace('"use strict";', '"use strict"; ', 1), encoding="utf-8")
@@ -326,7 +347,7 @@ def test_another_script_does_not_run(output: Path, results: Results, tmp_path: P
 
 @needs_browser
 @pytest.mark.skipif(shutil.which("pdftotext") is None, reason="no pdftotext: apt-get install poppler-utils")
-def test_everything_is_printed(output: Path, results: Results, tmp_path: Path) -> None:
+def test_everything_is_printed(output: Path, results: ReproductionResults, tmp_path: Path) -> None:
     pdf = browser.print_pages(build_reproduction_report(output, results), tmp_path / "browser")
     done = subprocess.run(["pdftotext", "-raw", str(pdf), "-"], capture_output=True, text=True, check=True)
     text = "".join(done.stdout.split())

@@ -11,7 +11,14 @@ from rich.console import Console
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.search.finish import importance
 from fpcn_dist.studies.search.live import TrialTable
-from fpcn_dist.studies.search.records import FILE, TABLE, SearchResults, TrialRecord, load_results, save_results
+from fpcn_dist.studies.search.records import (
+    RESULTS_FILE,
+    RESULTS_TABLE,
+    SearchResults,
+    TrialRecord,
+    load_results,
+    save_results,
+)
 
 
 def trial(
@@ -33,9 +40,13 @@ def test_the_best_has_run_to_its_end():
 
 def test_pareto_front():
     found = results(
-        trial(0, 0.9, latency=9.0), trial(1, 0.8, latency=3.0), trial(2, 0.7, latency=5.0), trial(3, 0.9, latency=8.0),
-        trial(4, 0.99, "stopped", latency=1.0), trial(5, 0.8, latency=2.5),
-    )  # fmt: skip
+        trial(0, 0.9, latency=9.0),
+        trial(1, 0.8, latency=3.0),
+        trial(2, 0.7, latency=5.0),
+        trial(3, 0.9, latency=8.0),
+        trial(4, 0.99, "stopped", latency=1.0),
+        trial(5, 0.8, latency=2.5),
+    )
     assert [member.number for member in found.pareto] == [5, 3]
 
 
@@ -43,14 +54,14 @@ def test_results_are_read_back_and_the_table_holds_them(tmp_path):
     written = results(trial(0, 0.8, contrast__pairs="all"), trial(1, 0.5, "stopped", contrast__num_pairs=7, x='a,"b'))
     save_results(tmp_path, written)
     assert load_results(tmp_path) == written
-    rows = list(csv.DictReader(io.StringIO((tmp_path / TABLE).read_text())))
+    rows = list(csv.DictReader(io.StringIO((tmp_path / RESULTS_TABLE).read_text())))
     assert [row["accuracy"] for row in rows] == ["0.8", "0.5"]
     assert rows[1]["contrast.num_pairs"] == "7" and rows[1]["contrast.pairs"] == "" and rows[1]["x"] == 'a,"b'
 
 
 def test_damaged_results_are_refused(tmp_path):
     assert load_results(tmp_path) is None
-    (tmp_path / FILE).write_text('{"format": 1, "trials": [{}]')
+    (tmp_path / RESULTS_FILE).write_text('{"format": 1, "trials": [{}]')
     with pytest.raises(UserError, match=r"results\.json: is damaged"):
         load_results(tmp_path)
 

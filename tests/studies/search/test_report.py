@@ -24,8 +24,11 @@ needs_browser = pytest.mark.skipif(browser.BINARY is None, reason=browser.MISSIN
 
 HOSTILE = "<script>alert('1')</script> & {{ 7 * 7 }} $x^2$"
 PAIRS_CHART, PROGRESS, IMPORTANCE, LATENCY = (
-    "pairs per batch", "Early stopping", "Importance", "Accuracy against latency",
-)  # fmt: skip
+    "pairs per batch",
+    "Early stopping",
+    "Importance",
+    "Accuracy against latency",
+)
 
 
 @pytest.fixture
@@ -93,9 +96,14 @@ def test_everything_is_told(tmp_path: Path, results: SearchResults) -> None:
         f"launch/train.py --recipe '{tmp_path}/my search/best.yaml' --data DIR" in text and "best-teacher" not in text
     )
     assert [name for name in _headings(page) if name[0].isupper()] == [
-        "What the best trial used", "Accuracy against what was searched", PROGRESS, IMPORTANCE, LATENCY,
-        "Failed trials", "All trials",
-    ]  # fmt: skip
+        "What the best trial used",
+        "Accuracy against what was searched",
+        PROGRESS,
+        IMPORTANCE,
+        LATENCY,
+        "Failed trials",
+        "All trials",
+    ]
     for words in ("on the validation images, at the best epoch so far", "had fewer epochs", "PED-ANOVA", "Figure 3"):
         assert words in text, words
     assert _rows(page, "Failed trials") == [["4", "no memory: &lt;u&gt;lower&lt;/u&gt; data.crop"]]
@@ -279,9 +287,13 @@ def test_joint_search(tmp_path: Path, joint: SearchResults) -> None:
     assert "search of teacher and student" in text and "DIR; best-teacher.yaml is that of its teacher" in text
     assert _rows(page, "What the best trial used")[0] == ["lambda (teacher.contrast.center_weight)", "0.1"]
     assert [name for name in _headings(page) if name[0].islower() or name[0] == "T"] == [
-        PAIRS_CHART, "lambda (teacher.contrast.center_weight)", "teacher.contrast.pairs", "teacher.optim.lr",
-        "T (student.distill.temperature)", "student.model.backbone",
-    ]  # fmt: skip
+        PAIRS_CHART,
+        "lambda (teacher.contrast.center_weight)",
+        "teacher.contrast.pairs",
+        "teacher.optim.lr",
+        "T (student.distill.temperature)",
+        "student.model.backbone",
+    ]
     assert sorted({colour for _, _, colour, _ in Chart(figures.draw_pairs(joint, "pairs")).marks}) == [1, 2, 3]
 
 
@@ -298,11 +310,13 @@ def test_without_trials_there_is_still_a_report(tmp_path: Path, results: SearchR
 def test_names_cannot_break_out_and_the_page_needs_nothing_else(tmp_path: Path, results: SearchResults) -> None:
     trials = [
         dataclasses.replace(
-            trial, state="failed" if trial.number == 4 else "finished", reason=HOSTILE,
+            trial,
+            state="failed" if trial.number == 4 else "finished",
+            reason=HOSTILE,
             settings=trial.settings | {HOSTILE: f"{HOSTILE} {trial.number % 2}", f"{HOSTILE}.": 0.5},
         )
         for trial in results.trials
-    ]  # fmt: skip
+    ]
     changed = dataclasses.replace(_of(results, trials), importance={HOSTILE: 1.0}, log_fields=(f"{HOSTILE}.",))
     report = tmp_path / "trials" / "00005" / "<b>'\"&" / "report.html"
     report.parent.mkdir(parents=True)
@@ -342,15 +356,19 @@ def test_a_browser_shows_it_on_phone_and_desktop(
 ) -> None:
     long = [
         dataclasses.replace(
-            trial, settings=trial.settings | {f"{name}.{HOSTILE}": name + HOSTILE for name in ("x" * 90, "y")},
+            trial,
+            settings=trial.settings | {f"{name}.{HOSTILE}": name + HOSTILE for name in ("x" * 90, "y")},
             reason="given up: " + 20 * "a rank was lost, " + "/" + "p" * 300,
         )
         for trial in results.trials
-    ]  # fmt: skip
+    ]
     shown = {
-        "few": results, "joint": joint, "many": many(200), "hostile": _of(results, long),
+        "few": results,
+        "joint": joint,
+        "many": many(200),
+        "hostile": _of(results, long),
         "none": dataclasses.replace(results, trials=(), importance={}),
-    }[kind]  # fmt: skip
+    }[kind]
     page = build_search_report(tmp_path, shown, title="rocks " + "r" * 100)
     drawings = page.read_text(encoding="utf-8").count("<svg")
     rendering = browser.render(page, tmp_path / "browser")

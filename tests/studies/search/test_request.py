@@ -9,7 +9,7 @@ import pytest
 
 from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.studies.search.request import Request, checked, require_searchable
+from fpcn_dist.studies.search.request import SearchRequest, checked, require_searchable
 from tests.helpers.distilling import recipe
 
 OTHER: dict[str, Any] = {
@@ -27,16 +27,16 @@ OTHER: dict[str, Any] = {
 @pytest.mark.parametrize("field", [*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop"])
 def test_a_student_of_a_joint_search_sees_its_teachers_images(field):
     teacher, student = recipe("contrast"), recipe("distill")
-    checked(Request(teacher, "joint", student))
+    checked(SearchRequest(teacher, "joint", student))
     with pytest.raises(UserError, match=rf"--student-recipe: {re.escape(field)} {OTHER[field]}: differs from"):
-        checked(Request(teacher, "joint", student.changed(**{field: OTHER[field]})))
+        checked(SearchRequest(teacher, "joint", student.changed(**{field: OTHER[field]})))
 
 
 def test_spaces_are_checked_before_there_is_a_cluster():
     hidden = recipe("contrast", search={"space": {"model.hidden": {"choices": [8, 16]}}})
-    require_searchable(Request(hidden, "teacher"), classes=3)
+    require_searchable(SearchRequest(hidden, "teacher"), classes=3)
     with pytest.raises(UserError, match=r"search\.space\.model\.hidden: cannot change while a network is trained"):
-        require_searchable(Request(hidden, "teacher", scheduler="pbt"), classes=3)
+        require_searchable(SearchRequest(hidden, "teacher", scheduler="pbt"), classes=3)
     seed = recipe("distill", search={"space": {"seed": {"choices": [1, 2]}}})
     with pytest.raises(UserError, match=r"search\.space\.seed: cannot be searched"):
-        require_searchable(Request(recipe("contrast"), "joint", seed), classes=3)
+        require_searchable(SearchRequest(recipe("contrast"), "joint", seed), classes=3)

@@ -63,8 +63,12 @@ def test_pairs_follow_a_searched_batch():
 
 
 def test_a_recipe_adds_fields_replaces_and_removes_those_of_the_stage():
-    own = {"contrast.pairs": None, "contrast.num_pairs": None, "contrast.center_weight": {"choices": [0.1, 0.5]},
-           "model.hidden": {"low": 8, "high": 64, "log": True}}  # fmt: skip
+    own = {
+        "contrast.pairs": None,
+        "contrast.num_pairs": None,
+        "contrast.center_weight": {"choices": [0.1, 0.5]},
+        "model.hidden": {"low": 8, "high": 64, "log": True},
+    }
     space = Space(recipe(own), "teacher", classes=3)
     trials = drawn(space)
     assert set(trials[0]) == {"contrast.center_weight", "model.hidden"}
@@ -107,7 +111,7 @@ def test_perturbed_settings_stay_in_the_space():
         ({"model.backbone": {"choices": ["resnet18", 5]}}, r"model\.backbone 5: input should be a valid string"),
         ({f"contrast.{n}": None for n in ("pairs", "num_pairs", "center_weight")}, "leaves no field to search"),
     ],
-)  # fmt: skip
+)
 def test_spaces_that_make_no_sense(space, message):
     with pytest.raises(UserError, match=message):
         Space(recipe(space), "teacher", classes=3)

@@ -18,21 +18,21 @@ from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.studies.cluster import Slots
-from fpcn_dist.studies.reproduce import driver
+from fpcn_dist.studies.reproduce import reproduction
 from fpcn_dist.studies.reproduce.estimate import in_words
 from tests.helpers.distilling import recipe
 from tests.helpers.launching import ROOT, Runs, environment, finish, start
 from tests.helpers.ray_cluster import wait_for
 
 RECIPES = ROOT / "launch/recipes/compared"
-SMALL = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4", "--train.epochs", "1",
-         "--train.eval-every", "1", "--model.norm", "frozen_batch", "--model.backbone", "test_resnet")  # fmt: skip
+_DATA = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4")
+_MODEL = ("--model.norm", "frozen_batch", "--model.backbone", "test_resnet")
+SMALL = (*_DATA, *_MODEL, "--train.epochs", "1", "--train.eval-every", "1")
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "launch/reproduce.py"), "--data", str(data), "--output", str(output), *SMALL, *more
-    ]  # fmt: skip
+    folders = ["--data", str(data), "--output", str(output)]
+    return [sys.executable, str(ROOT / "launch/reproduce.py"), *folders, *SMALL, *more]
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,13 @@ def test_nobody_to_ask(runs, tmp_path):
 def test_it_asks_first(runs, tmp_path):
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        command(runs.data, tmp_path / "out", "--only", "figure5"), stdin=end, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+        command(runs.data, tmp_path / "out", "--only", "figure5"),
+        stdin=end,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     os.write(terminal, b"n\n")
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and "Begin? [y/N]" in shown and "nothing was started" in shown
@@ -144,17 +148,16 @@ def test_a_strangers_folder_is_left_alone(runs, tmp_path):
 
 
 def test_nothing_is_written_to_a_folder_that_another_owns(rocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "connect_ray", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(driver, "find_slots", lambda *_, **__: Slots("CPU", 1, 1))
-    request = driver.Request(recipe("contrast"), RECIPES, "tiny", ("figure5",), seeds=1, students=())
+    monkeypatch.setattr(reproduction, "connect_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(reproduction, "find_slots", lambda *_, **__: Slots("CPU", 1, 1))
+    request = reproduction.ReproductionRequest(recipe("contrast"), RECIPES, "tiny", ("figure5",), seeds=1, students=())
     output = tmp_path / "out"
     output.mkdir()
     with locked(output), pytest.raises(UserError, match="another run is writing to it"):
-        driver.reproduce(request, rocks, output, yes=True)
+        reproduction.reproduce(request, rocks, output, yes=True)
     assert not list(output.iterdir())
 
 
 def test_durations_in_words():
-    assert [in_words(s) for s in (12.4, 99.4, 150, 5000, 7300, 400000)] == [
-        "12 s", "99 s", "2 min", "83 min", "2.0 h", "4.6 days"
-    ]  # fmt: skip
+    shown = ["12 s", "99 s", "2 min", "83 min", "2.0 h", "4.6 days"]
+    assert [in_words(s) for s in (12.4, 99.4, 150, 5000, 7300, 400000)] == shown

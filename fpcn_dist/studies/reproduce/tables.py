@@ -15,7 +15,7 @@ from pathlib import Path
 from fpcn_dist import __version__
 from fpcn_dist.runtime.files import write_text
 
-FILE, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
+JSON, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
 
 TITLE = "The paper's tables on other data"
 CAVEAT = (
@@ -175,7 +175,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Results:
+class ReproductionResults:
     """Everything of the report.
 
     Attributes:
@@ -202,7 +202,7 @@ class Results:
             UserError: they cannot be written.
         """
         values = {"fpcn_dist_version": __version__, **dataclasses.asdict(self)}
-        write_text(output / FILE, json.dumps(values, indent=2) + "\n")
+        write_text(output / JSON, json.dumps(values, indent=2) + "\n")
         write_text(output / CSV, to_csv(self))
         write_text(output / MARKDOWN, to_markdown(self))
 
@@ -227,19 +227,21 @@ def signed(value: float | None) -> str:
 def cells(score: Score, columns: Iterable[str]) -> list[tuple[float | None, str]]:
     """Numbers under :meth:`Table.columns`, each with its text."""
     known = {
-        "paper": (score.paper, percent(score.paper)), "ours": (score.mean, percent(score.mean)),
-        "difference": (score.difference, signed(score.difference)), "spread": (score.spread, percent(score.spread)),
-    }  # fmt: skip
+        "paper": (score.paper, percent(score.paper)),
+        "ours": (score.mean, percent(score.mean)),
+        "difference": (score.difference, signed(score.difference)),
+        "spread": (score.spread, percent(score.spread)),
+    }
     return [known[column] for column in columns]
 
 
 _CSV_COLUMNS = (
-    "table", "name", "details", "score", "paper", "ours", "difference", "seeds", "spread", "values", "reason",
-    "commits", "devices", "commands",
-)  # fmt: skip
+    *("table", "name", "details", "score", "paper", "ours", "difference", "seeds", "spread", "values"),
+    *("reason", "commits", "devices", "commands"),
+)
 
 
-def to_csv(results: Results) -> str:
+def to_csv(results: ReproductionResults) -> str:
     """One line for each score of each row; several values in a cell are joined by "; "."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -248,15 +250,15 @@ def to_csv(results: Results) -> str:
         for row in table.rows:
             pairs = zip(table.details, row.details, strict=True)
             details = "; ".join(f"{heading}: {show(value)}" for heading, value in pairs if show(value))
+            sources = [
+                _joined(run.commit for run in row.runs),
+                _joined(run.device for run in row.runs),
+                _joined(run.command for run in row.runs),
+            ]
             for heading, score in zip(table.scores, row.scores, strict=True):
-                writer.writerow(
-                    [
-                        table.key, row.name, details, heading, score.paper, score.mean, score.difference,
-                        len(score.ours), score.spread, "; ".join(f"{value:.4g}" for value in score.ours), row.reason,
-                        _joined(run.commit for run in row.runs), _joined(run.device for run in row.runs),
-                        _joined(run.command for run in row.runs),
-                    ]
-                )  # fmt: skip
+                numbers = [score.paper, score.mean, score.difference, len(score.ours), score.spread]
+                values = "; ".join(f"{value:.4g}" for value in score.ours)
+                writer.writerow([table.key, row.name, details, heading, *numbers, values, row.reason, *sources])
     return buffer.getvalue()
 
 
@@ -264,13 +266,14 @@ def _joined(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values))
 
 
-def to_markdown(results: Results) -> str:
+def to_markdown(results: ReproductionResults) -> str:
     """Every table, and below it the commands of each row."""
     lines = [
-        f"# {TITLE}", "",
+        f"# {TITLE}",
+        "",
         f"Data {_code(results.data)}, scale {_escape(results.scale)}, {len(results.seeds)} seed(s); accuracies on "
         f"{results.images:,} {_escape(results.split)} images, in percent. {CAVEAT}",
-    ]  # fmt: skip
+    ]
     for table in results.tables:
         columns = [table.columns(number) for number in range(len(table.scores))]
         heads = [table.name, *table.details]

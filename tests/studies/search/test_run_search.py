@@ -102,9 +102,17 @@ def test_train_reproduces_the_best_trial(teacher, search, rocks):
     assert best is not None
     run = search.folder / "again"
     Runs(search.folder, rocks).run(
-        [*command("python"), str(ROOT / "launch/train.py"), "--recipe", str(output / "best.yaml"), "--data", str(rocks),
-         "--output", str(run)]
-    )  # fmt: skip
+        [
+            *command("python"),
+            str(ROOT / "launch/train.py"),
+            "--recipe",
+            str(output / "best.yaml"),
+            "--data",
+            str(rocks),
+            "--output",
+            str(run),
+        ]
+    )
     assert losses(run) == losses(output / "trials" / f"{best.number:05d}")
     assert max(line["accuracy"] for line in read_metrics(run) if line["kind"] == "eval") == best.accuracy
 
@@ -116,7 +124,7 @@ def test_a_search_is_not_overwritten_nor_resumed_as_another(teacher, search):
         (search.argv("teacher", recipe, "teacher", "--trials", "4"), "holds a search already; add --resume"),
         (search.argv("teacher", other, "teacher", "--trials", "4", "--resume"), "the search in .* has another recipe"),
         (search.argv("nowhere", recipe, "teacher", "--resume"), "nowhere: holds no search; drop --resume"),
-    ]:  # fmt: skip
+    ]:
         done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=120)
         assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
@@ -126,10 +134,21 @@ def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
     recipe = search.recipe("student", STUDENT, train=STUDENT["train"] | {"epochs": 1})
     shown = finish(
         search.start(
-            "students", recipe, "student", "--distill.teacher", str(taught), "--trials", "2", "--scheduler", "none",
-            "--students", "test_resnet,mobilenet_v2", "--multi-objective", "accuracy,latency",
+            "students",
+            recipe,
+            "student",
+            "--distill.teacher",
+            str(taught),
+            "--trials",
+            "2",
+            "--scheduler",
+            "none",
+            "--students",
+            "test_resnet,mobilenet_v2",
+            "--multi-objective",
+            "accuracy,latency",
         )
-    )  # fmt: skip
+    )
     output, results = search.folder / "students", search.results("students")
     assert [trial.state for trial in results.trials] == ["finished"] * 2
     assert "soft labels: 100 %" in shown and "Pareto front" in shown
@@ -273,26 +292,50 @@ def test_what_no_cluster_can_hold_is_refused_at_once(search, cluster):
 @pytest.mark.parametrize(
     ("sections", "stage", "options", "message"),
     [
-        ({"search": {"space": {"contrast.lambda": {"choices": [1, 2]}}}}, "teacher", [],
-         r"search\.space\.contrast\.lambda: there is no such recipe field; did you mean 'contrast\.\w+'\?"),
+        (
+            {"search": {"space": {"contrast.lambda": {"choices": [1, 2]}}}},
+            "teacher",
+            [],
+            r"search\.space\.contrast\.lambda: there is no such recipe field; did you mean 'contrast\.\w+'\?",
+        ),
         ({"search": {"space": {"optim.lr": {"lo": 1, "high": 2}}}}, "teacher", [], "did you mean 'low'"),
-        ({"search": {"space": {"seed": {"low": 0, "high": 9}}}}, "teacher", [],
-         r"search\.space\.seed: cannot be searched: it"),
-        ({"search": {"space": {"model.theta": {"low": 0, "high": 2}}}}, "teacher", [],
-         r"search\.space\.model\.theta 2\.0: input should be less than 1"),
-        ({"search": {"space": {"optim.name": {"low": 0, "high": 2}}}}, "teacher", [],
-         "is no number, so it has no range; give choices"),
+        (
+            {"search": {"space": {"seed": {"low": 0, "high": 9}}}},
+            "teacher",
+            [],
+            r"search\.space\.seed: cannot be searched: it",
+        ),
+        (
+            {"search": {"space": {"model.theta": {"low": 0, "high": 2}}}},
+            "teacher",
+            [],
+            r"search\.space\.model\.theta 2\.0: input should be less than 1",
+        ),
+        (
+            {"search": {"space": {"optim.name": {"low": 0, "high": 2}}}},
+            "teacher",
+            [],
+            "is no number, so it has no range; give choices",
+        ),
         ({}, "student", [], "task contrast: students are trained by task 'distill'"),
         ({}, "joint", [], "--student-recipe: stage 'joint' trains students, too"),
         ({}, "teacher", ["--multi-objective", "speed"], "--multi-objective speed: is not known; give accuracy"),
         ({}, "teacher", ["--trials", "0"], "--trials 0: leaves nothing to do"),
-        ({}, "teacher", ["--scheduler", "pbt", "--multi-objective", "accuracy,latency"],
-         "--scheduler pbt: it knows one objective"),
-        ({"search": {"space": {"model.hidden": {"choices": [1, 2]}}}}, "teacher", ["--scheduler", "pbt"],
-         r"search\.space\.model\.hidden: cannot change while a network is trained"),
+        (
+            {},
+            "teacher",
+            ["--scheduler", "pbt", "--multi-objective", "accuracy,latency"],
+            "--scheduler pbt: it knows one objective",
+        ),
+        (
+            {"search": {"space": {"model.hidden": {"choices": [1, 2]}}}},
+            "teacher",
+            ["--scheduler", "pbt"],
+            r"search\.space\.model\.hidden: cannot change while a network is trained",
+        ),
         ({}, "teacher", ["--gpus-per-trial", "0.5"], r"--gpus-per-trial 0\.5: the cluster has no GPU"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(search, sections, stage, options, message):
     argv = search.argv("bad", search.recipe("bad", VALUES, **sections), stage, *options)
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=120)

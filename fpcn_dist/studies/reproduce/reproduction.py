@@ -27,18 +27,18 @@ from fpcn_dist.runtime.lock import locked
 from fpcn_dist.studies.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.studies.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.studies.cluster.plan import Group
-from fpcn_dist.studies.distill.driver import distill
-from fpcn_dist.studies.reproduce.collect import RUNS, collect, distillation
+from fpcn_dist.studies.distill.distillation import distill
+from fpcn_dist.studies.reproduce.collect import RUNS, collect, students_folder
 from fpcn_dist.studies.reproduce.estimate import Estimate, bank_seconds, run_seconds
 from fpcn_dist.studies.reproduce.experiments import Grid, Scale, run_name
 from fpcn_dist.studies.reproduce.report import build_reproduction_report
 from fpcn_dist.training.soft_labels.students import check_students
 
-DESCRIPTION = "reproduction.json"
+REPRODUCTION_FILE = "reproduction.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ReproductionRequest:
     """What is to be reproduced.
 
     Attributes:
@@ -58,7 +58,9 @@ class Request:
     students: tuple[str, ...]
 
 
-def reproduce(request: Request, data: Path, output: Path, *, address: str | None = None, yes: bool = False) -> None:
+def reproduce(
+    request: ReproductionRequest, data: Path, output: Path, *, address: str | None = None, yes: bool = False
+) -> None:
     """Train and measure all that the sections need; leave run folders, results and a report in ``output``.
 
     Args:
@@ -107,7 +109,7 @@ def _open(output: Path, grid: Grid, manifest: Manifest) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    path = output / DESCRIPTION
+    path = output / REPRODUCTION_FILE
     now = {"scale": grid.scale, "data": manifest.hash, **_flat(grid.base.model_dump())}
     if path.is_file():
         try:
@@ -137,9 +139,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _train(
-    grid: Grid, students: Sequence[str], manifest: Manifest, output: Path, held: contextlib.ExitStack,
-    *, address: str | None, yes: bool,
-) -> dict[str, str] | None:  # fmt: skip
+    grid: Grid,
+    students: Sequence[str],
+    manifest: Manifest,
+    output: Path,
+    held: contextlib.ExitStack,
+    *,
+    address: str | None,
+    yes: bool,
+) -> dict[str, str] | None:
     """Why each run without a result has none, by name; ``None`` where the user would rather not begin.
 
     From here on ``held`` keeps others out of the folder.
@@ -173,14 +181,20 @@ def _with_threads(recipe: Recipe, threads: int) -> Recipe:
 
 
 def _estimate(
-    ray: Any, slots: Slots, grid: Grid, runs: dict[str, Recipe], unfinished: Sequence[str], students: Sequence[str],
-    manifest: Manifest, output: Path,
-) -> Estimate:  # fmt: skip
+    ray: Any,
+    slots: Slots,
+    grid: Grid,
+    runs: dict[str, Recipe],
+    unfinished: Sequence[str],
+    students: Sequence[str],
+    manifest: Manifest,
+    output: Path,
+) -> Estimate:
     """Of all that has not come to its end: single runs, and the distillation of each seed."""
     todo = {name: runs[name] for name in unfinished}
     taught: dict[str, dict[str, Recipe]] = {}
     for seed in grid.seeds if "table4" in grid.sections else ():
-        folder = distillation(output, seed)
+        folder = students_folder(output, seed)
         missing = [name for name in students if RunFolder(folder / name).read_outcome()[0] != "finished"]
         student = _with_threads(grid.student(seed, folder), slots.cpus)
         taught[folder.name] = {name: student.changed(**{"model.backbone": name}) for name in missing}
@@ -200,7 +214,7 @@ def _distill(grid: Grid, students: Sequence[str], data: Path, output: Path, addr
     """Table 4: the students of each seed's FPCN, and their baselines; what went wrong, by seed."""
     failures = {}
     for seed in grid.seeds:
-        folder, teacher = distillation(output, seed), RunFolder(output / RUNS / run_name("fpcn", seed))
+        folder, teacher = students_folder(output, seed), RunFolder(output / RUNS / run_name("fpcn", seed))
         if teacher.read_outcome()[0] != "finished":
             failures[folder.name] = "there is no teacher"
             continue

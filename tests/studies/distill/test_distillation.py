@@ -19,7 +19,7 @@ from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.studies.cluster import Slots
-from fpcn_dist.studies.distill import driver
+from fpcn_dist.studies.distill import distillation
 from tests.helpers.distilling import make_teacher, recipe
 from tests.helpers.launching import ROOT, TINY, environment, finish, losses, start
 from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
@@ -195,9 +195,9 @@ def test_refused_images_are_listed(rocks, tmp_path, monkeypatch, capsys):
     data = Path(shutil.copytree(rocks, tmp_path / "data"))
     (data / "basalt/broken.jpg").write_bytes(b"no image")
     student = recipe(distill={"teacher": str(make_teacher(tmp_path / "teacher"))})
-    monkeypatch.setattr(driver, "connect_ray", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(driver, "find_slots", lambda _: Slots("CPU", 1, 1))
-    driver.distill(student, data, tmp_path / "out", students=["test_resnet"], dry_run=True)
+    monkeypatch.setattr(distillation, "connect_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(distillation, "find_slots", lambda _: Slots("CPU", 1, 1))
+    distillation.distill(student, data, tmp_path / "out", students=["test_resnet"], dry_run=True)
     shown = capsys.readouterr().out
     assert "1 image(s) refused" in shown and "basalt/broken.jpg" in shown
 

@@ -21,18 +21,20 @@ from fpcn_dist.studies.cluster import connect_ray, find_slots
 from fpcn_dist.studies.cluster.bank_job import write_bank
 from fpcn_dist.studies.search.finish import finish_search
 from fpcn_dist.studies.search.plan import Plan
-from fpcn_dist.studies.search.request import Request, checked, make_plan, require_searchable
+from fpcn_dist.studies.search.request import SearchRequest, checked, make_plan, require_searchable
 from fpcn_dist.studies.search.resources import Bundle, require_places, trial_bundles
 from fpcn_dist.training.soft_labels.teacher import open_teacher
 
-_DESCRIPTION, _TUNE = "search.json", "tune"
+_SEARCH_FILE, _TUNE = "search.json", "tune"
 _ATTEMPTS = 3
 """How often a trial may lose a process or a node before it is given up."""
 _CUT = 3
 """Of the trials that come as far, one in so many goes on."""
 
 
-def search(request: Request, data: Path, output: Path, *, address: str | None = None, resume: bool = False) -> None:
+def search(
+    request: SearchRequest, data: Path, output: Path, *, address: str | None = None, resume: bool = False
+) -> None:
     """Run all trials; leave results, the best recipe and a report in ``output``.
 
     Args:
@@ -74,7 +76,7 @@ def search(request: Request, data: Path, output: Path, *, address: str | None = 
     finish_search(plan, recorder.results())
 
 
-def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resume: bool) -> Any:
+def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int, resume: bool) -> Any:
     """All trials; gives the recorder of them."""
     # A killed driver forgets at most a second; trials keep their records themselves.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
@@ -111,11 +113,15 @@ def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resum
             param_space=_parameters(request, plan),
             tune_config=_tune_config(request, plan, places),
             run_config=tune.RunConfig(
-                name=_TUNE, storage_path=str(plan.output), callbacks=[recorder], verbose=0, stop={"epoch": plan.epochs},
+                name=_TUNE,
+                storage_path=str(plan.output),
+                callbacks=[recorder],
+                verbose=0,
+                stop={"epoch": plan.epochs},
                 failure_config=tune.FailureConfig(max_failures=_ATTEMPTS),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             ),
-        )  # fmt: skip
+        )
     try:
         tuner.fit()
     finally:
@@ -125,7 +131,7 @@ def _run(request: Request, plan: Plan, bundles: list[Bundle], places: int, resum
     return recorder
 
 
-def _parameters(request: Request, plan: Plan) -> dict[str, Any]:
+def _parameters(request: SearchRequest, plan: Plan) -> dict[str, Any]:
     """What Tune itself draws: nothing, but the members of a population, which know no search algorithm."""
     if not plan.population:
         return {}
@@ -137,7 +143,7 @@ def _parameters(request: Request, plan: Plan) -> dict[str, Any]:
     return {"settings": tune.grid_search(settings)}
 
 
-def _tune_config(request: Request, plan: Plan, places: int) -> Any:
+def _tune_config(request: SearchRequest, plan: Plan, places: int) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 
@@ -160,26 +166,30 @@ def _tune_config(request: Request, plan: Plan, places: int) -> Any:
         plan, trials=request.trials, seed=plan.main.seed, trials_per_teacher=request.recipe.search.trials_per_teacher
     )
     return tune.TuneConfig(
-        search_alg=sampler, scheduler=scheduler, num_samples=request.trials, max_concurrent_trials=places,
-        reuse_actors=True, trial_dirname_creator=_name_of_folder,
-    )  # fmt: skip
+        search_alg=sampler,
+        scheduler=scheduler,
+        num_samples=request.trials,
+        max_concurrent_trials=places,
+        reuse_actors=True,
+        trial_dirname_creator=_name_of_folder,
+    )
 
 
 def _name_of_folder(trial: Any) -> str:
     return trial.trial_id
 
 
-def _describe_folder(output: Path, request: Request, manifest: Manifest, resume: bool) -> None:
+def _describe_folder(output: Path, request: SearchRequest, manifest: Manifest, resume: bool) -> None:
     """Write what is searched into a new folder, or see that it is what the folder holds, where that is resumed.
 
     Raises:
         UserError: it holds something else, or a search that was asked for otherwise.
     """
-    path = output / _DESCRIPTION
+    path = output / _SEARCH_FILE
     now = json.loads(json.dumps(_describe(request, manifest)))
     try:
         before = _read(path) if path.is_file() else None
-        strangers = [p.name for p in output.iterdir() if p.name not in ("logs", _DESCRIPTION) and p.name[0] != "."]
+        strangers = [p.name for p in output.iterdir() if p.name not in ("logs", _SEARCH_FILE) and p.name[0] != "."]
     except OSError as error:
         raise UserError("--output", output, f"cannot be used ({error})", "choose another folder") from None
     if before is None:
@@ -205,7 +215,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError("--output", path, f"is damaged ({error})", "choose another folder") from None
 
 
-def _describe(request: Request, manifest: Manifest) -> dict[str, Any]:
+def _describe(request: SearchRequest, manifest: Manifest) -> dict[str, Any]:
     """All that must be the same for a search to go on."""
     values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     for name in ("recipe", "student"):

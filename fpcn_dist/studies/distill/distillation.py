@@ -31,7 +31,13 @@ from fpcn_dist.studies.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.studies.cluster.plan import Group, make_plan
 from fpcn_dist.studies.distill import BASELINE
 from fpcn_dist.studies.distill.report import build_distillation_report
-from fpcn_dist.studies.distill.results import FILE, Results, TeacherRow, device_name, read_student
+from fpcn_dist.studies.distill.results import (
+    DISTILLATION_FILE,
+    DistillationResults,
+    TeacherRow,
+    device_name,
+    read_student,
+)
 from fpcn_dist.training.soft_labels.students import check_recipe
 from fpcn_dist.training.soft_labels.teacher import open_teacher, weights_sha256
 
@@ -178,13 +184,13 @@ def write_results(
     cost = measure(model, size, device)
     first = TeacherRow(teacher, weights_sha256(teacher), info.model.backbone, size, cost, Evaluation.load(teacher))
     rows = tuple(read_student(output, name, reasons, device, baselines) for name in students)
-    results = Results(first, rows, baselines, device_name(device))
-    write_text(output / FILE, results.to_json() + "\n")
+    results = DistillationResults(first, rows, baselines, device_name(device))
+    write_text(output / DISTILLATION_FILE, results.to_json() + "\n")
     report = build_distillation_report(output, results)
     _print(results, report)
 
 
-def _print(results: Results, report: Path) -> None:
+def _print(results: DistillationResults, report: Path) -> None:
     table = Table(title="Distillation", title_justify="left", pad_edge=False, collapse_padding=True)
     table.add_column("student", overflow="fold")
     for heading in results.headings:

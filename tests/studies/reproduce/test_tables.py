@@ -12,16 +12,25 @@ from pathlib import Path
 import pytest
 
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.studies.reproduce.results import CAVEAT, Results, Row, RunRecord, Score, Table, to_csv, to_markdown
+from fpcn_dist.studies.reproduce.tables import (
+    CAVEAT,
+    ReproductionResults,
+    Row,
+    RunRecord,
+    Score,
+    Table,
+    to_csv,
+    to_markdown,
+)
 from tests.helpers.reproduction import HOSTILE, LOST, REASON, fabricate
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Results:
+def results(tmp_path: Path) -> ReproductionResults:
     return fabricate(tmp_path)
 
 
-def _table(results: Results, key: str) -> Table:
+def _table(results: ReproductionResults, key: str) -> Table:
     return next(table for table in results.tables if table.key == key)
 
 
@@ -52,12 +61,12 @@ def test_score(
         assert value is None if expected is None else value == pytest.approx(expected)
 
 
-def test_seeds_are_those_that_have_a_result(results: Results) -> None:
+def test_seeds_are_those_that_have_a_result(results: ReproductionResults) -> None:
     table = _table(results, "table2")
     assert [_named(table, name).seeds for name in ("FPCN", "PCA-Net", "MMAL-Net")] == [3, 2, 0]
 
 
-def test_rows_that_share_a_name_are_told_apart_where_other_runs_computed_them(results: Results) -> None:
+def test_rows_that_share_a_name_are_told_apart_where_other_runs_computed_them(results: ReproductionResults) -> None:
     pairs, areas = _table(results, "figure3"), _table(results, "figure4")
     assert pairs.label(pairs.rows[0]) == "FPCN, pairs in a batch 28"
     assert [label for label, _ in areas.computations()] == ["with alpha", "without alpha"]
@@ -67,12 +76,12 @@ def test_rows_that_share_a_name_are_told_apart_where_other_runs_computed_them(re
     assert "FPCN" in labels and "MMAL-Net" not in labels  # which has no runs
 
 
-def test_figures_have_no_column_of_the_paper(results: Results) -> None:
+def test_figures_have_no_column_of_the_paper(results: ReproductionResults) -> None:
     assert _table(results, "table4").columns(0) == ("paper", "ours", "difference", "spread")
     assert _table(results, "figure4").columns(0) == ("ours", "spread")
 
 
-def test_csv_has_a_line_for_each_score(results: Results) -> None:
+def test_csv_has_a_line_for_each_score(results: ReproductionResults) -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(results))))
     assert len(lines) == sum(len(table.rows) * len(table.scores) for table in results.tables)
     (line,) = [line for line in lines if (line["table"], line["name"], line["score"][:4]) == ("table2", "FPCN", "test")]
@@ -87,7 +96,7 @@ def test_csv_has_a_line_for_each_score(results: Results) -> None:
     assert line["reason"] == LOST and line["paper"] == "91.9"
 
 
-def test_csv_quotes_what_a_name_may_hold(results: Results) -> None:
+def test_csv_quotes_what_a_name_may_hold(results: ReproductionResults) -> None:
     table = _table(results, "table3")
     name = f'{HOSTILE}, "two"\nlines'
     changed = dataclasses.replace(table, rows=(dataclasses.replace(table.rows[0], name=name),))
@@ -95,15 +104,24 @@ def test_csv_quotes_what_a_name_may_hold(results: Results) -> None:
     assert line["name"] == name and line["paper"] == "92.0"
 
 
-def test_markdown_tables(results: Results) -> None:
+def test_markdown_tables(results: ReproductionResults) -> None:
     text = to_markdown(results)
     lines = text.splitlines()
     assert CAVEAT in text and "scale tiny, 3 seed(s)" in text and "1,953 test images" in text
     start = lines.index("## Table 2: systems") + 2
     assert _cells(lines[start]) == [
-        "system", "backbone", "training accuracy, %: paper", "ours", "difference", "spread", "test accuracy, %: paper",
-        "ours", "difference", "spread", "seeds",
-    ]  # fmt: skip
+        "system",
+        "backbone",
+        "training accuracy, %: paper",
+        "ours",
+        "difference",
+        "spread",
+        "test accuracy, %: paper",
+        "ours",
+        "difference",
+        "spread",
+        "seeds",
+    ]
     rows = {cells[0]: cells[1:] for cells in map(_cells, lines[start + 2 : start + 11])}
     assert rows["FPCN"] == ["ResNet-101", "99.8", "96.7", "-3.1", "0.6", "93.1", "91.7", "-1.4", "0.6", "3"]
     assert rows["MMAL-Net"] == ["ResNet-50", "99.7", "-", "-", "-", "91.9", "-", "-", "-", "0"]
@@ -113,14 +131,14 @@ def test_markdown_tables(results: Results) -> None:
     assert _cells(lines[start + 2])[:2] == ["FPCN", "28"]
 
 
-def test_markdown_tables_are_rectangular(results: Results) -> None:
+def test_markdown_tables_are_rectangular(results: ReproductionResults) -> None:
     counts = [len(_cells(line)) for line in to_markdown(results).splitlines() if line.startswith("|")]
     widths = [11, 9, 16, 5, 6]
     expected = [w for w, table in zip(widths, results.tables, strict=True) for _ in range(len(table.rows) + 2)]
     assert counts == expected
 
 
-def test_every_row_has_its_commands_in_markdown(results: Results) -> None:
+def test_every_row_has_its_commands_in_markdown(results: ReproductionResults) -> None:
     text = to_markdown(results)
     for table in results.tables:
         for row in table.rows:
@@ -129,7 +147,7 @@ def test_every_row_has_its_commands_in_markdown(results: Results) -> None:
                 assert f"- {table.label(row)}, seed {run.seed}: `{run.command}` {where}\n" in text
 
 
-def test_markdown_shows_names_as_they_are(results: Results) -> None:
+def test_markdown_shows_names_as_they_are(results: ReproductionResults) -> None:
     table = _table(results, "table3")
     run = RunRecord("runs/x", 0, "python a ``b`` | c", HOSTILE, "_d_")
     row = dataclasses.replace(table.rows[0], name=f"{HOSTILE}\n\\|", reason="<u>\n# x", runs=(run,))
@@ -142,7 +160,7 @@ def test_markdown_shows_names_as_they_are(results: Results) -> None:
     assert "\n# x" not in text and "<script" not in re.sub(r"\\<", "", text)
 
 
-def test_saved_files(results: Results, tmp_path: Path) -> None:
+def test_saved_files(results: ReproductionResults, tmp_path: Path) -> None:
     results.save(tmp_path)
     values = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert values["fpcn_dist_version"] and values["seeds"] == [0, 1, 2]
@@ -152,6 +170,6 @@ def test_saved_files(results: Results, tmp_path: Path) -> None:
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == to_markdown(results)
 
 
-def test_a_folder_that_is_not_there_is_named(results: Results, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_named(results: ReproductionResults, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent/results\.json: could not be written"):
         results.save(tmp_path / "absent")
