@@ -26,6 +26,7 @@ setup(
         "triton>=3.6,<4; platform_system == 'Linux'",
         "numpy>=1.26,<3",
         "packaging>=23",
+        "psutil>=5.9",
         "pillow>=10.3,<14",
         "pydantic>=2.7,<3",
         "pyyaml>=6.0,<7",

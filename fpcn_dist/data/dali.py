@@ -38,7 +38,7 @@ from fpcn_dist.recipe.schema import DataConfig
 DECODER_VERSION: str = nvimgcodec.__version__
 
 
-class Request(NamedTuple):
+class BatchRequest(NamedTuple):
     """What the pipeline needs to make one batch.
 
     Attributes:
@@ -62,7 +62,7 @@ class Decoding:
     """
 
     def __init__(
-        self, requests: Iterator[Request], config: DataConfig, device: torch.device, batch_size: int, threads: int
+        self, requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int, threads: int
     ) -> None:
         self._device = device
         self._pipeline = _build(lambda: _encode(next(requests)), config, device, batch_size, threads)
@@ -80,7 +80,7 @@ class Decoding:
         return torch.from_dlpack(images.as_tensor())
 
 
-def _encode(request: Request) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
+def _encode(request: BatchRequest) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
     """A request in the form that the pipeline reads: path bytes, crop corner, flip."""
     paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in request.paths]
     return paths, request.crops[:, :2].astype(np.int32), request.crops[:, 2].astype(np.int32)

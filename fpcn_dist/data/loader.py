@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.dali import Decoder, Decoding, Request
+from fpcn_dist.data.dali import BatchRequest, Decoder, Decoding
 from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
@@ -44,8 +44,8 @@ class _Plan(NamedTuple):
     crops: Ids
 
     @property
-    def request(self) -> Request:
-        return Request(self.paths, self.crops)
+    def request(self) -> BatchRequest:
+        return BatchRequest(self.paths, self.crops)
 
     def batch(self, images: Tensor, device: torch.device, soft_labels: SoftLabels | None = None) -> Batch:
         columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, self.crops]
@@ -152,7 +152,7 @@ class TrainLoader:
         size = self.batch_size // self._world_size
         self._decoding = Decoding(self._requests(self._step), self._config, self._device, size, _threads(self._config))
 
-    def _requests(self, step: int) -> Iterator[Request]:
+    def _requests(self, step: int) -> Iterator[BatchRequest]:
         while True:
             plan = self._plan(step)
             self._planned.append(plan)

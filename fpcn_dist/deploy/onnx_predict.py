@@ -9,13 +9,11 @@ Shape legend: B images of a batch, K classes, h x w cells of the feature map.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fpcn_dist.data.folders import find_files
-from fpcn_dist.deploy.predictions import Prediction, to_csv, to_table
+from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.files import make_folder
 
 FORMAT = 1
 """Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model."""
@@ -232,26 +231,11 @@ def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Predi
     if not predictions:
         raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
     output = Path(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _replace(output / "predictions.json", json.dumps([asdict(one) for one in predictions], indent=2))
-        _replace(output / "predictions.csv", to_csv(predictions, model.classes))
-    except OSError as error:
-        raise UserError("--output", output, str(error.strerror).lower(), "choose another folder") from None
+    make_folder(output)
+    write_predictions(output, predictions)
     print("\n".join(to_table(predictions)))
     print(f"Wrote {output}/predictions.json and predictions.csv.")
     return predictions
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write ``path`` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,54 +5,28 @@ Shape legend: B images of a batch, K classes, h x w cells of the feature map.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from fpcn_dist.data.folders import SUFFIXES, find_images
 from fpcn_dist.data.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
+from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.classifier import object_share
 from fpcn_dist.models.modes import autocast
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import replacing, write_text
-
-_TABLE_ROWS = 40
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about one file.
-
-    Attributes:
-        file: the file, as it was given or found in a given folder.
-        predicted: the most probable class.
-        probabilities: of every class, in label order; they sum to 1.
-        object_share: share of the image inside the region that the model looked at.
-        overlay: name of the drawing of that region in overlays/.
-    """
-
-    file: str
-    predicted: str
-    probabilities: dict[str, float]
-    object_share: float
-    overlay: str
+from fpcn_dist.runtime.files import make_folder, replacing
 
 
 def predict(
@@ -87,17 +61,15 @@ def predict(
     if not files:
         raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
     overlays = Path(output) / "overlays"
-    try:
-        overlays.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("--output", output, str(error.strerror).lower(), "choose another folder") from error
+    make_folder(Path(output))
+    make_folder(overlays)
     found = _classify(model, info, files, overlays, torch.device(device), precision)
     total = -(-len(files) // info.preprocessing.eval_batch_size)
     predictions = [
         prediction for batch in track(found, "classify", total, console=console, transient=True) for prediction in batch
     ]
-    _write(Path(output), predictions)
-    console.print(_table(predictions))
+    write_predictions(Path(output), predictions)
+    console.print("\n".join(to_table(predictions)), highlight=False, markup=False, soft_wrap=True)
     console.print(f"Wrote {output}/predictions.json, predictions.csv and {len(predictions)} overlays.", highlight=False)
     return predictions
 
@@ -172,29 +144,3 @@ def _classify(
                 )
                 for index, row, share in zip(ids, probabilities_BK, shares, strict=True)
             ]
-
-
-def _write(output: Path, predictions: Sequence[Prediction]) -> None:
-    write_text(output / "predictions.json", json.dumps([asdict(prediction) for prediction in predictions], indent=2))
-    text = io.StringIO()
-    classes = list(predictions[0].probabilities)
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "predicted", *(f"probability {name}" for name in classes), "object_share", "overlay"])
-    for one in predictions:
-        shown = (f"{one.probabilities[name]:.6f}" for name in classes)
-        rows.writerow([one.file, one.predicted, *shown, f"{one.object_share:.4f}", one.overlay])
-    write_text(output / "predictions.csv", text.getvalue())
-
-
-def _table(predictions: Sequence[Prediction]) -> Table:
-    """The first predictions, and above them how often each class was found."""
-    table = Table("file", "class", "probability", "runner-up")
-    for one in predictions[:_TABLE_ROWS]:
-        ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
-        runner_up = f"{escape(ranked[1][0])} {100 * ranked[1][1]:.1f} %" if len(ranked) > 1 else ""
-        table.add_row(escape(one.file), escape(one.predicted), f"{100 * ranked[0][1]:.1f} %", runner_up)
-    if len(predictions) > _TABLE_ROWS:
-        counts = Counter(one.predicted for one in predictions).most_common()
-        found = ", ".join(f"{escape(name)} {number}" for name, number in counts)
-        table.caption = f"{_TABLE_ROWS} of {len(predictions)} files shown; in all: {found}"
-    return table

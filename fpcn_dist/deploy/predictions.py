@@ -1,12 +1,19 @@
-"""Predictions as a record, a CSV file and a table of the terminal. Imports no torch."""
+"""Predictions as a record, two files and a table of the terminal, whatever computed them.
+
+Needs the standard library alone, because ONNX models are run on machines that have little else.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fpcn_dist.runtime.files import write_text
 
 _TABLE_ROWS = 40
 
@@ -20,26 +27,44 @@ class Prediction:
         predicted: the most probable class.
         probabilities: of every class, in label order; they sum to 1.
         object_share: share of the image inside the region that the model looked at.
+        overlay: name of the drawing of that region in overlays/; ``None`` where none is drawn.
     """
 
     file: str
     predicted: str
     probabilities: dict[str, float]
     object_share: float
+    overlay: str | None = None
 
 
-def to_csv(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
+def write_predictions(output: Path, predictions: Sequence[Prediction]) -> None:
+    """Write predictions.json and predictions.csv to a folder; they name overlays where there are any.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    records = [asdict(one) for one in predictions]
+    if all(one.overlay is None for one in predictions):
+        for record in records:
+            del record["overlay"]
+    write_text(output / "predictions.json", json.dumps(records, indent=2))
+    write_text(output / "predictions.csv", _to_csv(predictions))
+
+
+def _to_csv(predictions: Sequence[Prediction]) -> str:
+    overlays = any(one.overlay is not None for one in predictions)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "predicted", *(f"probability {name}" for name in classes), "object_share"])
+    probabilities = [f"probability {name}" for name in predictions[0].probabilities]
+    rows.writerow(["file", "predicted", *probabilities, "object_share", *["overlay"] * overlays])
     for one in predictions:
-        shown = (f"{one.probabilities[name]:.6f}" for name in classes)
-        rows.writerow([one.file, one.predicted, *shown, f"{one.object_share:.4f}"])
+        shown = (f"{probability:.6f}" for probability in one.probabilities.values())
+        rows.writerow([one.file, one.predicted, *shown, f"{one.object_share:.4f}", *[one.overlay] * overlays])
     return text.getvalue()
 
 
 def to_table(predictions: Sequence[Prediction]) -> Iterator[str]:
-    """Lines: a head, the first predictions, and how often each class was found where not all are shown."""
+    """Give lines: a head, the first predictions, and how often each class was found where not all are shown."""
     rows = [("file", "class", "probability", "runner-up")]
     for one in predictions[:_TABLE_ROWS]:
         ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])

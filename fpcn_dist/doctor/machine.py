@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
+import psutil
 import torch
 from torch.cuda import nccl as torch_nccl
 
@@ -92,8 +93,8 @@ def processor(ranks_here: int) -> Iterator[Finding]:
 
 def memory(ranks_here: int) -> Iterator[Finding]:
     """Memory that is free, and the part of it that processes can share."""
-    fields = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
-    free, total = int(fields["MemAvailable"]) * 1024, int(fields["MemTotal"]) * 1024
+    machine = psutil.virtual_memory()
+    free, total = machine.available, machine.total
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total, free = min(total, int(text)), min(free, int(text))

@@ -28,7 +28,7 @@ from fpcn_dist.runtime.files import write_text
 if TYPE_CHECKING:
     from fpcn_dist.models import Classifier
 
-FILE = "evaluation.json"
+EVALUATION_FILE = "evaluation.json"
 AREAS = ("0-25%", "25-50%", "50-75%", "75-100%")
 """Share of the feature map's cells inside the region, in the four parts of the paper's Figure 4."""
 
@@ -113,7 +113,7 @@ class Evaluation:
 
     def save(self, run_dir: Path) -> None:
         """Write ``run_dir``/evaluation.json."""
-        write_text(Path(run_dir) / FILE, self.to_json() + "\n")
+        write_text(Path(run_dir) / EVALUATION_FILE, self.to_json() + "\n")
 
     @classmethod
     def load(cls, run_dir: Path) -> Evaluation | None:
@@ -122,7 +122,7 @@ class Evaluation:
         Raises:
             UserError: the file is damaged.
         """
-        path = Path(run_dir) / FILE
+        path = Path(run_dir) / EVALUATION_FILE
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

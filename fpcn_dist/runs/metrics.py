@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line before the last is not a JSON object, so something else has written to the file.
     """
-    path = Path(run_dir) / FILE
+    path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines()
@@ -64,8 +64,8 @@ class MetricsLogger:
             return
         run_dir = Path(run_dir)
         kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= start_step] if start_step else []
-        write_text(run_dir / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = open(run_dir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        write_text(run_dir / METRICS_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = open(run_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def log_step(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -119,7 +119,7 @@ class Standing(NamedTuple):
 
 def read_standing(run: Path) -> Standing:
     """From the end of a run's metrics, however long these are."""
-    path = run / FILE
+    path = run / METRICS_FILE
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

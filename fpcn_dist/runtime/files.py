@@ -1,4 +1,7 @@
-"""Writing files whole or not at all: whoever reads, or kills, a run sees the old file or the new one, never half."""
+"""Writing files whole or not at all: whoever reads, or kills, a run sees the old file or the new one, never half.
+
+Machines that only run an ONNX model use this too: torch and safetensors are imported where tensors are written.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fpcn_dist.runtime.errors import Outage, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def make_folder(path: Path) -> None:
@@ -62,6 +65,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replace ``path`` by a safetensors file of contiguous CPU tensors; see :func:`replacing`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with replacing(path) as temporary:
         try:
             save_file(dict(tensors), temporary, dict(metadata))

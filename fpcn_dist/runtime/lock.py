@@ -1,8 +1,13 @@
 """One writer for a folder: a lock that lives as long as its owner, on any file system that renames atomically.
 
-The owner rewrites the lock every few seconds. Who finds it owned waits until it is seen to be alive, and is then
-refused; or until it has not moved for long enough, and then takes it over. No clocks of different machines are
-compared, and an owner on this machine, or in an earlier start of this batch job, is known to be dead at once.
+The owner rewrites the lock every few seconds. Another process that finds the lock watches it: if the lock changes, its
+owner is alive, and the other process is refused; if the lock does not change for long enough, its owner is dead, and
+the other process takes the lock over. No clocks of different machines are compared. There is nothing to wait for if the
+owner ran on this machine, where its process is looked up, or in an earlier start of this batch job.
+
+filelock.SoftFileLease gives signs of life in a similar way, but it cannot refuse as soon as it sees that an owner is
+alive, so that a user would always wait for a minute; it knows nothing of batch jobs that SLURM starts again; and its
+signs are modification times, which NFS shows to other machines late.
 """
 
 from __future__ import annotations
@@ -19,11 +24,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fpcn_dist.runtime.errors import UserError
 
 FILE = ".lock"
 _BEAT, _PATIENCE = 5.0, 60.0
 """Seconds between two signs of life, and without any after which an owner is dead."""
+_CLOCK_STEP = 30.0
+"""Seconds by which the start of a process may seem to have moved, because this machine's clock was set."""
 _LOST = 4
 """Exit status of an owner that finds its folder taken over."""
 
@@ -62,7 +71,7 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
 
 
 def _acquire(path: Path, token: str, patience: float) -> dict[str, Any] | None:
-    """Own the lock; gives its owner instead where that is alive."""
+    """Own the lock, taking it over from a dead owner; gives the owner instead where that is alive."""
     while not _create(path, token):
         found = _read(path)
         alive = _lives(found) if found else None
@@ -80,8 +89,9 @@ def _acquire(path: Path, token: str, patience: float) -> dict[str, Any] | None:
 def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) -> bool:
     """Put our lock in the place of a dead owner's; ``False`` where another has.
 
-    Between looking at a lock and replacing it, it may have become another's. Who replaces it therefore holds a lock on
-    just this replacement, which whoever finds its owner dead takes over in the same way.
+    Between a look at the lock and its replacement, the lock may have become another's. A process that replaces it
+    therefore holds a second lock, on this replacement alone. If that process dies, too, its second lock is taken over
+    in the same way.
     """
     claim = path.with_name(f"{FILE}-{dead['token']}-claim")
     if _acquire(claim, token, patience) is not None:
@@ -128,22 +138,30 @@ def _replace(path: Path, token: str, beats: int) -> None:
 
 def _describe(token: str, beats: int) -> dict[str, Any]:
     return {
-        "token": token, "host": socket.gethostname(), "namespace": _namespace(), "process": os.getpid(),
-        "started": _start_of(os.getpid()), "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)), "beats": beats,
-    }  # fmt: skip
+        "token": token,
+        "host": socket.gethostname(),
+        "namespace": _namespace(),
+        "process": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "beats": beats,
+    }
 
 
 def _namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
 
 
-def _start_of(process: int) -> str | None:
-    """When a process of this machine began, in ticks; a number that is used again has another."""
+def _start_of(process: int) -> float | None:
+    """When a process of this machine began; ``None`` if there is none. A number that is used again has another start.
+
+    A process that has ended, and whose parent has not asked for its status yet, is there no more.
+    """
     try:
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-        return stat.rpartition(")")[2].split()[19]
-    except OSError:
+        found = psutil.Process(process)
+        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+    except psutil.Error:
         return None
 
 
@@ -160,7 +178,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _lives(owner: dict[str, Any]) -> bool | None:
     """Whether an owner is alive; ``None`` where that cannot be known from here."""
     if (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace()):
-        return _start_of(owner["process"]) == owner["started"]
+        began = _start_of(owner["process"])
+        return began is not None and abs(began - owner["started"]) < _CLOCK_STEP
     # SLURM starts a job again when all of its last start has ended.
     job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     return False if job is not None and owner.get("job") == job and owner["restart"] < restart else None

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from fpcn_dist.data.dali import Decoding, Request, resize_by_dali, resize_by_torch
+from fpcn_dist.data.dali import BatchRequest, Decoding, resize_by_dali, resize_by_torch
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.recipe.schema import DataConfig
@@ -24,7 +24,7 @@ LEVEL = 1.01 / 255
 
 def _pipeline(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tensor:
     """[B, 3, crop, crop] pixels in [0, 1] as the pipeline makes them."""
-    request = Request([str(path) for path in paths], crops)
+    request = BatchRequest([str(path) for path in paths], crops)
     images = Decoding(iter([request]), config, CPU, len(paths), 2).next()
     return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 

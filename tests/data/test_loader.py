@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.dali import Decoding, Request
+from fpcn_dist.data.dali import BatchRequest, Decoding
 from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.sampler import views
@@ -61,7 +61,7 @@ def _joined(batches: list[Batch]) -> Batch:
 def _decoded(manifest: Manifest, image_ids: Tensor, crops: Tensor) -> Tensor:
     """The images, each decoded on its own."""
     requests = [
-        Request([str(manifest.path(i))], crops[None].numpy())
+        BatchRequest([str(manifest.path(i))], crops[None].numpy())
         for i, crops in zip(image_ids.tolist(), crops, strict=True)
     ]
     decoding = Decoding(iter(requests), CONFIG, CPU, 1, 1)

@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -105,14 +108,25 @@ def test_predictions_are_those_with_torch(
         assert one.predicted == max(one.probabilities, key=one.probabilities.__getitem__)
     same = [one.object_share == pytest.approx(other.object_share) for one, other in zip(found, expected, strict=True)]
     assert np.mean(same) > 0.9
-    assert json.loads((tmp_path / "onnx" / "predictions.json").read_text()) == [one.__dict__ for one in found]
+    records, with_overlays = (json.loads((tmp_path / n / "predictions.json").read_text()) for n in ("onnx", "torch"))
+    assert [record | {"overlay": None} for record in records] == [asdict(one) for one in found]
+    assert with_overlays == [asdict(one) for one in expected]
     with open(tmp_path / "onnx" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    columns = (tmp_path / "torch" / "predictions.csv").read_text().partition("\n")[0].split(",")
+    assert columns == [*rows[0], "overlay"]
     assert [(row["file"], row["predicted"]) for row in rows] == [(one.file, one.predicted) for one in found]
     assert float(rows[0]["probability marble"]) == pytest.approx(found[0].probabilities["marble"], abs=1e-6)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["file", "class", "probability", "runner-up"] and lines[1].startswith(str(single))
     assert len(lines) == 1 + 25 + 1
+
+
+def test_it_needs_few_packages() -> None:
+    heavy = {"torch", "safetensors", "pydantic", "rich", "yaml"}
+    program = f"import sys, fpcn_dist.deploy.onnx_predict; print({heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_bad_files_are_listed_and_the_rest_is_classified(

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.models import resnet18
 
 from fpcn_dist.models.cost import datasheet_flops, model_flops, peak_flops
-from fpcn_dist.runs.metrics import FILE, MetricsLogger, read_metrics
+from fpcn_dist.runs.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.training.progress import Progress
 
@@ -57,7 +57,7 @@ def test_resuming_drops_exactly_the_later_steps(tmp_path: Path) -> None:
         *((step, step) for step in range(1, 7)), (7, 7.5), (8, 8.5)
     ]  # fmt: skip
     assert _scalars(tmp_path, "train/loss") == {step: step + 0.5 * (step > 6) for step in range(1, 9)}
-    assert [path.name for path in tmp_path.iterdir() if path.name != "tensorboard"] == [FILE]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "tensorboard"] == [METRICS_FILE]
 
 
 def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b'{"kind": "st', b'{"kind": "step", "step": 6, "loss"\n', b"\xff\x00", b"7"])
 def test_a_torn_last_line_is_dropped_by_reader_and_resume(tmp_path: Path, torn: bytes) -> None:
     _log_steps(tmp_path, 1, 5)
-    with open(tmp_path / FILE, "ab") as file:
+    with open(tmp_path / METRICS_FILE, "ab") as file:
         file.write(torn)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     _log_steps(tmp_path, 6, 6, start_step=5)
@@ -78,9 +78,9 @@ def test_a_torn_last_line_is_dropped_by_reader_and_resume(tmp_path: Path, torn: 
 
 def test_a_foreign_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     _log_steps(tmp_path, 1, 2)
-    text = (tmp_path / FILE).read_text()
-    (tmp_path / FILE).write_text(text.replace("\n", "\nhello\n", 1))
-    with pytest.raises(UserError, match=rf"{FILE}:2.*not a line of metrics"):
+    text = (tmp_path / METRICS_FILE).read_text()
+    (tmp_path / METRICS_FILE).write_text(text.replace("\n", "\nhello\n", 1))
+    with pytest.raises(UserError, match=rf"{METRICS_FILE}:2.*not a line of metrics"):
         read_metrics(tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_numbers_that_ran_away_stay_valid_json(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    line = json.loads((tmp_path / FILE).read_text(), parse_constant=refuse)
+    line = json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=refuse)
     assert line["loss"] is None and line["grad_norm"] is None
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fpcn_dist.runtime import lock
@@ -77,6 +78,20 @@ def test_a_killed_owner_on_this_machine_is_known_to_be_dead_at_once(tmp_path, ow
     owner.wait()
     with locked(tmp_path):
         assert WAITING not in capfd.readouterr().out
+
+
+def test_an_owner_that_is_dead_but_not_yet_waited_for_is_dead(tmp_path, owner):
+    owner.send_signal(signal.SIGKILL)
+    while psutil.Process(owner.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("moved", "lives"), [(5, True), (3600, False)])
+def test_a_process_is_known_by_its_start_although_the_clock_may_be_set(tmp_path, owner, moved, lives):
+    found = json.loads((tmp_path / FILE).read_text())
+    assert lock._lives(found | {"started": found["started"] + moved}) is lives
 
 
 def test_an_owner_on_another_machine_that_lives_refuses(tmp_path):

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fpcn_dist import __version__
 from fpcn_dist.runtime.files import write_text
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 
 
 def write_page(folder: Path, template: Path, **values: Any) -> Path:
@@ -23,5 +23,5 @@ def write_page(folder: Path, template: Path, **values: Any) -> Path:
         loader=FileSystemLoader([template.parent, Path(__file__).parent]), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    write_text(folder / FILE, templates.get_template(template.name).render(**values, version=__version__))
-    return folder / FILE
+    write_text(folder / REPORT_FILE, templates.get_template(template.name).render(**values, version=__version__))
+    return folder / REPORT_FILE

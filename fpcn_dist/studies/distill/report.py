@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from fpcn_dist.runs.report.figures import SERIES, STYLE, to_svg
-from fpcn_dist.runs.report.page import FILE, write_page
+from fpcn_dist.runs.report.page import REPORT_FILE, write_page
 
 if TYPE_CHECKING:
     from fpcn_dist.studies.distill.results import DistillationResults
@@ -42,7 +42,7 @@ def build_distillation_report(output: Path, results: DistillationResults) -> Pat
         results=results,
         # Markup: the SVG comes from matplotlib, which escapes its labels.
         plot=Markup(draw_accuracy_against_cost(results)),
-        links={name: quote(f"{name}/{FILE}") for name in reports if (output / name / FILE).is_file()},
+        links={name: quote(f"{name}/{REPORT_FILE}") for name in reports if (output / name / REPORT_FILE).is_file()},
     )
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from fpcn_dist.runs.report.page import FILE, write_page
+from fpcn_dist.runs.report.page import REPORT_FILE, write_page
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.reproduce.figures import draw
 from fpcn_dist.studies.reproduce.tables import (
@@ -61,7 +61,9 @@ def build_reproduction_report(output: Path, results: ReproductionResults) -> Pat
         tables=[_Section(table, Markup(draw(table)), _heads(table), _lines(table)) for table in results.tables],
         summary=_summary,
         pictures=[_pictures(output, comparison) for comparison in results.comparisons],
-        links={folder: quote(f"{folder}/{FILE}") for folder in runs if (output / folder / FILE).is_file()},
+        links={
+            folder: quote(f"{folder}/{REPORT_FILE}") for folder in runs if (output / folder / REPORT_FILE).is_file()
+        },
         files=[name for name in (CSV, JSON, MARKDOWN) if (output / name).is_file()],
         script=Markup(script),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from fpcn_dist.runs.report.page import FILE, write_page
+from fpcn_dist.runs.report.page import REPORT_FILE, write_page
 from fpcn_dist.studies.search import figures
 from fpcn_dist.studies.search.space import NUM_PAIRS
 
@@ -142,6 +142,6 @@ def _cells(results: SearchResults, trial: TrialRecord, columns: tuple[str, ...])
 def _links(output: Path, number: int) -> list[tuple[str, str]]:
     """Text and address of the reports of a trial: its own, and those of the runs inside it."""
     folder = Path("trials") / f"{number:05d}"
-    inner = sorted(path.parent.name for path in (output / folder).glob(f"*/{FILE}") if path.is_file())
-    own = [("report", folder / FILE)] if (output / folder / FILE).is_file() else []
-    return [(text, quote(str(path))) for text, path in [*own, *((name, folder / name / FILE) for name in inner)]]
+    inner = sorted(path.parent.name for path in (output / folder).glob(f"*/{REPORT_FILE}") if path.is_file())
+    own = [("report", folder / REPORT_FILE)] if (output / folder / REPORT_FILE).is_file() else []
+    return [(text, quote(str(path))) for text, path in [*own, *((name, folder / name / REPORT_FILE) for name in inner)]]
