@@ -14,14 +14,12 @@ import tempfile
 from collections import Counter
 from typing import Any, NamedTuple
 
+from fpcn_kernels._launch import LaunchRecord
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction, create_function_from_signature
-
-LaunchRecord = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
-"""(kernel, grid, arguments, constants), as :func:`fpcn_kernels._launch.recording` collects them."""
 
 # Dynamic shared memory that a program may have, in bytes, by compute capability.
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -66,13 +64,13 @@ class Compiled(NamedTuple):
     kernel: str
     arch: int
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     stack_bytes: int
-    """Of a thread; spilled registers lie there."""
+    """The stack of a thread, where spilled registers lie."""
     local_accesses: int
     """Loads and stores of local memory in the code."""
     shared_bytes: int
-    """Of a program."""
+    """Shared memory of a program."""
     warps: int
     straight: dict[str, int]
     """Counts as in :class:`Loop` of the code outside of all loops."""
@@ -207,13 +205,13 @@ def _count(body: list[_Instruction]) -> dict[str, int]:
 
 
 def _bytes(suffixes: str) -> int:
-    """That a thread moves."""
+    """How many bytes a thread moves."""
     width = re.search(r"\.[US]?(8|16|64|128|256)\b", suffixes)
     return int(width[1]) // 8 if width else 4
 
 
 def _matrix_flops(instruction: _Instruction) -> int:
-    """Of one warp. HMMA.1688: 16 x 8 by 8; HGMMA.64x128x8: a product of four warps."""
+    """FLOPs of one warp. HMMA.1688 multiplies 16 x 8 by 8; four warps share the product of an HGMMA.64x128x8."""
     if together := re.match(r"\.(\d+)x(\d+)x(\d+)", instruction.suffixes):
         m, n, k = (int(size) for size in together.groups())
         return 2 * m * n * k // 4

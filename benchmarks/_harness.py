@@ -30,7 +30,7 @@ MODES = {"cpu": ("eager",), "cuda": ("eager", "eager, L2 warm", GRAPH)}
 
 
 class Spread(NamedTuple):
-    """Milliseconds over the repeats."""
+    """How the milliseconds of a function spread over the repeats."""
 
     median_ms: float
     min_ms: float
@@ -66,7 +66,7 @@ def timings(functions: Mapping[Key, Run], repeats: int, mode: str) -> dict[Key, 
 
 
 def milliseconds(functions: Mapping[Key, Run], repeats: int, mode: str) -> dict[Key, list[float]]:
-    """Of each repeat, in their order."""
+    """The milliseconds of each repeat, in their order."""
     if mode == GRAPH:
         functions = {key: _captured(function) for key, function in functions.items()}
     for function in functions.values():
@@ -169,7 +169,7 @@ def show(title: str, columns: list[str], rows: list[list[str]], left: int, capti
     Console(width=None if os.isatty(1) else 150).print(table)
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
+def write_json(path: Path, report: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"Figures: {path}")

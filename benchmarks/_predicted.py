@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from fpcn_kernels._launch import recording
+from fpcn_kernels._launch import LaunchRecord, recording
 from fpcn_kernels.pairs import backend_triton as pairs_triton
 from fpcn_kernels.pairs.assemble import all_pairs
 from fpcn_kernels.pairs.problem import Gradients, PairProblem
@@ -24,7 +24,7 @@ from fpcn_kernels.pooling import backend_triton as pooling_triton
 from fpcn_kernels.shards import PassingRows
 from torch import Tensor
 
-from benchmarks._compile import Compiled, LaunchRecord, compile_launch, specialize
+from benchmarks._compile import Compiled, compile_launch, specialize
 from benchmarks._harness import show
 
 ARCH = 90
@@ -41,7 +41,7 @@ class Launch(NamedTuple):
     code: Compiled
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    """By name, constants included."""
+    """What the kernel was given, by name, constants included."""
 
     @property
     def programs(self) -> int:
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of a launch, or of several of the same kernel."""
+    """What one launch does, or several of the same kernel."""
 
     kernel: str
     launches: int
@@ -67,7 +67,7 @@ class Work(NamedTuple):
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds."""
+        """How many seconds each resource needs at least."""
         return {
             "memory": self.bytes / BANDWIDTH,
             "instructions": self.instructions / ISSUE_RATE,
@@ -160,7 +160,7 @@ def _pair_trips(launch: Launch) -> list[float]:
 
 
 def _pair_bytes(given: dict[str, Any]) -> int:
-    """Of the tensors that a launch reads or writes, each once, less the scores, which stay in the L2."""
+    """Bytes of the tensors that a launch reads or writes, each once; without the scores, which stay in the L2."""
     unread = ("scores", "class_grad", "shift", "own_words", "others_words", "unit_words")
     return sum(t.nbytes for name, t in given.items() if isinstance(t, Tensor) and name not in unread)
 

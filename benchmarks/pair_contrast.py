@@ -82,7 +82,7 @@ def step(function: Loss, inputs: Inputs, **options: str) -> list[Tensor]:
 
 
 def largest_difference(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Over the loss and all gradients, each relative to its own largest entry."""
+    """The largest difference over the loss and all gradients, each relative to its own largest entry."""
     return max(float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
 
 

@@ -10,8 +10,8 @@ from fpcn_dist.tasks.base import Task, TaskOutput
 
 
 class Classify(Task):
-    """Baseline of the paper's Figure 5 and Table 4, the same backbone without region and pairs; and the basic networks
-    and Bilinear CNN of its Table 2."""
+    """The plain cross-entropy trains the baseline of the paper's Figure 5 and Table 4, which is FPCN's backbone without
+    region and pairs, and the basic networks and Bilinear CNN of its Table 2."""
 
     def encode(self, batch: Batch, step: int) -> Tensor:
         return self.model.pool(batch.images).pooled

@@ -16,7 +16,7 @@ from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_los
 
 
 class Contrast(Task):
-    """Class loss over pairs of the global batch + lambda x centre loss.
+    """The loss is the class loss over pairs of the global batch + lambda x centre loss.
 
     Args:
         model: the network.

@@ -263,7 +263,7 @@ class _Dropout(NamedTuple):
 
 
 def _gated(fused_PC: Tensor, a_PC: Tensor, b_PC: Tensor) -> Tensor:
-    """[4 P, C]: all a gated by themselves, all b by themselves, all a gated by b, all b gated by a."""
+    """The gated vectors [4 P, C]: first every a and every b gated by itself, then every a by its b and b by its a."""
     gate_a, gate_b = torch.sigmoid(fused_PC * a_PC), torch.sigmoid(fused_PC * b_PC)
     by_self = torch.cat([a_PC + gate_a * a_PC, b_PC + gate_b * b_PC])
     by_other = torch.cat([a_PC + gate_b * a_PC, b_PC + gate_a * b_PC])

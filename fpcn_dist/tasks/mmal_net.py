@@ -12,7 +12,7 @@ from fpcn_dist.tasks.base import Task, TaskOutput
 
 
 class MMALNetTask(Task):
-    """CE(image) + CE(object) + mean CE(parts); at first, while regions mean nothing, CE(image) alone.
+    """The loss is CE(image) + CE(object) + mean CE(parts); at first, while regions mean nothing, CE(image) alone.
 
     Args:
         model: the network.
@@ -23,7 +23,7 @@ class MMALNetTask(Task):
     model: MMALNet
 
     def encode(self, batch: Batch, step: int) -> Tensor:
-        """[B, (1 + 1 + N) C]: image, object, N parts; [B, C] while there are but images."""
+        """The features [B, (1 + 1 + N) C] of image, object and N parts; those of the image [B, C] at the start."""
         if step < self.setting.steps_per_epoch:
             return self.model.raw(batch.images)[0]
         found = self.model.branches(batch.images, parts=True)
@@ -46,6 +46,6 @@ class MMALNetTask(Task):
         return TaskOutput(loss, logits, parts)
 
     def _class_loss(self, branches_BRC: Tensor, labels: Tensor) -> Tensor:
-        """Mean over images and branches."""
+        """The mean cross-entropy over images and branches."""
         logits = self.model.logits(branches_BRC.flatten(0, 1))
         return F.cross_entropy(logits, labels.repeat_interleave(branches_BRC.shape[1]))

@@ -23,7 +23,7 @@ _DRAWS = 4096
 
 
 class PCANetTask(Task):
-    """(CE(image) + CE(erased image) + CE(co-attention)) / 3 + weight x centre loss.
+    """The loss is (CE(image) + CE(erased image) + CE(co-attention)) / 3 + weight x centre loss.
 
     Every image of a pair is the first of one and may be the second of others, so these three are the published six
     cross-entropies of both images of a pair.
@@ -45,7 +45,7 @@ class PCANetTask(Task):
         self.centers = ClassCenters(model.classifier.out_features, FEATURES * ATTENTION)
 
     def encode(self, batch: Batch, step: int) -> Tensor:
-        """[B, (512 + M) P + 512 M]: the maps of the images, and the bilinear vectors of the erased images."""
+        """The maps of the images, then the bilinear vectors of the erased images: [B, (512 + M) P + 512 M]."""
         features, attention = self.model.maps(batch.images)
         draws = self._generator(batch.images.device, step, purpose=0)
         uniform = torch.rand(_DRAWS, 2, generator=draws, device=batch.images.device)
@@ -76,7 +76,7 @@ class PCANetTask(Task):
         return TaskOutput(loss, logits.detach(), parts)
 
     def _co_attention_loss(self, features: Tensor, attention: Tensor, labels: Tensor, step: int) -> Tensor:
-        """Mean cross-entropy of the images of this rank, each after a look at its partners in the global batch."""
+        """The mean cross-entropy of the images of this rank, each after a look at its partners in the global batch."""
         everyone = all_gather_unlike(attention.flatten(1), self.group).unflatten(1, (ATTENTION, -1))
         all_labels, count = all_gather(labels, self.group), len(labels)
         generator = self._generator(labels.device, step, purpose=1)
@@ -90,7 +90,7 @@ class PCANetTask(Task):
         return torch.stack(looked).mean()
 
     def _partners(self, images: int) -> int:
-        """k of the global batch."""
+        """How many partners k each image of the global batch has."""
         pairs = self.config.num_pairs or images
         if pairs % images or pairs >= images * images:
             near = max(1, min(pairs // images, images - 1)) * images

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ import torch
 # Set by whoever wants a kernel faster than the table's configuration makes it, and has a minute: see choose().
 AUTOTUNE = "FPCN_AUTOTUNE"
 
-_recorder: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] | None = None
-_tuned: dict[tuple[Any, ...], dict[str, int]] = {}
+LaunchRecord = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+"""(kernel, grid, arguments, constants) of a launch."""
+
+_recorder: list[LaunchRecord] | None = None
+_tuned: dict[tuple[Hashable, ...], dict[str, int]] = {}
 
 
 def use_triton(backend: str, device: torch.device, dtype: torch.dtype, limit: str | None = None) -> bool:
@@ -83,8 +86,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]]:
-    """Collect (kernel, grid, arguments, constants) of every launch instead of launching.
+def recording() -> Iterator[list[LaunchRecord]]:
+    """Collect the records of all launches instead of launching.
 
     With tensors on the meta device this tells what an operation would launch at any shape, without a GPU.
     """
@@ -96,7 +99,7 @@ def recording() -> Iterator[list[tuple[Any, tuple[int, ...], tuple[Any, ...], di
         _recorder = outer
 
 
-def choose(key: tuple[Any, ...], table: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None]) -> None:
+def choose(key: tuple[Hashable, ...], table: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None]) -> None:
     """Run a kernel with a configuration for ``key``: the table's first, known to be good, unless the environment sets
     ``FPCN_AUTOTUNE=1``; then the fastest of the table, timed at the first call with this key in this process.
 

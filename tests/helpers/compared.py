@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -20,13 +19,12 @@ SMALLER = {"bilinear_cnn": "resnet18", "api_net": "resnet18", "mmal_net": "resne
 """Backbones in place of larger ones."""
 
 
-def recipe(system: str, **sections: Any) -> Recipe:
-    """The published recipe, from scratch, on small images; ``sections`` replace some of its fields."""
+def recipe(system: str, **sections: dict[str, object]) -> Recipe:
+    """Give the published recipe on small images and without pretrained weights, other fields as ``sections`` say."""
     values = yaml.safe_load((ROOT / f"launch/recipes/compared/{system}.yaml").read_text())
     values["model"] |= {"pretrained": False, "backbone": SMALLER.get(system, values["model"]["backbone"])}
-    values["data"] = {
-        "resize": CROP + 8, "crop": CROP, "classes_per_batch": None, "images_per_class": IMAGES, "threads": 1
-    }  # fmt: skip
+    values["data"] = {"resize": CROP + 8, "crop": CROP, "threads": 1}
+    values["data"] |= {"classes_per_batch": None, "images_per_class": IMAGES}
     values["train"] = {}
     if "num_pairs" in values.get("contrast", {}):
         values["contrast"]["num_pairs"] = None
@@ -36,7 +34,7 @@ def recipe(system: str, **sections: Any) -> Recipe:
 
 
 def batch(rocks: Path, chosen: Recipe) -> Batch:
-    """The first training batch of ``chosen`` on a folder of photographs."""
+    """Give the first training batch of the recipe ``chosen`` on a folder of photographs."""
     manifest = build_manifest(rocks, chosen.data, 0)
     loader = TrainLoader(manifest, chosen.data, 0, rank=0, world_size=1, device=torch.device("cpu"))
     first = next(loader)

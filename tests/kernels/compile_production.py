@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from fpcn_kernels._launch import recording
+from fpcn_kernels._launch import LaunchRecord, recording
 from fpcn_kernels.pairs import backend_triton as pairs_triton
 from fpcn_kernels.pairs.problem import Side, SideGradients
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from fpcn_kernels.pooling import backend_triton as pooling_triton
 
-from benchmarks._compile import LaunchRecord, compile_launch, specialize
+from benchmarks._compile import compile_launch, specialize
 
 DEVICE = torch.device("meta")
 

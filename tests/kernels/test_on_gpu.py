@@ -64,7 +64,7 @@ def test_masked_pool_allocates_no_second_map():
 
 
 def make_pairs(images, classes, dtype, seed, channels=2048, width=512):
-    """With logits of order one, as a trained network has them."""
+    """Give a problem whose logits are of order one, as a trained network has them."""
     problem = make_problem(images, channels, width, classes, seed=seed)
     fan_in = {"fuse_in_weight": 2 * channels, "fuse_out_weight": width, "classifier_weight": channels}
     problem = mapped(problem, lambda name, values: (values * fan_in.get(name, 1) ** -0.5).to(CUDA, dtype))

@@ -15,9 +15,16 @@ from tests.helpers.distilling import ALONE
 
 # Learning rate and steps in which each learns twelve photographs by heart, or nearly.
 LEARNING = {
-    "alexnet": (1e-4, 18), "api_net": (1e-3, 6), "bilinear_cnn": (1e-3, 6), "googlenet": (1e-3, 12),
-    "lenet": (3e-3, 40), "mmal_net": (1e-3, 7), "pca_net": (1e-4, 9), "resnet50": (1e-3, 7), "vgg16": (1e-4, 10),
-}  # fmt: skip
+    "alexnet": (1e-4, 18),
+    "api_net": (1e-3, 6),
+    "bilinear_cnn": (1e-3, 6),
+    "googlenet": (1e-3, 12),
+    "lenet": (3e-3, 40),
+    "mmal_net": (1e-3, 7),
+    "pca_net": (1e-4, 9),
+    "resnet50": (1e-3, 7),
+    "vgg16": (1e-4, 10),
+}
 
 
 @pytest.fixture(params=SYSTEMS)

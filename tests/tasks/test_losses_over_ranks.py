@@ -35,7 +35,7 @@ def run(rows: slice, group: Group | None) -> dict[str, Any]:
     centers.update(encoder(images).square(), labels, rate=0.3, group=group)
 
     def partners_loss(pooled: Tensor) -> Tensor:
-        """Of each image of this rank with the next one of the global batch, which another rank may hold."""
+        """A loss of each image of this rank with the next one of the global batch, which another rank may hold."""
         everyone = all_gather_unlike(pooled, group)
         start = rows.start or 0
         partner = (torch.arange(len(pooled)) + start + 1) % IMAGES

@@ -43,7 +43,7 @@ def _softmax_kernel(
     BK: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """In place, scores [I, K, J] become q = softmax - one-hot, 0 for pairs not chosen; losses [I, tiles of J]."""
+    """The scores [I, K, J] become q = softmax - one-hot, 0 for pairs not chosen; losses are [I, tiles of J]."""
     i = tl.program_id(1)
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     k = tl.arange(0, BK)

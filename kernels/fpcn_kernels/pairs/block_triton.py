@@ -27,7 +27,7 @@ class Block:
         count, others, classes, width: I, J, K and D of the block.
         G_IKD, g_IK: the block's rows of the side's.
         rows: own images and others with their strides, as the kernels take them.
-        words: what the kernels hash for dropout, of own images, others and units; not read without dropout.
+        words: what the kernels hash for dropout, of own images, others and units. Without dropout no kernel reads them.
         constants: of every launch.
     """
 

@@ -42,7 +42,7 @@ def load_rows(rows, row_stride, j, d, others, D: tl.constexpr):
 
 @triton.jit
 def load_row(row, d, D: tl.constexpr, BD: tl.constexpr):
-    """[1, D]: of the shape of a tile, so that Triton gives it the tile's layout and need not convert it."""
+    """Load a row as [1, D]: Triton gives it the layout of a tile, and need not convert it."""
     if D % BD == 0:
         return tl.load(row + d[None, :])
     else:

@@ -146,9 +146,12 @@ def _pair_contrast(
 
 
 def _scale(x_BC: Tensor, head: PairHead, shards: RowShards, pairs: Tensor | RandomPairs | None) -> Tensor:
-    """The factor that makes the mean over sides, and over ranks, of the summed loss; NaN where an operand is not
-    finite: a relu or an unchosen pair could hide it, which multiplication by zero passes on."""
+    """The factor, 0-dim, of this rank's summed loss such that the mean over ranks is the mean over all sides of pairs.
+
+    It is NaN where an operand is not finite, which a relu or a pair that is not chosen could hide.
+    """
     chosen = shards.total**2 if pairs is None else pairs.count if isinstance(pairs, RandomPairs) else len(pairs)
+    # Multiplication by zero makes NaN of all that is not finite.
     poison = 0 * torch.nn.utils.get_total_norm([t for t in (x_BC, *head) if t.numel()], torch.inf)
     return len(shards.sizes) / (2 * chosen) + poison
 
@@ -156,7 +159,7 @@ def _scale(x_BC: Tensor, head: PairHead, shards: RowShards, pairs: Tensor | Rand
 def _problem(
     x_BC: Tensor, labels: Tensor, head: PairHead, first: int, relu: bool, dropout: PairDropout | None, scale: Tensor
 ) -> PairProblem:
-    """The problem of this rank, whose images go through the first layer here."""
+    """The problem of this rank: its images go through the halves of the first layer here."""
     weight_a, weight_b = head.fuse_in_weight.chunk(2, 1)
     uv_B2D = torch.cat([torch.addmm(head.fuse_in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
     return PairProblem(x_BC, uv_B2D, *head[2:], labels, first, relu, dropout, scale)
@@ -195,7 +198,7 @@ def _summed_loss(
 def _operand_gradients(
     x_BC: Tensor, in_weight: Tensor, gradients: Gradients, grad_uv_B2D: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients of the operands, in their order: those behind u and v, and through the first layer."""
+    """The gradients of the seven operands, in their order: u and v hand theirs on to x, W_in and b_in."""
     weight_a, weight_b = in_weight.chunk(2, 1)
     grad_u_BD, grad_v_BD = grad_uv_B2D.chunk(2, 1)
     grad_in_weight = in_weight.new_empty(in_weight.shape)

@@ -88,6 +88,6 @@ SideLoss = Callable[[Side], Tensor]
 
 
 def ranges(total: int, size: int) -> Iterator[slice]:
-    """[0, total) in pieces of ``size``, at least one element each."""
+    """Cut [0, total) into pieces of ``size`` elements, of one where ``size`` is less."""
     size = max(1, size)
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
