@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch._functorch.config as functorch_config
@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 Key = TypeVar("Key", bound=Hashable)
+P = ParamSpec("P")
+R = TypeVar("R")
 Run = Callable[[], object]
 GRAPH = "CUDA graph"
 MODES = {"cpu": ("eager",), "cuda": ("eager", "eager, L2 warm", GRAPH)}
@@ -114,13 +116,13 @@ def _captured(function: Run) -> Run:
     return graph.replay
 
 
-def compiled(function: Callable[..., Any], *example: Any) -> Callable[..., Any] | str:
+def compiled(function: Callable[P, R], *example: P.args, **options: P.kwargs) -> Callable[P, R] | str:
     """``function`` under torch.compile, called once, or why that failed."""
     # Backward passes are timed alone, which keeps what the forward pass saved.
     functorch_config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]
     result = torch.compile(function, dynamic=False)
     try:
-        result(*example)
+        result(*example, **options)
     # Inductor lacks a C++ compiler, memory, ...: whatever it is stands in the table.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"

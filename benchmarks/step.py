@@ -140,7 +140,7 @@ def main() -> None:
         left=2,
         caption="ratio: of a step to the classifier's beside it",
     )
-    report: dict[str, Any] = {"machine": machine(options.device), "setting": setting, "rows": figures}
+    report: dict[str, object] = {"machine": machine(options.device), "setting": setting, "rows": figures}
     if not on_gpu:
         report["predicted_h200"] = predict([42, 256])
     write_json(options.json, report)
