@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io, transforms
 from torchvision.transforms import v2
 
-from fpcn_dist.data.dali import Decoding, Request
+from fpcn_dist.data.dali import BatchRequest, Decoding
 from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.images import cache_file, check_images
 from fpcn_dist.data.normalisation import MEAN, STD
@@ -88,7 +88,7 @@ def _tensor(config: DataConfig) -> Callable[[str], Tensor]:
 def _ours(paths: Sequence[str], config: DataConfig, threads: int) -> Iterator[Tensor]:
     ids = np.arange(len(paths))
     parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(paths), _BATCH_SIZE)]
-    requests = (Request(list(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
+    requests = (BatchRequest(list(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
     decoding = Decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
     return (decoding.next() for _ in parts)
 

@@ -13,8 +13,7 @@ from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import CheckpointFolder, model_weights
-from fpcn_dist.runs.evaluation import FILE as EVALUATION
-from fpcn_dist.runs.evaluation import Evaluation, evaluate
+from fpcn_dist.runs.evaluation import EVALUATION_FILE, Evaluation, evaluate
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import load_model, save_model, write_card
 from fpcn_dist.runs.report.run import build_report
@@ -50,7 +49,7 @@ def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
 
 def _report_alone(run: RunFolder) -> None:
     # What an evaluation has left there was of other weights.
-    (run.path / EVALUATION).unlink(missing_ok=True)
+    (run.path / EVALUATION_FILE).unlink(missing_ok=True)
     shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
     console = Console(soft_wrap=True)
     console.print("nothing was evaluated: the data have no validation or test images", highlight=False)

@@ -28,7 +28,7 @@ import psutil
 
 from fpcn_dist.runtime.errors import UserError
 
-FILE = ".lock"
+LOCK_FILE = ".lock"
 _BEAT, _PATIENCE = 5.0, 60.0
 """Seconds between two signs of life, and without any after which an owner is dead."""
 _CLOCK_STEP = 30.0
@@ -51,7 +51,7 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
     Raises:
         UserError: another process that is alive owns it, or the lock cannot be written.
     """
-    path, token = folder / FILE, secrets.token_hex(8)
+    path, token = folder / LOCK_FILE, secrets.token_hex(8)
     if (owner := _acquire(path, token, patience)) is not None:
         who = f"process {owner['process']} on {owner['host']}"
         if owner.get("job"):
@@ -93,7 +93,7 @@ def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) ->
     therefore holds a second lock, on this replacement alone. If that process dies, too, its second lock is taken over
     in the same way.
     """
-    claim = path.with_name(f"{FILE}-{dead['token']}-claim")
+    claim = path.with_name(f"{LOCK_FILE}-{dead['token']}-claim")
     if _acquire(claim, token, patience) is not None:
         time.sleep(0.01)
         return False
@@ -111,7 +111,7 @@ def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) ->
 
 def _create(path: Path, token: str) -> bool:
     """Whether the lock was free, and is ours now."""
-    draft = path.with_name(f"{FILE}-{token}-new")
+    draft = path.with_name(f"{LOCK_FILE}-{token}-new")
     try:
         draft.write_text(json.dumps(_describe(token, beats=0)), encoding="utf-8")
         os.link(draft, path)
@@ -131,7 +131,7 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 def _replace(path: Path, token: str, beats: int) -> None:
     """Write the lock anew, whole."""
-    draft = path.with_name(f"{FILE}-{token}")
+    draft = path.with_name(f"{LOCK_FILE}-{token}")
     draft.write_text(json.dumps(_describe(token, beats)), encoding="utf-8")
     os.replace(draft, path)
 

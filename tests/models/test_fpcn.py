@@ -7,7 +7,7 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from fpcn_kernels import pair_contrast
+from fpcn_kernels import PairHead, pair_contrast
 from torch import nn
 
 from fpcn_dist.models import FPCN, Classifier, build_model
@@ -82,7 +82,7 @@ def test_every_alternative_builds_infers_and_trains_all_its_parameters(options: 
     if config.head == "gated":
         arguments["pairs"] = hardest_pairs(pooled, LABELS)
     contrast = gated_contrast_loss if config.head == "gated" else pair_contrast
-    contrast(pooled, LABELS, *layers(model), **arguments).backward()
+    contrast(pooled, LABELS, PairHead(*layers(model)), **arguments).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.isfinite().all(), name

@@ -17,7 +17,7 @@ import pytest
 
 from fpcn_dist.runtime import lock
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.lock import FILE, locked
+from fpcn_dist.runtime.lock import LOCK_FILE, locked
 from tests.helpers.launching import ROOT
 
 WAITING = "was last used by process"
@@ -49,15 +49,15 @@ def owner(tmp_path) -> Iterator[subprocess.Popen[str]]:
 
 def elsewhere(folder: Path, **changes: object) -> None:
     """Let the lock say that its owner is on another machine."""
-    lock = json.loads((folder / FILE).read_text())
+    lock = json.loads((folder / LOCK_FILE).read_text())
     draft = folder / "draft"
     draft.write_text(json.dumps(lock | {"host": "elsewhere"} | changes))
-    draft.replace(folder / FILE)
+    draft.replace(folder / LOCK_FILE)
 
 
 def test_the_owner_keeps_it_and_gives_it_back(tmp_path):
     with locked(tmp_path):
-        assert (tmp_path / FILE).is_file()
+        assert (tmp_path / LOCK_FILE).is_file()
         message = rf"another run is writing to it \(process {os.getpid()} on"
         with pytest.raises(UserError, match=message), locked(tmp_path):
             pass
@@ -90,7 +90,7 @@ def test_an_owner_that_is_dead_but_not_yet_waited_for_is_dead(tmp_path, owner):
 
 @pytest.mark.parametrize(("moved", "lives"), [(5, True), (3600, False)])
 def test_a_process_is_known_by_its_start_although_the_clock_may_be_set(tmp_path, owner, moved, lives):
-    found = json.loads((tmp_path / FILE).read_text())
+    found = json.loads((tmp_path / LOCK_FILE).read_text())
     assert lock._lives(found | {"started": found["started"] + moved}) is lives
 
 
@@ -145,7 +145,7 @@ def test_an_owner_that_was_taken_for_dead_ends(tmp_path):
             process.send_signal(signal.SIGCONT)
             _, shown = process.communicate(timeout=10)
             assert process.returncode == 4 and "has been taken over by another run" in shown
-            assert (tmp_path / FILE).is_file()
+            assert (tmp_path / LOCK_FILE).is_file()
 
 
 def test_who_looked_at_a_dead_lock_does_not_take_its_successor(tmp_path, owner, monkeypatch):
@@ -165,7 +165,7 @@ def test_who_looked_at_a_dead_lock_does_not_take_its_successor(tmp_path, owner, 
     with pytest.raises(UserError, match="another run is writing"), locked(tmp_path):
         pass
     others[0].__exit__(None, None, None)
-    assert not list(tmp_path.glob(FILE + "*"))
+    assert not list(tmp_path.glob(LOCK_FILE + "*"))
 
 
 def test_of_many_that_find_it_dead_one_takes_it(tmp_path, owner):
@@ -196,7 +196,7 @@ def test_of_many_that_find_it_dead_one_takes_it(tmp_path, owner):
 
 
 def test_a_damaged_lock_is_a_dead_one(tmp_path):
-    (tmp_path / FILE).write_text('{"tok')
+    (tmp_path / LOCK_FILE).write_text('{"tok')
     with locked(tmp_path, patience=0.5):
         pass
 
