@@ -1,4 +1,4 @@
-"""Wait until a Ray cluster has as many nodes; batch scripts begin so."""
+"""Wait until a Ray cluster has as many nodes as expected; batch scripts begin with this."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Args:
     """Wait until a Ray cluster has as many nodes as are expected."""
 
     address: Positional[str]
-    """HOST:PORT of its head."""
+    """HOST:PORT of the cluster's head."""
     nodes: Positional[int]
-    """How many."""
+    """How many nodes to wait for."""
 
 
 def main() -> None:

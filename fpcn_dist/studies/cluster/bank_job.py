@@ -23,7 +23,7 @@ def write_bank(ray: Any, slots: Slots, recipe: Recipe, manifest: Manifest, outpu
     Args:
         ray: the module, connected.
         slots: the places.
-        recipe: of a student, with its teacher.
+        recipe: the recipe of a student, with its teacher.
         manifest: the images, which lie in ``output``/manifest.json, too.
         output: folder for manifest.json and logs/.
 
@@ -52,7 +52,7 @@ def write_bank(ray: Any, slots: Slots, recipe: Recipe, manifest: Manifest, outpu
 
 
 def _write_share(recipe: dict[str, Any], folder: str, manifest: str, share: int, shares: int, log: str) -> None:
-    """A share of the bank in ``folder``, of the images of a manifest file; see :meth:`SoftLabelBank.write`."""
+    """Write a share of the bank in ``folder``, for the images of a manifest file; see :meth:`SoftLabelBank.write`."""
     write_output_to(log)
     parsed, images, device = Recipe.model_validate(recipe), Manifest.load(Path(manifest)), own_device()
     use_threads(parsed.data.threads, device)

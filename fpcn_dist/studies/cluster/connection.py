@@ -34,13 +34,13 @@ class Slots(NamedTuple):
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What a rank asks of Ray."""
+        """The resources that a rank asks of Ray, as the bundle of a placement group."""
         gpu = {"GPU": 1.0} if self.kind == "GPU" else {}
         return gpu | {"CPU": float(self.cpus)}
 
     @property
     def options(self) -> dict[str, float]:
-        """The same as options of a remote function."""
+        """The resources that a rank asks of Ray, as options of a remote function."""
         return {"num_cpus": self.bundle["CPU"], "num_gpus": self.bundle.get("GPU", 0.0)}
 
 
@@ -109,7 +109,11 @@ def _remote(address: str) -> Iterator[Any]:
 
 
 def _require_answer(address: str) -> None:
-    """Ray ends the whole process where nobody answers."""
+    """Refuse an address where nobody answers: Ray would end the whole process.
+
+    Raises:
+        UserError: nobody answers there.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
@@ -151,7 +155,11 @@ def find_slots(ray: Any, cpus: int | None = None) -> Slots:
 
 
 def task_result(ray: Any, task: Any) -> Any:
-    """What a remote function gave; a user's mistake in it is raised as what it is."""
+    """The result of a remote function.
+
+    Raises:
+        UserError: the remote function raised it.
+    """
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:

@@ -28,7 +28,7 @@ _ATTEMPTS = 3
 
 
 def survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[str]]:
-    """Why runs of an earlier call stopped for good, and the names of those that are not at their end.
+    """Find out which runs of an earlier call stopped for good, and which are not at their end.
 
     Args:
         output: folder of a run folder for each name.
@@ -47,7 +47,7 @@ def survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[
 
 
 def _what_counts(recipe: Recipe) -> Recipe:
-    """Without what may be another on another cluster, or after a folder has moved."""
+    """``recipe`` without the fields that may differ on another cluster, or after a folder has moved."""
     return recipe.changed(**{"data.threads": None, "distill.teacher": None, "distill.bank": None})
 
 
@@ -63,7 +63,7 @@ def measure_steps(
         ray: the module, connected.
         slots: the places of the cluster.
         runs: recipe of each run to measure, by its name.
-        classes: of the data.
+        classes: the number of classes of the data.
         output: folder of costs.json.
         dry_run: write nothing.
     """
@@ -115,7 +115,7 @@ class Fleet:
         self.queue: deque[Group] = deque()
 
     def run(self, plan: Sequence[Group]) -> dict[str, str]:
-        """Why each run that did not come to its end stopped, by name."""
+        """Run all groups of a plan; returns, by name, why each run that did not come to its end stopped."""
         self.queue.extend(plan)
         names = [name for group in plan for name in group.runs]
         running: list[RunningGroup] = []
@@ -144,13 +144,17 @@ class Fleet:
         return RunningGroup(self.ray, group, self.slots, recipes, str(self.output / "manifest.json"), log)
 
     def _ended(self, running: Sequence[RunningGroup]) -> list[RunningGroup]:
-        """Those of which a rank has ended; waits a second for one."""
+        """The groups of which a rank has ended; waits up to a second for one."""
         tasks = [task for group in running for task in group.tasks] or [group.placed for group in running]
         done, _ = self.ray.wait(tasks, num_returns=1, timeout=1.0)
         return [group for group in running if set(group.tasks) & set(done)]
 
     def _settle(self, ended: RunningGroup) -> dict[str, str]:
-        """What became of each run of a group; those that may try again are queued."""
+        """Decide what becomes of each run of a group; those that may try again are queued.
+
+        Returns:
+            The state of each run in words, by name.
+        """
         result = ended.result()
         ended.stop()
         states, again = {}, []

@@ -24,13 +24,13 @@ class GroupResult(NamedTuple):
 
 
 class _Rank:
-    """A rank; an actor, so that the end of its process or node is noticed."""
+    """One rank of a group: a Ray actor, so that the end of its process or node is noticed."""
 
     def __init__(self) -> None:
         self.meeting: Rendezvous | None = None
 
     def address(self) -> str:
-        """Where the others can meet this one, the first."""
+        """Open the place where the ranks of the group meet, on the first of them; returns its address."""
         import ray
 
         self.meeting = Rendezvous(ray.util.get_node_ip_address())

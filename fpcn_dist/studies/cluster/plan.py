@@ -19,7 +19,7 @@ class Group:
     Attributes:
         runs: their names.
         ranks: processes that share each batch, one on each place.
-        seconds: of one step of all runs, estimated.
+        seconds: the seconds of one step of all runs, estimated.
     """
 
     runs: tuple[str, ...]

@@ -56,12 +56,12 @@ def join(rank: int, world_size: int, meeting: Rendezvous | str) -> Iterator[Rank
 
 
 def describe_rank(rank: int, world_size: int, node: str) -> str:
-    """Where this is, for the log."""
+    """A line for the log that tells which rank this process is, and where it runs."""
     return f"rank {rank} of {world_size}: process {os.getpid()} on {socket.gethostname()}, Ray node {node}"
 
 
 def write_output_to(log: str) -> None:
-    """From now on all output of this process is appended to the file ``log``."""
+    """Append all further output of this process to the file ``log``."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open(log, "ab") as file:

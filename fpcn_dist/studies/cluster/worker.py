@@ -32,7 +32,7 @@ def train_rank(
     log: str,
     node: str,
 ) -> dict[str, str]:
-    """One rank of a group; what :func:`train_together` returns. Its output goes to the file ``log``.
+    """Train as one rank of a group; returns what :func:`train_together` does. All output goes to the file ``log``.
 
     Args:
         recipes: nested dictionaries, by run folder.

@@ -56,12 +56,13 @@ def distill(
     """Train every student of a teacher, side by side; leave run folders, exported models and a report in ``output``.
 
     Args:
-        recipe: of each student, of task "distill", with its teacher; ``model.backbone`` is the student's name.
+        recipe: the recipe of each student, of task "distill", with its teacher. The student's name takes the place of
+            ``model.backbone``.
         data: the image folder.
         output: folder for all of them, on storage that every node sees.
         students: names of networks.
         baselines: also train each without the teacher.
-        address: of a Ray cluster; ``None`` starts one on this machine.
+        address: the address of a Ray cluster; ``None`` starts one on this machine.
         gpus: how many GPUs to use; ``None`` is all.
         dry_run: print the plan, and do nothing.
 

@@ -22,14 +22,14 @@ DISTILLATION_FILE = "distillation.json"
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """The teacher.
+    """The teacher, as a row of the table.
 
     Attributes:
         folder: its run folder.
         sha256: hash of its weights file.
         backbone: name of its network.
         image_size: side in pixels of the images that it and its students see.
-        cost: of one such image.
+        cost: the cost of one such image.
         evaluation: what it scored, where that is known.
     """
 
@@ -43,11 +43,11 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class StudentRow:
-    """A student, trained with the teacher and perhaps without.
+    """A student as a row of the table, trained with the teacher and perhaps without.
 
     Attributes:
-        name: of its network.
-        cost: of one image; ``None`` where none of its runs left a model.
+        name: the name of its network.
+        cost: the cost of one image; ``None`` where none of its runs left a model.
         distilled, baseline: what it scored with the teacher and without; ``None`` where there is no result.
         reasons: by the name of a run, why it has no result.
     """
@@ -75,7 +75,7 @@ class StudentRow:
 
 @dataclass(frozen=True)
 class DistillationResults:
-    """All rows of the table.
+    """The table of a distillation: the teacher and every student.
 
     Attributes:
         teacher, students: the rows.
@@ -90,7 +90,7 @@ class DistillationResults:
 
     @property
     def headings(self) -> tuple[str, ...]:
-        """Of the columns of numbers."""
+        """The headings of the columns of numbers."""
         accuracies = ("baseline %", "distilled %", "gain") if self.baselines else ("accuracy %",)
         return ("params M", "GFLOPs", "ms", *accuracies)
 
@@ -107,7 +107,7 @@ class DistillationResults:
 
     @property
     def caption(self) -> str:
-        """What the numbers mean."""
+        """Sentences below the table that tell what its numbers mean."""
         size = self.teacher.image_size
         found = [score for row in self.students for score in (row.distilled, row.baseline) if score is not None]
         sentences = [

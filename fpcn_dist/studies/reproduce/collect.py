@@ -84,7 +84,7 @@ def collect(
 
 
 class _Collector:
-    """Reads each run once."""
+    """Makes the paper's tables and figures from the run folders; each run is read once."""
 
     def __init__(
         self, grid: Grid, manifest: Manifest, output: Path, students: Sequence[str], failures: Mapping[str, str]
@@ -141,7 +141,7 @@ class _Collector:
         return self._table("figure4", "Figure 4: accuracy by object area", "setting", heads, rows, note)
 
     def table_4(self) -> Table:
-        """Of the distillations, the costs as of the first seed that has them."""
+        """The distilled students; the costs of a network are those of the first seed that has them."""
         distilled = {seed: _read(students_folder(self.output, seed) / DISTILLATION_FILE) for seed in self.grid.seeds}
         rows = [self._teacher_row(distilled)]
         for student in self.students:
@@ -171,7 +171,7 @@ class _Collector:
         return Table("table4", "Table 4: distilled students", "network", heads, scores, tuple(rows), note)
 
     def figure_5(self) -> tuple[Comparison, ...]:
-        """Of the first seed; nothing where one of both networks is missing."""
+        """Figure 5 for the first seed; empty where one of the two networks is missing."""
         seed, networks = self.grid.seeds[0], {}
         device = own_device()
         for title, name in (("plain classifier", BASELINE), ("FPCN", "fpcn")):
@@ -222,7 +222,7 @@ class _Collector:
         return Row(paper.TEACHER.title, _costs(cost, paper.TEACHER), scores, _records(outcomes), reason)
 
     def _outcomes(self, name: str) -> tuple[list[_Outcome], str]:
-        """Of all seeds that have one; and why others have none."""
+        """The outcomes of all seeds that have one, and why the other seeds have none."""
         outcomes, reasons = [], []
         for seed in self.grid.seeds:
             outcome = self._outcome(name, seed)
@@ -259,7 +259,7 @@ def _records(outcomes: Sequence[_Outcome]) -> tuple[RunRecord, ...]:
 
 
 def _training_accuracy(run: Path) -> float:
-    """Mean over the steps of the last epoch."""
+    """The accuracy on training images, as a mean over the steps of the last epoch."""
     steps = [line for line in read_metrics(run) if line["kind"] == "step"]
     last = steps[-1]["epoch"] - 1
     return statistics.fmean(line["accuracy"] for line in steps if line["epoch"] > last + 1e-9)

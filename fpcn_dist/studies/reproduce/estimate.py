@@ -19,10 +19,10 @@ _FORWARD = 1 / 3
 
 
 class Estimate(NamedTuple):
-    """Seconds on one place.
+    """Seconds that runs take on one place.
 
     Attributes:
-        seconds: of each run, or of all students of a teacher, by name.
+        seconds: the seconds of each run, or of all students of a teacher, by name.
         places: how many there are.
     """
 
@@ -31,12 +31,12 @@ class Estimate(NamedTuple):
 
     @property
     def total(self) -> float:
-        """On one place after the other."""
+        """Seconds that all runs take on one place, one after the other."""
         return sum(self.seconds.values())
 
     @property
     def elapsed(self) -> float:
-        """On all places at once."""
+        """Seconds that all runs take on all places at once."""
         return self.total / self.places
 
     def show(self, slots: Slots, finished: int, console: Console) -> None:
@@ -60,7 +60,7 @@ def run_seconds(step: float, recipe: Recipe, manifest: Manifest) -> float:
 
     Args:
         step: seconds of a training step.
-        recipe: of the run.
+        recipe: the recipe of the run.
         manifest: its images.
     """
     batch = recipe.data.batch_size(len(manifest.classes))

@@ -27,7 +27,7 @@ _SMALLER = {"bilinear_cnn": "resnet18", "mmal_net": "resnet18"}
 _RATES = {"pca_net": 0.1}
 """Learning rates as shares of FPCN's: the length of PCA-Net's vectors multiplies its gradients."""
 _RATES_FROM_SCRATCH = {"alexnet": 0.1, "vgg16": 0.1}
-"""The same for deep networks without normalisation layers, at scale "tiny"."""
+"""Learning rates as shares of FPCN's, at scale "tiny", of deep networks without normalisation layers."""
 _PLAIN, _PLAIN_CONTRAST = ModelConfig().model_dump(), ContrastConfig().model_dump()
 """What a compared system has where its recipe says nothing, whatever FPCN has."""
 _VIEWS = {"tiny": 4, "paper": 16}
@@ -54,9 +54,9 @@ class Grid:
         base: recipe of FPCN; what it says about data, optimizer and training holds for every run.
         systems: folder of the recipes of the compared systems, which say what network and task each is.
         scale: "tiny" or "paper".
-        sections: of :data:`SECTIONS`.
-        seeds: of the trainings.
-        classes: of the data.
+        sections: some of :data:`SECTIONS`.
+        seeds: the seeds of the trainings.
+        classes: the number of classes of the data.
 
     Attributes:
         runs: recipe of each run, by the name of its run folder; without those of Table 4.
@@ -205,10 +205,10 @@ def _check(base: Recipe) -> None:
 
 
 def run_name(name: str, seed: int) -> str:
-    """Of the run folder of an experiment."""
+    """The name of the run folder of an experiment with a seed."""
     return f"{name}-seed{seed}"
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The same on the same images, from other random numbers."""
+    """``recipe`` with another seed; the images of each split stay the same where ``data.split_seed`` is set."""
     return recipe.changed(seed=seed)

@@ -151,7 +151,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _apart(values: set[float]) -> list[float]:
-    """Those of positive numbers whose texts have room beside each other on a logarithmic axis."""
+    """The positive numbers whose texts have room beside each other on a logarithmic axis."""
     kept: list[float] = []
     room = 0.11 * math.log(max(values) / min(values))
     for value in sorted(values):

@@ -87,7 +87,7 @@ def look(network: Classifier, image: Tensor, *, title: str = "network") -> Look:
     Args:
         network: on its device; left as it was.
         image: [3, H, W], normalised.
-        title: of the network, for the message.
+        title: the name of the network, for the message.
 
     Raises:
         UserError: see :func:`compare`.

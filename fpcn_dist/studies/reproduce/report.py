@@ -135,7 +135,7 @@ def _styles(table: Table) -> list[str]:
 
 
 def _summary(runs: Iterable[RunRecord]) -> str:
-    """What of the runs is worth knowing before they are listed."""
+    """A line about runs before they are listed: how many there are, their commits and their devices."""
     runs = dict.fromkeys(runs)
     commits, devices = dict.fromkeys(run.commit for run in runs), dict.fromkeys(run.device for run in runs)
     plural = "s" if len(commits) > 1 else ""

@@ -42,10 +42,10 @@ class ReproductionRequest:
     """What is to be reproduced.
 
     Attributes:
-        recipe: of FPCN.
+        recipe: the recipe of FPCN.
         systems: folder of the recipes of the compared systems.
         scale: "tiny" or "paper".
-        sections: of :data:`fpcn_dist.studies.reproduce.experiments.SECTIONS`.
+        sections: some of :data:`fpcn_dist.studies.reproduce.experiments.SECTIONS`.
         seeds: how many trainings of each, on the same images.
         students: networks of Table 4.
     """
@@ -67,7 +67,7 @@ def reproduce(
         request: what is asked for.
         data: the image folder.
         output: folder for everything, on storage that every node sees.
-        address: of a Ray cluster; ``None`` starts one on this machine.
+        address: the address of a Ray cluster; ``None`` starts one on this machine.
         yes: do not ask whether to begin.
 
     Raises:
@@ -190,7 +190,7 @@ def _estimate(
     manifest: Manifest,
     output: Path,
 ) -> Estimate:
-    """Of all that has not come to its end: single runs, and the distillation of each seed."""
+    """Estimate the time of all that has not come to its end: single runs, and the distillation of each seed."""
     todo = {name: runs[name] for name in unfinished}
     taught: dict[str, dict[str, Recipe]] = {}
     for seed in grid.seeds if "table4" in grid.sections else ():

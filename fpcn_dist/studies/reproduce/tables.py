@@ -59,9 +59,9 @@ class RunRecord:
 
     Attributes:
         folder: relative to the output folder, with forward slashes.
-        seed: of the training.
+        seed: the seed of the training.
         command: what repeats it.
-        commit: of fpcn-dist that computed it; its version where there was no checkout.
+        commit: the commit of fpcn-dist that computed it; its version where there was no checkout.
         device: that it ran on.
     """
 
@@ -77,7 +77,7 @@ class Row:
     """A line of a table.
 
     Attributes:
-        name: of a system or a setting.
+        name: the name of a system or a setting.
         details: under the table's ``details`` headings; ``None`` is an empty cell.
         scores: under its ``scores`` headings.
         runs: where the scores come from.
@@ -145,9 +145,9 @@ class Heatmap:
     """Where a network looked, over an image.
 
     Attributes:
-        title: of the network.
+        title: the name of the network.
         predicted: name of a class.
-        probability: of that class.
+        probability: the probability of that class.
         jpeg: file of the drawing, relative to the output folder.
     """
 
@@ -176,13 +176,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ReproductionResults:
-    """Everything of the report.
+    """Everything that the report shows.
 
     Attributes:
         data: the image folder.
         scale: "tiny" or "paper".
         split, images: what accuracies were measured on.
-        seeds: of the trainings.
+        seeds: the seeds of the trainings.
         tables: in the order of the paper.
         comparisons: Figure 5; empty if it was not asked for.
     """

@@ -28,7 +28,7 @@ _SYMBOLS = {"contrast.center_weight": "lambda", "distill.temperature": "T"}
 
 
 class _Point(NamedTuple):
-    """Where a trial is drawn, and as one of which kind."""
+    """A trial as it is drawn: its position and its kind."""
 
     trial: TrialRecord
     x: float
@@ -81,7 +81,7 @@ def draw_pairs(results: SearchResults, chart: str) -> str:
     """Accuracy against the pairs of a batch, "" where no trial contrasts any.
 
     Args:
-        results: of the search.
+        results: the results of the search.
         chart: prefix of the ids inside; begins with a lower-case letter.
     """
     field = next((name for name in results.fields if bare(results, name) == PAIRS), PAIRS)
@@ -183,7 +183,7 @@ def draw_progress(results: SearchResults, chart: str) -> str:
 
 
 def draw_pareto(results: SearchResults, chart: str) -> str:
-    """Accuracy against milliseconds; a line joins the trials of the front, which have their numbers on."""
+    """Draw accuracy against milliseconds; a line joins the trials of the front, which have their numbers on."""
     front = results.pareto
     points = [_Point(trial, trial.latency, _percent(trial)) for trial in scored(results) if trial.latency]
     if not points:
@@ -231,7 +231,7 @@ def _draw_against(results: SearchResults, points: Sequence[_Point], label: str, 
 
 
 def _mark(axes: Axes, points: Sequence[_Point], best: TrialRecord | None) -> None:
-    """Those that finished lie on top, and the best one has a ring."""
+    """Draw the trials as points: those that finished lie on top, and the best one has a ring."""
     for point in sorted(points, key=lambda point: point.trial.state == "finished"):
         look = _LOOKS.get(point.kind, _LOOKS["finished"])
         face = look.colour if point.trial.state == "finished" else "none"

@@ -80,7 +80,7 @@ def importance(results: SearchResults) -> dict[str, float]:
 
 
 def _distribution(values: list[Any]) -> Any:
-    """From the values that were tried; ``None`` where there was but one."""
+    """Optuna's distribution of a field, made from the values that were tried; ``None`` where only one was tried."""
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if len(numbers) < len(values):
         kinds = list(dict.fromkeys(values))

@@ -20,7 +20,7 @@ class TrialTable:
     """What is shown of a search, between :meth:`start` and :meth:`stop`.
 
     Args:
-        epochs: of a whole trial.
+        epochs: the epochs of a whole trial.
         console: where to draw; standard output by default.
     """
 

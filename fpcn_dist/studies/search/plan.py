@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        """Of a whole trial, not counting its teacher's."""
+        """The number of epochs of a whole trial; those of its teacher do not count."""
         return self.main.train.epochs
 
     @cached_property
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def log_fields(self) -> tuple[str, ...]:
-        """Names of those that are searched by orders of magnitude."""
+        """The names of the fields that are searched by orders of magnitude."""
         return tuple(p + n for p, space in self.spaces.items() for n, d in space.dimensions.items() if d.log)
 
     def suggest(self, trial: Any) -> Settings:
@@ -90,11 +90,11 @@ class Plan:
         return self.spaces[prefix].count_pairs(_part(settings, prefix)) if self.teacher is not None else None
 
     def folder(self, number: int) -> Path:
-        """Of a trial."""
+        """The folder of the trial with this number."""
         return self.output / "trials" / f"{number:05d}"
 
     def log(self, number: int, rank: int) -> Path:
-        """Where the output of a trial's rank goes."""
+        """The file that the output of a trial's rank is appended to."""
         return self.output / "logs" / f"trial-{number:05d}-rank{rank}.log"
 
     def runs(self, number: int, settings: Settings) -> dict[Path, Recipe]:
@@ -119,7 +119,7 @@ class Plan:
         return self.output / "teachers" / hashlib.sha256(own.encode()).hexdigest()[:12]
 
     def teacher_recipe(self, settings: Settings) -> Recipe:
-        """Of a joint trial."""
+        """The recipe of the teacher of a joint trial."""
         return self.spaces[TEACHER].recipe(_part(settings, TEACHER))
 
 
@@ -144,11 +144,19 @@ class _Prefixed:
 
 
 def number_of(config: dict[str, Any], trial_id: str) -> int:
-    """Of a trial of Tune's. Those of a population have none of their own, as settings wander; Tune counts them."""
+    """The number of one of Tune's trials.
+
+    A sampler numbers the trials that it suggests. In a population settings move from trial to trial, so that they
+    cannot carry a number; the number is then the count at the end of the name that Tune gives the trial.
+
+    Args:
+        config: what Tune hands to the trial.
+        trial_id: Tune's name of the trial.
+    """
     return config["number"] if "number" in config else int(trial_id.rpartition("_")[2])
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Of the runs of a trial: its own folder, or those one below it."""
+    """The run folders of a trial: the trial's own folder, or, where it trains students, those below it."""
     for recipe in [*folder.glob("recipe.yaml"), *sorted(folder.glob("*/recipe.yaml"))]:
         yield recipe.parent

@@ -22,7 +22,7 @@ class Recorder(tune.Callback):
     """Keeps results.json and results.csv, and shows the trials.
 
     Args:
-        plan: of the search.
+        plan: the plan of the search.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -98,7 +98,7 @@ class Recorder(tune.Callback):
         self._table.refresh(list(self.records.values()))
 
     def results(self) -> SearchResults:
-        """All that is known."""
+        """The results of all trials as they are known now."""
         objectives = ("accuracy", "latency") if self.plan.latency else ("accuracy",)
         trials = tuple(self.records[number] for number in sorted(self.records))
         return SearchResults(self.plan.stage, objectives, self.plan.epochs, trials, self.plan.log_fields)

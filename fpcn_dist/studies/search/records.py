@@ -19,7 +19,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial.
+    """All that is known of one trial.
 
     Attributes:
         number: from 0 on; names its folder.
@@ -28,7 +28,7 @@ class TrialRecord:
         state: "running"; "finished" its whole schedule; "stopped" early by the scheduler; "failed".
         history: (epoch, best validation accuracy so far) of each evaluation; accuracies are shares of 1.
         latency: milliseconds of one image, where that is an objective.
-        seconds: that it has trained for.
+        seconds: how long it has trained for.
         reason: why it failed.
     """
 
@@ -43,23 +43,23 @@ class TrialRecord:
 
     @property
     def accuracy(self) -> float | None:
-        """The best so far on the validation images."""
+        """The best accuracy on the validation images so far."""
         return self.history[-1][1] if self.history else None
 
     @property
     def epoch(self) -> float | None:
-        """The last one that was evaluated."""
+        """The last epoch that was evaluated."""
         return self.history[-1][0] if self.history else None
 
 
 @dataclass(frozen=True)
 class SearchResults:
-    """All of a search.
+    """All that is known of a search.
 
     Attributes:
         stage: "teacher", "student" or "joint".
         objectives: "accuracy", perhaps with "latency".
-        epochs: of a whole trial.
+        epochs: the epochs of a whole trial.
         trials: by number.
         log_fields: names of those searched by orders of magnitude.
         importance: share of each field in how well trials did; they sum to 1; empty where too few have ended.
@@ -83,12 +83,12 @@ class SearchResults:
 
     @property
     def best(self) -> TrialRecord | None:
-        """Of those that finished, the most accurate one; the first of equals."""
+        """The most accurate of the trials that finished; among equals the first."""
         return max(self.finished, key=lambda trial: (trial.accuracy or 0.0, -trial.number), default=None)
 
     @property
     def pareto(self) -> tuple[TrialRecord, ...]:
-        """Those that finished and are beaten by no other in accuracy and latency both, fastest first."""
+        """The finished trials that no other one beats in both accuracy and latency, the fastest first."""
         rest = sorted(
             (trial for trial in self.finished if trial.latency is not None),
             key=lambda trial: (trial.latency or 0.0, -(trial.accuracy or 0.0)),
@@ -107,7 +107,7 @@ def save_results(folder: Path, results: SearchResults) -> None:
 
 
 def load_results(folder: Path) -> SearchResults | None:
-    """What :func:`save_results` wrote; ``None`` where there is nothing.
+    """Read what :func:`save_results` wrote; ``None`` where there is nothing.
 
     Raises:
         UserError: the file is damaged.

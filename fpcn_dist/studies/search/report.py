@@ -82,7 +82,7 @@ class _Chart(NamedTuple):
 
 
 def _charts(results: SearchResults) -> list[_Chart]:
-    """Accuracy against everything searched. The SVG comes from matplotlib, which escapes its labels."""
+    """The plots of accuracy against all that was searched. The SVG comes from matplotlib, which escapes its labels."""
     pairs = figures.draw_pairs(results, "pairs")
     note = "The pairs of images that a batch of the teacher contrasts, as in Figure 3 of the paper."
     drawn = [("pairs per batch", pairs, note)]
@@ -101,7 +101,7 @@ def _charts(results: SearchResults) -> list[_Chart]:
 
 
 def _sorted(results: SearchResults) -> list[TrialRecord]:
-    """Best first; those that had fewer epochs come after those that finished."""
+    """The trials, the best first; those that had fewer epochs come after those that finished."""
     return sorted(
         results.trials,
         key=lambda trial: (
@@ -114,14 +114,14 @@ def _sorted(results: SearchResults) -> list[TrialRecord]:
 
 
 def _columns(results: SearchResults) -> tuple[str, ...]:
-    """Of the table of all trials, beside their numbers."""
+    """The headings of the table of all trials; the column of the trials' numbers, which is the first, has none here."""
     latency = ("latency",) if "latency" in results.objectives else ()
     pairs = ("pairs",) if any(trial.pairs is not None for trial in results.trials) else ()
     return ("state", "accuracy", "epoch", *pairs, *latency, *results.fields, "seconds")
 
 
 def _cells(results: SearchResults, trial: TrialRecord, columns: tuple[str, ...]) -> list[str]:
-    """Texts of one row."""
+    """The texts of a trial under these headings."""
     known: dict[str, Any] = {
         "state": _STATES.get(trial.state, trial.state),
         "accuracy": None if trial.accuracy is None else f"{100 * trial.accuracy:.1f}",

@@ -23,14 +23,14 @@ class SearchRequest:
     """A search.
 
     Attributes:
-        recipe: of what is searched: a teacher's or, in stage "student", a student's.
+        recipe: the recipe of what is searched: a teacher's or, in stage "student", a student's.
         stage: what to search.
         student: recipe of a student, in stage "joint".
         students: networks to distil in each trial; none: the recipe's own.
         trials: how many.
         scheduler: who ends trials early.
         objectives: "accuracy", or "accuracy" and "latency".
-        workers, gpus: of a trial; ``None`` lets the cluster decide.
+        workers, gpus: the ranks and the GPUs of a trial; ``None`` lets the cluster decide.
     """
 
     recipe: Recipe
@@ -122,7 +122,7 @@ def make_plan(request: SearchRequest, output: Path, classes: int, bundles: list[
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Trials have working directories of their own."""
+    """``recipe`` with absolute paths: trials have working directories of their own."""
     weights = recipe.model.pretrained
     if isinstance(weights, str) and Path(weights).exists():
         recipe = recipe.changed(**{"model.pretrained": str(Path(weights).resolve())})
@@ -146,7 +146,7 @@ def _require_same_images(teacher: Recipe, student: Recipe) -> None:
 
 
 def _require_population(request: SearchRequest, students: tuple[str, ...]) -> None:
-    """Population-based training carries the weights of one network from trial to trial."""
+    """Refuse what population-based training cannot do: it carries the weights of one network from trial to trial."""
     if request.scheduler != "pbt":
         return
     if request.stage == "joint" or len(students) > 1:

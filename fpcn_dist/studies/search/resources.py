@@ -12,7 +12,7 @@ Bundle = dict[str, float]
 
 
 def trial_bundles(slots: Slots, threads: int | None, *, workers: int | None, gpus: float | None) -> list[Bundle]:
-    """One bundle a rank.
+    """The resources of a trial: one bundle for each of its ranks.
 
     Args:
         slots: what the cluster has.
@@ -49,7 +49,7 @@ def count_places(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Bundle]
 
     Args:
         nodes: resources of each.
-        bundles: of one trial.
+        bundles: the bundles of one trial.
     """
     left, count = [dict(node) for node in nodes], 0
     while True:
@@ -63,7 +63,7 @@ def count_places(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Bundle]
 
 
 def require_places(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Bundle]) -> int:
-    """The same, at least one.
+    """How many trials fit on the nodes, which is at least one; see :func:`count_places` for the arguments.
 
     Raises:
         UserError: not even one trial fits, so that it would wait for ever.

@@ -29,7 +29,7 @@ _SEARCH_FILE, _TUNE = "search.json", "tune"
 _ATTEMPTS = 3
 """How often a trial may lose a process or a node before it is given up."""
 _CUT = 3
-"""Of the trials that come as far, one in so many goes on."""
+"""ASHA lets one in so many of the trials that reach an evaluation go on."""
 
 
 def search(
@@ -41,7 +41,7 @@ def search(
         request: what is asked for.
         data: the image folder.
         output: folder of the search, on storage that every node sees.
-        address: of a Ray cluster; ``None`` starts one on this machine.
+        address: the address of a Ray cluster; ``None`` starts one on this machine.
         resume: go on with the search in ``output``.
 
     Raises:
@@ -77,7 +77,7 @@ def search(
 
 
 def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int, resume: bool) -> Any:
-    """All trials; gives the recorder of them."""
+    """Run all trials; returns the recorder that has followed them."""
     # A killed driver forgets at most a second; trials keep their records themselves.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -132,7 +132,7 @@ def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int,
 
 
 def _parameters(request: SearchRequest, plan: Plan) -> dict[str, Any]:
-    """What Tune itself draws: nothing, but the members of a population, which know no search algorithm."""
+    """The settings that Tune itself draws: those of the members of a population, which no search algorithm suggests."""
     if not plan.population:
         return {}
     from ray import tune
@@ -180,7 +180,7 @@ def _name_of_folder(trial: Any) -> str:
 
 
 def _describe_folder(output: Path, request: SearchRequest, manifest: Manifest, resume: bool) -> None:
-    """Write what is searched into a new folder, or see that it is what the folder holds, where that is resumed.
+    """Describe the search in a new folder; where a search is resumed, see that it is the one that the folder holds.
 
     Raises:
         UserError: it holds something else, or a search that was asked for otherwise.
@@ -216,7 +216,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _describe(request: SearchRequest, manifest: Manifest) -> dict[str, Any]:
-    """All that must be the same for a search to go on."""
+    """Everything that must be the same for a search to go on, by name."""
     values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     for name in ("recipe", "student"):
         values[name] = values[name] and values[name].model_dump()

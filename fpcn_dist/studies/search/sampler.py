@@ -40,7 +40,7 @@ def draw_at_random(plan: Plan, trials: int, seed: int) -> list[Settings]:
 
 
 def perturbing(plan: Plan, seed: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What population-based training changes in the settings that a trial takes over."""
+    """The function by which population-based training changes the settings that a trial takes over."""
     draw = random.Random(seed)
     (space,) = plan.spaces.values()
 

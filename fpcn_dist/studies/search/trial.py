@@ -55,7 +55,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
 
     Args:
         config: see :func:`number_of`, and ``settings``.
-        plan: of the search.
+        plan: the plan of the search.
     """
     number, settings = number_of(config, tune.get_context().get_trial_id()), config["settings"]
     reporter = None
@@ -94,7 +94,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
 
 
 def clear_checkpoints(plan: Plan, number: int) -> None:
-    """Of a trial that has ended: what is left of it is its model, if it has finished, and its records."""
+    """Remove the checkpoints of a trial that has ended; its records and, if it has finished, its model are kept."""
     for run in run_folders(plan.folder(number)):
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
@@ -182,8 +182,8 @@ class _Reporter:
     """Tells Tune how a trial stands. Tune answers by ending it, where its scheduler wants that.
 
     Args:
-        plan: of the search.
-        recipes: of the trial, by run folder.
+        plan: the plan of the search.
+        recipes: the recipes of the trial, by run folder.
         began: when the trial did.
     """
 
@@ -218,7 +218,7 @@ class _Reporter:
 
 
 def _latency(recipe: Recipe) -> float:
-    """Milliseconds of one image; training does not change it."""
+    """The milliseconds that one image takes; training does not change them."""
     device = own_device()
     use_threads(recipe.data.threads, device)
     config = recipe.model.changed(pretrained=False)
@@ -233,7 +233,7 @@ def _when_written(path: Path) -> Path:
 
 
 def _report_failure(reason: str, reporter: _Reporter | None, began: float) -> None:
-    """For good: the worst there is, so that the search turns elsewhere."""
+    """Report the worst values there are, so that the search turns elsewhere; the trial is not tried again."""
     latency = reporter.latency if reporter else {}
     worst = {"accuracy": 0.0, "epoch": 0.0, "latency": math.inf, "seconds": time.monotonic() - began}
     tune.report(worst | latency | {"failure": reason})
