@@ -67,10 +67,8 @@ def pair_contrast(device: torch.device) -> Iterator[Finding]:
     """Loss and gradients of the pair operation against its definition in float64."""
     images, channels, width, classes = 5, 12, 9, 3
     generator = torch.Generator().manual_seed(0)
-    shapes = [
-        (images, channels), (width, 2 * channels), (width,), (channels, width), (channels,),
-        (classes, channels), (classes,),
-    ]  # fmt: skip
+    weights = [(width, 2 * channels), (width,), (channels, width), (channels,), (classes, channels), (classes,)]
+    shapes = [(images, channels), *weights]
     operands = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
     labels = torch.randint(classes, (images,), generator=generator)
 

@@ -73,10 +73,8 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": {
-            "resize": recipe.data.resize, "crop": recipe.data.crop, "mean": list(MEAN), "std": list(STD)
-        },
-    }  # fmt: skip
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop"}) | {"mean": list(MEAN), "std": list(STD)},
+    }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
     write_card(run_dir, recipe, classes, evaluation)
 
