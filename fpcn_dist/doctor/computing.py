@@ -18,7 +18,7 @@ from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
 
 _TOLERANCE = 1e-3
-"""Of float32 against float64, relative to the largest value; rounding makes about a hundredth of it."""
+"""Largest error of float32 against float64, relative to the largest value; rounding makes a hundredth of it."""
 
 
 def decoding(device: torch.device) -> Iterator[Finding]:

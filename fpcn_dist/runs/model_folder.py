@@ -38,7 +38,7 @@ class ModelInfo:
         classes: class names in label order.
         preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
         model: the network.
-        task: that it was trained for, which decides what kind of network it is.
+        task: the task that the model was trained for; it decides what kind of network the model is.
     """
 
     classes: tuple[str, ...]
