@@ -34,9 +34,7 @@ def main() -> None:
     recipe = args.overrides
     output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
     with connect() as ranks, Preemption(ranks) as preemption:
-        train(
-            recipe, args.data, output, ranks, resume=args.resume, profile=args.profile, preemption=preemption
-        )  # fmt: skip
+        train(recipe, args.data, output, ranks, resume=args.resume, profile=args.profile, preemption=preemption)
 
 
 if __name__ == "__main__":

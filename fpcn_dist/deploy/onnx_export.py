@@ -148,10 +148,8 @@ def _open(proto: onnx.ModelProto, info: ModelInfo, output: Path) -> onnx_predict
     try:
         session = onnx_predict.open_session(proto.SerializeToString())
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(
-            "model.backbone", info.model.backbone, f"onnxruntime cannot run it ({detail})", _OTHER_VERSIONS
-        ) from error  # fmt: skip
+        reason = f"onnxruntime cannot run it ({' '.join(str(error).split())[:200]})"
+        raise UserError("model.backbone", info.model.backbone, reason, _OTHER_VERSIONS) from error
     return onnx_predict.describe(session, output / FP32_FILE)
 
 

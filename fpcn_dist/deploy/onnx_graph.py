@@ -52,9 +52,8 @@ class ExportableModel(nn.Module):
         self._config = model.config if isinstance(model, FPCN) and model.config.region != "none" else None
         self.masked = self._config is not None
         if self._config is not None and self._config.region == "largest":
-            reason = "ONNX has no operator for connected regions"
             hint = "export a model that was trained with model.region threshold or none, or use --format safetensors"
-            raise UserError("model.region", "largest", reason, hint)
+            raise UserError("model.region", "largest", "ONNX has no operator for connected regions", hint)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 3, H', W'] to logits [B, K], mask [B, h, w] and features [B, C, h, w]."""
@@ -106,10 +105,8 @@ def to_onnx(exportable: ExportableModel, info: ModelInfo) -> tuple[onnx.ModelPro
         )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         detail = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            "model.backbone", info.model.backbone, f"PyTorch cannot export it to ONNX ({detail})",
-            _OTHERWISE,
-        ) from error  # fmt: skip
+        reason = f"PyTorch cannot export it to ONNX ({detail})"
+        raise UserError("model.backbone", info.model.backbone, reason, _OTHERWISE) from error
     assert program is not None
     proto = program.model_proto
     # Python code that asks for the number of images fixes it, without an error.

@@ -18,7 +18,7 @@ from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
 
 _TOLERANCE = 1e-3
-"""Of float32 against float64, relative to the largest value; rounding makes about a hundredth of it."""
+"""Largest error of float32 against float64, relative to the largest value; rounding makes a hundredth of it."""
 
 
 def decoding(device: torch.device) -> Iterator[Finding]:
@@ -67,15 +67,8 @@ def pair_contrast(device: torch.device) -> Iterator[Finding]:
     """Loss and gradients of the pair operation against its definition in float64."""
     images, channels, width, classes = 5, 12, 9, 3
     generator = torch.Generator().manual_seed(0)
-    shapes = [
-        (images, channels),
-        (width, 2 * channels),
-        (width,),
-        (channels, width),
-        (channels,),
-        (classes, channels),
-        (classes,),
-    ]
+    weights = [(width, 2 * channels), (width,), (channels, width), (channels,), (classes, channels), (classes,)]
+    shapes = [(images, channels), *weights]
     operands = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
     labels = torch.randint(classes, (images,), generator=generator)
 

@@ -176,7 +176,7 @@ def _on(device: torch.device, look: Callable[..., Iterable[Finding]], *args: Any
 
 
 def _sums(ranks: Ranks) -> list[Finding]:
-    """Sums over all ranks; sooner given up than NCCL ends a process that waits."""
+    """Sum over all ranks, and give up before NCCL ends a process that waits."""
     from fpcn_dist.doctor import network
 
     look = functools.partial(_on, ranks.device, network.collectives, ranks)
@@ -230,7 +230,7 @@ def _look_at_data(folder: Path) -> list[Finding]:
 
 
 def _conclude(report: _Report, everything: list[Finding], where: str) -> int:
-    """The last line, by the first rank; gives the exit status."""
+    """Let the first rank print the last line; gives the exit status."""
     problems, warnings = (sum(f.status == status for f in everything) for status in ("problem", "warning"))
     if report.place.rank == 0:
         worst = "problem" if problems else "warning" if warnings else "ok"

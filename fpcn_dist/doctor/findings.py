@@ -1,4 +1,4 @@
-"""What a check finds; and that it finds something, whatever happens in it and however long it takes."""
+"""A check and its findings. A check always finds something, whatever happens in it and however long it takes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Check:
     seconds: float = 30.0
 
     def run(self) -> list[Finding]:
-        """What it found. That it raised, or did not end, is a problem like others; then its thread is left behind."""
+        """Give what the check found. One that raises, or never ends, has found a problem; its thread is left behind."""
         found: list[Finding] = []
         thread = threading.Thread(target=self._look, args=[found], name=_THREAD, daemon=True)
         thread.start()

@@ -23,7 +23,7 @@ _MIB = 2**20
 
 
 def host_name(several_nodes: bool) -> Iterator[Finding]:
-    """Whether the own name has an address, and one that other machines can use."""
+    """Tell whether this machine's name has an address, and whether other machines can use that address."""
     name = socket.gethostname()
     hint = f"give {name} its network address in /etc/hosts or the DNS"
     address = _address(name)
@@ -56,7 +56,7 @@ def interfaces(cuda: bool) -> Iterator[Finding]:
 
 
 def port() -> Iterator[Finding]:
-    """Whether the launchers' port is free; for a process that no launcher started."""
+    """Tell whether the launchers' port is free; this is for a process that no launcher started."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

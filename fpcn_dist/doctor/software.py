@@ -23,7 +23,7 @@ _EXTRAS = {
 
 
 def versions() -> dict[str, str]:
-    """What ranks of one run must have alike."""
+    """The versions in which all ranks of a run must agree."""
     return {"Python": platform.python_version()} | {name: found for name in _SHOWN if (found := _version(name))}
 
 
@@ -78,7 +78,7 @@ def _version(name: str) -> str | None:
 
 
 def _fault(requirement: Requirement) -> str | None:
-    """What is wrong with an installed package, if anything is."""
+    """Say what is wrong with an installed package; gives ``None`` if all is well."""
     found = _version(requirement.name)
     if found is None:
         return f"{requirement.name} is not installed"

@@ -50,9 +50,11 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
     """
     if norm == "group" and pretrained:
         raise UserError(
-            "model.norm", norm, "pretrained weights were trained with BatchNorm and mean nothing with GroupNorm",
+            "model.norm",
+            norm,
+            "pretrained weights were trained with BatchNorm and mean nothing with GroupNorm",
             "set model.pretrained to false, or use batch, sync_batch or frozen_batch",
-        )  # fmt: skip
+        )
     if name in RESNETS:
         return ResNet(name, pretrained, norm)
     if name == "lenet":
@@ -107,9 +109,13 @@ class ResNet(Backbone):
 
 # Their forward pass is their layers in turn, global average pooling, and one linear layer after a dropout at most.
 _WITH_FEATURE_MAP = (
-    torchvision.models.EfficientNet, torchvision.models.MNASNet, torchvision.models.MobileNetV2,
-    torchvision.models.RegNet, torchvision.models.ShuffleNetV2, torchvision.models.SwinTransformer,
-)  # fmt: skip
+    torchvision.models.EfficientNet,
+    torchvision.models.MNASNet,
+    torchvision.models.MobileNetV2,
+    torchvision.models.RegNet,
+    torchvision.models.ShuffleNetV2,
+    torchvision.models.SwinTransformer,
+)
 
 
 class TorchvisionNet(Backbone):
@@ -129,9 +135,11 @@ class TorchvisionNet(Backbone):
         classifiers = [(key, layer) for key, layer in linears if layer.out_features == _IMAGENET_CLASSES]
         if not classifiers:
             raise UserError(
-                "model.backbone", name, "it has no linear layer at its end, which the classifier would replace",
+                "model.backbone",
+                name,
+                "it has no linear layer at its end, which the classifier would replace",
                 "use another network, for example shufflenet_v2_x1_5",
-            )  # fmt: skip
+            )
         classifier, layer = classifiers[-1]
         has_map = isinstance(net, _WITH_FEATURE_MAP)
         if has_map:

@@ -54,6 +54,8 @@ class Backbone(nn.Module):
     def _check_device(self, device: torch.device) -> None:
         if self.norm == "sync_batch" and self.training and device.type == "cpu" and dist.is_initialized():
             raise UserError(
-                "model.norm", self.norm, "BatchNorm cannot be synchronised between ranks that train on the CPU",
+                "model.norm",
+                self.norm,
+                "BatchNorm cannot be synchronised between ranks that train on the CPU",
                 "use group or frozen_batch, train on GPUs, or start a single process",
-            )  # fmt: skip
+            )

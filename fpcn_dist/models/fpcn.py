@@ -40,14 +40,18 @@ class FPCN(Classifier):
         super().__init__(backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
         if config.companion and not isinstance(self.backbone, ResNet):
             raise UserError(
-                "model.companion", True, f"it is not known which block of {backbone} comes before the last",
+                "model.companion",
+                True,
+                f"it is not known which block of {backbone} comes before the last",
                 "set model.companion to false, or use resnet18, resnet34, resnet50 or resnet101",
-            )  # fmt: skip
+            )
         if config.region != "none" and not self.backbone.has_map:
             raise UserError(
-                "model.backbone", backbone, "it gives no feature map in which a region could be found",
+                "model.backbone",
+                backbone,
+                "it gives no feature map in which a region could be found",
                 "use a network that keeps the image's layout (ResNets, swin, ...), or set model.region to 'none'",
-            )  # fmt: skip
+            )
         self.config = config
         channels = self.backbone.channels
         self.fuse_in = nn.Linear(2 * channels, config.hidden)

@@ -29,17 +29,14 @@ _LOST_RANK = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset)|time
 _AGAIN = "start the same command again: it resumes from the last checkpoint"
 
 
-def _option(argv: Sequence[str], name: str) -> str | None:
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-        if word == name and following:
-            return following
-    return None
+def _option(words: Sequence[str], name: str) -> str:
+    """The value of one flag before all others can be parsed; empty where it is not given."""
+    alone = dataclasses.make_dataclass("Option", [(name, str, "")])
+    return getattr(tyro.cli(alone, args=words, return_unknown_args=True, add_help=False)[0], name)
 
 
 def _switches_on(words: Sequence[str], switches: set[str]) -> list[str]:
-    """A switch may stand alone (``--profile``) as well as with its value (``--profile True``)."""
+    """Let a switch stand alone (``--profile``) as well as with its value (``--profile True``); tyro takes but one."""
     written = []
     for word, following in zip(words, [*words[1:], ""], strict=False):
         written.append(word)
@@ -75,10 +72,10 @@ def parse(
     default: dict[str, Any] = {}
     if any(field.name == "overrides" for field in fields):
         if presets is None:
-            path = Path(given) if (given := _option(words, "--recipe")) else None
+            path = Path(given) if (given := _option(words, "recipe")) else None
         else:
             flag, usual, recipes = presets
-            path = recipes.get(_option(words, flag) or usual)  # an unknown value is refused below
+            path = recipes.get(_option(words, flag.removeprefix("--")) or usual)  # an unknown value is refused below
         required = {field.name: tyro.MISSING for field in fields if field.default is dataclasses.MISSING}
         recipe = load_recipe(path) if path else Recipe()
         default = {"default": args_type(**required | {"overrides": recipe})}

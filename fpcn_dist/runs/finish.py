@@ -93,10 +93,17 @@ def evaluate_run(
         manifest, split, recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
     )
     evaluation = evaluate(
-        model, loader, info.classes, num_images=len(manifest.ids(split)), split=split,
-        checkpoint=checkpoint or "", step=step or 0, precision=recipe.train.precision, group=ranks.group,
+        model,
+        loader,
+        info.classes,
+        num_images=len(manifest.ids(split)),
+        split=split,
+        checkpoint=checkpoint or "",
+        step=step or 0,
+        precision=recipe.train.precision,
+        group=ranks.group,
         samples=samples,
-    )  # fmt: skip
+    )
     samples.write(run.path, info.classes, [image.path for image in manifest.images], group=ranks.group)
     ranks.on_first(lambda: _write(run, recipe, evaluation))
     return evaluation

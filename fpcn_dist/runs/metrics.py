@@ -118,7 +118,7 @@ class Standing(NamedTuple):
 
 
 def read_standing(run: Path) -> Standing:
-    """From the end of a run's metrics, however long these are."""
+    """Read what a run has logged last from the end of its metrics, however long these are."""
     path = run / METRICS_FILE
     try:
         with open(path, "rb") as file:

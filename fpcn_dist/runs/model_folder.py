@@ -38,7 +38,7 @@ class ModelInfo:
         classes: class names in label order.
         preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
         model: the network.
-        task: that it was trained for, which decides what kind of network it is.
+        task: the task that the model was trained for; it decides what kind of network the model is.
     """
 
     classes: tuple[str, ...]
@@ -73,10 +73,8 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": {
-            "resize": recipe.data.resize, "crop": recipe.data.crop, "mean": list(MEAN), "std": list(STD)
-        },
-    }  # fmt: skip
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop"}) | {"mean": list(MEAN), "std": list(STD)},
+    }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
     write_card(run_dir, recipe, classes, evaluation)
 

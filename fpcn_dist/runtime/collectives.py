@@ -38,11 +38,11 @@ def all_gather(rows: Tensor, group: Group | None) -> Tensor:
 
 
 def all_gather_unlike(rows: Tensor, group: Group | None) -> Tensor:
-    """Rows of all ranks, in rank order: [B, F] here -> [N, F] everywhere, for ranks that each compute *another* part of
-    the loss from them.
+    """Rows of all ranks, in rank order: [B, F] here -> [N, F] everywhere.
 
-    Differentiable: a rank's rows get the sum of the gradients of all ranks, so that the mean over ranks of parameter
-    gradients is the gradient of the mean over ranks of their losses.
+    This is for ranks that each compute *another* part of the loss from the rows. It is differentiable: a rank's rows
+    get the sum of the gradients of all ranks, so that the mean over ranks of the parameter gradients is the gradient of
+    the mean over ranks of the losses.
     """
     return rows if group is None else _AllGather.apply(rows, group, False)
 

@@ -30,7 +30,7 @@ from fpcn_dist.runtime.errors import UserError
 
 LOCK_FILE = ".lock"
 _BEAT, _PATIENCE = 5.0, 60.0
-"""Seconds between two signs of life, and without any after which an owner is dead."""
+"""Seconds between two signs of life, and seconds without one after which an owner is taken for dead."""
 _CLOCK_STEP = 30.0
 """Seconds by which the start of a process may seem to have moved, because this machine's clock was set."""
 _LOST = 4
@@ -46,7 +46,8 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
 
     Args:
         folder: what to own.
-        beat, patience: seconds between signs of life, and without any until an owner is taken for dead.
+        beat: seconds between two signs of life.
+        patience: seconds without a sign of life after which an owner is taken for dead.
 
     Raises:
         UserError: another process that is alive owns it, or the lock cannot be written.
@@ -110,7 +111,7 @@ def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) ->
 
 
 def _create(path: Path, token: str) -> bool:
-    """Whether the lock was free, and is ours now."""
+    """Create the lock; gives whether it was free and is ours now."""
     draft = path.with_name(f"{LOCK_FILE}-{token}-new")
     try:
         draft.write_text(json.dumps(_describe(token, beats=0)), encoding="utf-8")
@@ -166,7 +167,7 @@ def _start_of(process: int) -> float | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The lock; ``None`` where there is none (any more)."""
+    """Read what the lock says; gives ``None`` where there is no lock, or none any more."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -176,7 +177,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _lives(owner: dict[str, Any]) -> bool | None:
-    """Whether an owner is alive; ``None`` where that cannot be known from here."""
+    """Tell whether an owner is alive; gives ``None`` where this machine cannot know."""
     if (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace()):
         began = _start_of(owner["process"])
         return began is not None and abs(began - owner["started"]) < _CLOCK_STEP
@@ -186,7 +187,7 @@ def _lives(owner: dict[str, Any]) -> bool | None:
 
 
 def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
-    """Whether an owner gives a sign of life in time; ``None`` where the lock has changed hands, or is gone."""
+    """Watch whether an owner gives a sign of life in time; gives ``None`` where the lock changes hands or goes."""
     where = f"process {owner['process']} on {owner['host']}"
     print(f"{path.parent} was last used by {where}: waiting up to {patience:.0f} s to see whether it lives", flush=True)
     deadline = time.monotonic() + patience
@@ -201,7 +202,7 @@ def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
 
 
 def _keep(path: Path, token: str, beat: float, ended: threading.Event) -> None:
-    """Give signs of life until the block has ended."""
+    """Write the lock anew every ``beat`` seconds until the block has ended."""
     beats = 0
     while not ended.wait(beat):
         found = _read(path)

@@ -45,10 +45,9 @@ class Preemption:
         self._signal = number
 
     def agreed(self) -> str | None:
-        """The name of a signal that some rank had got before its last step; the same on all ranks. Collective, once a
-        step.
+        """Give the name of a signal that some rank had got before its last step, or ``None``. Collective, once a step.
 
-        Ranks agree while the next step is computed, so nobody waits for it.
+        All ranks get the same answer. They agree while the next step is computed, so that no rank waits for another.
         """
         if self._ranks.group is None:
             found = self._signal

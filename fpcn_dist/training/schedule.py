@@ -8,14 +8,14 @@ from fpcn_dist.recipe.schema import Recipe
 
 
 class Schedule(NamedTuple):
-    """Counted in steps.
+    """The steps of a run.
 
     Attributes:
         batch_size: images of the global batch.
         per_epoch: steps of an epoch.
-        total: of the run.
-        frozen: at the start, in which the backbone does not learn.
-        log_every, save_every, eval_every: between log points, checkpoints, evaluations.
+        total: steps of the run.
+        frozen: steps at the start, in which the backbone does not learn.
+        log_every, save_every, eval_every: steps between two log points, checkpoints, evaluations.
     """
 
     batch_size: int
@@ -28,11 +28,17 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, recipe: Recipe, batch_size: int, per_epoch: int) -> Schedule:
+        """The steps of a recipe whose epochs have ``per_epoch`` steps of ``batch_size`` images."""
         train = recipe.train
         return cls(
-            batch_size, per_epoch, train.epochs * per_epoch, recipe.optim.freeze_backbone_epochs * per_epoch,
-            train.log_every, train.checkpoint_every or per_epoch, train.eval_every * per_epoch,
-        )  # fmt: skip
+            batch_size,
+            per_epoch,
+            total=train.epochs * per_epoch,
+            frozen=recipe.optim.freeze_backbone_epochs * per_epoch,
+            log_every=train.log_every,
+            save_every=train.checkpoint_every or per_epoch,
+            eval_every=train.eval_every * per_epoch,
+        )
 
     def evaluates(self, done: int) -> bool:
         """Whether the model is evaluated after ``done`` steps."""

@@ -65,11 +65,20 @@ def _photographs(folder: Path) -> list[Path]:
     clear = colour.copy()
     clear.putalpha(grey)
     plain = {
-        "rgb.png": colour, "grey.png": grey, "grey.jpg": grey, "palette.png": colour.convert("P"), "alpha.png": clear,
-        "grey-alpha.png": grey.convert("LA"), "bits.png": grey.convert("1"), "cmyk.jpg": colour.convert("CMYK"),
-        "lossy.webp": colour, "rgb.bmp": colour, "rgb.tif": colour, "rgb.jpg": colour,
+        "rgb.png": colour,
+        "grey.png": grey,
+        "grey.jpg": grey,
+        "palette.png": colour.convert("P"),
+        "alpha.png": clear,
+        "grey-alpha.png": grey.convert("LA"),
+        "bits.png": grey.convert("1"),
+        "cmyk.jpg": colour.convert("CMYK"),
+        "lossy.webp": colour,
+        "rgb.bmp": colour,
+        "rgb.tif": colour,
+        "rgb.jpg": colour,
         "deep.png": Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
-    }  # fmt: skip
+    }
     for name, image in plain.items():
         image.save(folder / name)
     colour.save(folder / "progressive.jpg", progressive=True, quality=40, subsampling=2)
@@ -144,9 +153,11 @@ def test_bad_files_are_listed_and_the_rest_is_classified(
     text = capsys.readouterr().out
     assert Path(one.file).name == "good.jpg"
     for name, reason in (
-        ("empty.jpg", "the file is empty"), ("text.jpg", "not a JPEG"), ("cut.jpg", "truncated"),
+        ("empty.jpg", "the file is empty"),
+        ("text.jpg", "not a JPEG"),
+        ("cut.jpg", "truncated"),
         ("huge.png", "its header announces 200 x 200 = 40,000 pixels"),
-    ):  # fmt: skip
+    ):
         (line,) = [line for line in text.splitlines() if name in line]
         assert line.startswith("refused: ") and reason in line
 

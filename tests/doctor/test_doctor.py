@@ -26,9 +26,18 @@ from tests.slurm.slurm import MISSING, SlurmCluster
 CPU = torch.device("cpu")
 DOCTOR = str(ROOT / "launch/doctor.py")
 CHECKS = (
-    "python", "packages", "gpu", "processor", "memory", "disk", "host name", "network",
-    "decoding", "masked_pool", "pair_contrast",
-)  # fmt: skip
+    "python",
+    "packages",
+    "gpu",
+    "processor",
+    "memory",
+    "disk",
+    "host name",
+    "network",
+    "decoding",
+    "masked_pool",
+    "pair_contrast",
+)
 
 
 def doctor(folder: Path, *args: str, launcher: str = "python", expect: int, env: dict[str, str] | None = None) -> str:
@@ -117,9 +126,13 @@ def test_ranks_out_of_reach(tmp_path):
         holder.listen()
         port = str(holder.getsockname()[1])
         env = {
-            "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         output = doctor(tmp_path, expect=1, env=env)
     (found,) = lines(output, "problem", "rendezvous")
     assert f"MASTER_PORT {port}" in found and "already in use" in found

@@ -102,8 +102,12 @@ def test_port_in_use(runs):
         holder.bind(("0.0.0.0", int(port)))
         holder.listen()
         env = environment() | {
-            "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         argv = [sys.executable, *runs.train_argv(runs.folder / "port")]
         done = subprocess.run(argv, env=env, cwd=runs.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
@@ -116,9 +120,13 @@ def test_a_rank_that_dies_is_noticed_within_a_minute(runs):
     ranks = []
     for rank in range(2):
         env = environment() | {
-            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         argv = [sys.executable, *runs.train_argv(output, "--train.epochs", "500")]
         ranks.append(
             subprocess.Popen(argv, env=env, cwd=runs.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -110,5 +110,7 @@ def test_safetensors(runs, single, tmp_path):
     argv = [*command("python"), EXPORT, str(single), "--format", "safetensors", "--output", str(tmp_path / "model")]
     assert "model.safetensors" in runs.run(argv).stdout
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        "README.md", "config.json", "model.safetensors"
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]

@@ -13,9 +13,19 @@ from fpcn_dist.runs.checkpoint import read_checkpoint
 from tests.helpers.launching import environment, free_port, losses
 
 FILES = {
-    "recipe.yaml", "environment.json", "manifest.json", "metrics.jsonl", "tensorboard", "checkpoints",
-    "model.safetensors", "config.json", "README.md", "evaluation.json", "report.html", "samples",
-}  # fmt: skip
+    "recipe.yaml",
+    "environment.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "model.safetensors",
+    "config.json",
+    "README.md",
+    "evaluation.json",
+    "report.html",
+    "samples",
+}
 
 
 def test_a_run_leaves_what_it_promises(single):
@@ -58,11 +68,15 @@ def test_srun_describes_ranks_in_its_own_variables(runs, single):
     argv = [sys.executable, *runs.train_argv(output)]
     ranks = [
         subprocess.Popen(
-            argv, env=environment() | common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            cwd=runs.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            argv,
+            env=environment() | common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            cwd=runs.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     shown = [process.communicate(timeout=240)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], shown
     assert losses(output) == pytest.approx(losses(single), abs=1e-4)

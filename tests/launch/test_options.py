@@ -12,10 +12,31 @@ from fpcn_dist.runs.checkpoint import read_checkpoint
 from tests.helpers.launching import command, environment, losses
 
 EVERYTHING = (
-    "--optim.name", "adamw", "--optim.lr", "0.0003", "--optim.freeze-backbone-epochs", "2", "--optim.ema-decay", "0.8",
-    "--optim.clip-norm", "0.5", "--contrast.pairs", "random", "--contrast.num-pairs", "60", "--model.dropout", "0.2",
-    "--model.backbone", "resnet18", "--model.region", "largest", "--model.companion", "True", "--model.theta", "0.1",
-)  # fmt: skip
+    "--optim.name",
+    "adamw",
+    "--optim.lr",
+    "0.0003",
+    "--optim.freeze-backbone-epochs",
+    "2",
+    "--optim.ema-decay",
+    "0.8",
+    "--optim.clip-norm",
+    "0.5",
+    "--contrast.pairs",
+    "random",
+    "--contrast.num-pairs",
+    "60",
+    "--model.dropout",
+    "0.2",
+    "--model.backbone",
+    "resnet18",
+    "--model.region",
+    "largest",
+    "--model.companion",
+    "True",
+    "--model.theta",
+    "0.1",
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,13 @@ def kill_after(runs: Runs, output: Path, step: int, *overrides: str, launcher: s
     """Start training and kill -9 the whole process tree once ``step`` is in the metrics."""
     argv = [*command(launcher), *runs.train_argv(output, *overrides)]
     process = subprocess.Popen(
-        argv, env=environment(), cwd=runs.folder, start_new_session=True, stdout=subprocess.DEVNULL,
+        argv,
+        env=environment(),
+        cwd=runs.folder,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count('"step"') < step:

@@ -97,6 +97,13 @@ def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
 
 
+def test_the_last_recipe_counts(tmp_path):
+    first, last = write(tmp_path, "train: {epochs: 7}"), tmp_path / "last.yaml"
+    last.write_text("train: {epochs: 9}")
+    args = command_line.parse(Args, ["--recipe", str(first), f"--recipe={last}"])
+    assert args.recipe == last and args.overrides.train.epochs == 9
+
+
 @pytest.mark.parametrize(
     ("word", "value"), [("false", False), ("False", False), ("true", True), ("weights/false.pth", "weights/false.pth")]
 )

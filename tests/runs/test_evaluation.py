@@ -127,8 +127,16 @@ def test_json_comes_back_equal(tmp_path: Path) -> None:
     assert Evaluation.load(tmp_path) == result
     values = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(values) == [
-        "split", "checkpoint", "step", "images", "loss", "accuracy", "per_class", "confusion", "area_quartiles"
-    ]  # fmt: skip
+        "split",
+        "checkpoint",
+        "step",
+        "images",
+        "loss",
+        "accuracy",
+        "per_class",
+        "confusion",
+        "area_quartiles",
+    ]
     assert list(values["per_class"][0]) == ["class", "precision", "recall", "f1", "images"]
     assert list(values["area_quartiles"][0]) == ["area", "images", "accuracy"]
 

@@ -54,8 +54,10 @@ def test_resuming_drops_exactly_the_later_steps(tmp_path: Path) -> None:
     _log_steps(tmp_path, 1, 9)
     _log_steps(tmp_path, 7, 8, start_step=6, offset=0.5)
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
-        *((step, step) for step in range(1, 7)), (7, 7.5), (8, 8.5)
-    ]  # fmt: skip
+        *((step, step) for step in range(1, 7)),
+        (7, 7.5),
+        (8, 8.5),
+    ]
     assert _scalars(tmp_path, "train/loss") == {step: step + 0.5 * (step > 6) for step in range(1, 9)}
     assert [path.name for path in tmp_path.iterdir() if path.name != "tensorboard"] == [METRICS_FILE]
 

@@ -29,14 +29,20 @@ def _recipe(task: str = "contrast", **model: object) -> Recipe:
 
 def _evaluation() -> Evaluation:
     return Evaluation(
-        split="val", checkpoint="best", step=12, images=10, loss=0.5, accuracy=0.8,
+        split="val",
+        checkpoint="best",
+        step=12,
+        images=10,
+        loss=0.5,
+        accuracy=0.8,
         per_class=(
-            ClassScore(CLASSES[0], 1.0, 0.5, 2 / 3, 4), ClassScore(CLASSES[1], None, 0.0, 0.0, 1),
+            ClassScore(CLASSES[0], 1.0, 0.5, 2 / 3, 4),
+            ClassScore(CLASSES[1], None, 0.0, 0.0, 1),
             ClassScore(CLASSES[2], 0.7, 1.0, 0.82, 5),
         ),
         confusion=((2, 0, 2), (0, 0, 1), (0, 0, 5)),
         area_quartiles=tuple(AreaScore(area, 0, None) for area in ("0-25%", "25-50%", "50-75%", "75-100%")),
-    )  # fmt: skip
+    )
 
 
 def _trained(recipe: Recipe, seed: int = 0) -> nn.Module:
@@ -94,8 +100,11 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
     assert config["model"] == _recipe().model.model_dump()
     assert config["fpcn_dist_version"] == __version__
     assert config["preprocessing"] == {
-        "resize": 72, "crop": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]
-    }  # fmt: skip
+        "resize": 72,
+        "crop": 64,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
@@ -185,8 +194,10 @@ def test_weights_of_another_network_are_refused_by_name_and_shape(damaged: Path)
     with pytest.raises(UserError) as caught:
         load_model(damaged)
     for detail in (
-        "classifier.weight has shape (5, 96), not (3, 96)", "fuse_in.bias is missing", "stranger is unknown"
-    ):  # fmt: skip
+        "classifier.weight has shape (5, 96), not (3, 96)",
+        "fuse_in.bias is missing",
+        "stranger is unknown",
+    ):
         assert detail in str(caught.value)
 
 

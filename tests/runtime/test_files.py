@@ -55,10 +55,12 @@ def test_tensors_come_back(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
-    script = "\n".join([
-        "import sys; from pathlib import Path; from fpcn_dist.runtime.files import write_text",
-        "for number in range(10**9): write_text(Path(sys.argv[1]), str(number % 10) * 200_000)",
-    ])  # fmt: skip
+    script = "\n".join(
+        [
+            "import sys; from pathlib import Path; from fpcn_dist.runtime.files import write_text",
+            "for number in range(10**9): write_text(Path(sys.argv[1]), str(number % 10) * 200_000)",
+        ]
+    )
     path = tmp_path / "a.txt"
     writer = subprocess.Popen([sys.executable, "-c", script, str(path)])
     try:

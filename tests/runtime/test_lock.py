@@ -31,9 +31,13 @@ OWNER = (
 def own(folder: Path, **env: str) -> subprocess.Popen[str]:
     """A process that owns the folder."""
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder)], cwd=ROOT, env=os.environ | env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", OWNER, str(folder)],
+        cwd=ROOT,
+        env=os.environ | env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout
     assert process.stdout.readline() == "mine\n"
     return process

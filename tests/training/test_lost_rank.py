@@ -35,10 +35,12 @@ def test_survivors_do_not_wait_for_one_another(first, lost):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(first), str(lost)], cwd=ROOT, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", RANK, str(first), str(lost)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
             env=environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(3)
-    ]  # fmt: skip
+    ]
     assert ranks[lost].wait(timeout=60) == -9
     assert [rank.wait(timeout=90) for number, rank in enumerate(ranks) if number != lost] == [1, 1]

@@ -58,11 +58,9 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
         axes = figure.add_subplot()
         for (label, curve), colour in zip(curves.items(), SERIES, strict=False):
             epochs, values = _thin(curve)
-            few = len(epochs) <= 30
-            axes.plot(
-                epochs, 100 * values if percent else values, color=colour, label=label, linewidth=1.6,
-                marker="o" if few else None, markersize=3,
-            )  # fmt: skip
+            shown = 100 * values if percent else values
+            marker = "o" if len(epochs) <= 30 else None
+            axes.plot(epochs, shown, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3)
         axes.set_xlabel("epoch")
         axes.set_ylabel("%" if percent else "")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

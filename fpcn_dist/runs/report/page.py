@@ -19,9 +19,9 @@ def write_page(folder: Path, template: Path, **values: Any) -> Path:
     Raises:
         UserError: it cannot be written.
     """
+    folders = FileSystemLoader([template.parent, Path(__file__).parent])
     templates = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=folders, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     write_text(folder / REPORT_FILE, templates.get_template(template.name).render(**values, version=__version__))
     return folder / REPORT_FILE

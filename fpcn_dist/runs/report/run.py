@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ def build_report(run_dir: Path) -> Path:
             ("Files replaced during training", [(line["path"], line["reason"]) for line in replaced]),
         ],
         recipe_text=recipe_text,
-        command=_command(environment),
+        command=environment.get("command", ""),
         environment=_flatten({name: value for name, value in environment.items() if name != "command"}),
     )
 
@@ -174,11 +173,6 @@ def _splits(manifest: Manifest) -> dict[str, Any]:
     names = [split for split in _SPLITS if split in present]
     rows = [(name, [counts[label, split] for split in names]) for label, name in enumerate(manifest.classes)]
     return {"names": names, "rows": rows}
-
-
-def _command(environment: dict[str, Any]) -> str:
-    command = environment.get("command", "")
-    return command if isinstance(command, str) else shlex.join(command)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -78,10 +78,8 @@ class SampleCollector:
         probability, predicted = probabilities_BK.max(dim=1)
         correct = predicted == batch.labels
         scattered = (batch.image_ids * _KNUTH % 2**32) / 2**32
-        columns = {
-            "images": batch.images, "masks": mask_Bhw, "image_ids": batch.image_ids,
-            "labels": batch.labels, "predicted": predicted, "probability": probability,
-        }  # fmt: skip
+        columns = {"images": batch.images, "masks": mask_Bhw, "image_ids": batch.image_ids, "labels": batch.labels}
+        columns |= {"predicted": predicted, "probability": probability}
         self._keep("correct", torch.where(correct, scattered, -1.0), columns)
         self._keep("mistakes", torch.where(correct, -1.0, probability), columns)
 

@@ -37,9 +37,10 @@ def finished_run(rocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(rocks / name, data / hostile)
     (data / SCRIPT / BAD_FILE).write_bytes(b"")
     recipe = Recipe(
-        name="rocks", model=ModelConfig(backbone="test_resnet", pretrained=False, hidden=16),
+        name="rocks",
+        model=ModelConfig(backbone="test_resnet", pretrained=False, hidden=16),
         data=DataConfig(resize=104, crop=96, images_per_class=4, val_fraction=0.5, eval_batch_size=8),
-    )  # fmt: skip
+    )
     run = tmp_path_factory.mktemp("runs") / "rocks <1>"
     run.mkdir()
     manifest = build_manifest(data, recipe.data, seed=0)
@@ -62,9 +63,14 @@ def finished_run(rocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     device = torch.device("cpu")
     loader = EvalLoader.from_manifest(manifest, "val", recipe.data, rank=0, world_size=1, device=device)
     evaluate(
-        build_model(recipe.model, 3, task="contrast"), loader, manifest.classes,
-        num_images=len(manifest.ids("val")), checkpoint="best.safetensors", step=40, samples=samples,
-    ).save(run)  # fmt: skip
+        build_model(recipe.model, 3, task="contrast"),
+        loader,
+        manifest.classes,
+        num_images=len(manifest.ids("val")),
+        checkpoint="best.safetensors",
+        step=40,
+        samples=samples,
+    ).save(run)
     samples.write(run, manifest.classes, [image.path for image in manifest.images])
     return run
 
@@ -111,10 +117,21 @@ def test_everything_is_told(run: Path) -> None:
     evaluation = Evaluation.load(run)
     assert evaluation is not None
     for heading in (
-        "Training", "Loss", "Accuracy", "Learning rate", "Confusion", "Size of the region", "Classes",
-        "Where it looked", "Data", "Files refused before training", "Files replaced during training", "Recipe",
-        "Environment", "Command",
-    ):  # fmt: skip
+        "Training",
+        "Loss",
+        "Accuracy",
+        "Learning rate",
+        "Confusion",
+        "Size of the region",
+        "Classes",
+        "Where it looked",
+        "Data",
+        "Files refused before training",
+        "Files replaced during training",
+        "Recipe",
+        "Environment",
+        "Command",
+    ):
         assert f">{heading}</h" in page.html, heading
     assert f"{100 * evaluation.accuracy:.1f} %" in page.text and "36 val images, step 40" in page.text
     assert "50.0 %" in page.text and "step 40, epoch 10" in page.text  # the best validation
@@ -190,9 +207,16 @@ def test_many_classes_give_the_worst_confusions_instead_of_a_huge_table(run: Pat
     matrix[7][3] = 9
     matrix[8][4] = 2
     Evaluation(
-        "val", "", 1, 611, 0.1, 600 / 611, tuple(ClassScore(name, 1.0, 1.0, 1.0, 10) for name in names),
-        tuple(map(tuple, matrix)), tuple(AreaScore(area, 0, None) for area in AREAS),
-    ).save(run)  # fmt: skip
+        "val",
+        "",
+        1,
+        611,
+        0.1,
+        600 / 611,
+        tuple(ClassScore(name, 1.0, 1.0, 1.0, 10) for name in names),
+        tuple(map(tuple, matrix)),
+        tuple(AreaScore(area, 0, None) for area in AREAS),
+    ).save(run)
     page = _page(run)
     assert "most frequent confusions among 60 classes" in page.text and 'class="confusion"' not in page.html
     assert page.text.index("47.4 %") < page.text.index("16.7 %")

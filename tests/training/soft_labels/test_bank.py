@@ -78,9 +78,7 @@ def content(bank: SoftLabelBank) -> dict[str, bytes]:
 
 
 def test_logits_are_those_of_the_teacher_in_the_step_bit_for_bit(chosen, manifest, teacher, whole):
-    loader = TrainLoader(
-        manifest, chosen.data, chosen.seed, rank=0, world_size=1, device=CPU, soft_labels=whole
-    )  # fmt: skip
+    loader = TrainLoader(manifest, chosen.data, chosen.seed, rank=0, world_size=1, device=CPU, soft_labels=whole)
     seen = set()
     for batch in islice(loader, 18):
         assert batch.teacher_logits.dtype == torch.float32

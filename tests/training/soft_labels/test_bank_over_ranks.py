@@ -35,9 +35,13 @@ def students(teacher: Path) -> dict[str, Recipe]:
 def rank_main(rank: int, port: int, folder: Path, teacher: Path, data: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-    )  # fmt: skip
+    )
     computed = []
 
     def open_and_count(*args) -> Teacher:
