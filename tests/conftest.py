@@ -63,8 +63,19 @@ def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not left, f"left running: {[process.args for process in left]}"
 
 
+_SLOW = {"launch", "slurm"}
+"""Folders of tests that start the real commands, or clusters. Slow tests elsewhere are marked where they stand."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` need a CUDA device; ``pytest -m gpu`` runs them alone."""
+    """Mark as slow what starts commands, before tests are chosen by ``-m "not slow"``.
+
+    Tests marked ``gpu`` need a CUDA device; ``pytest -m gpu`` runs them alone.
+    """
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in _SLOW:
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -95,7 +95,7 @@ class Inputs:
         return min(self.nvlink_gbytes * 1e9, adapters) * self.network_efficiency
 
 
-class Prediction(NamedTuple):
+class StepPrediction(NamedTuple):
     """Seconds of a step's parts on ``gpus`` GPUs."""
 
     gpus: int
@@ -157,7 +157,7 @@ def center_bytes(classes: int, channels: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * (classes * (channels + 1) * DOUBLE + FLOAT)
 
 
-def predict(inputs: Inputs, gpus: int) -> Prediction:
+def predict(inputs: Inputs, gpus: int) -> StepPrediction:
     """A step on ``gpus`` GPUs, each with the same number of images."""
     images = inputs.images_per_gpu * gpus
     flops = 3 * inputs.images_per_gpu * inputs.forward_gflop * 1e9
@@ -166,7 +166,7 @@ def predict(inputs: Inputs, gpus: int) -> Prediction:
     summed = center_bytes(inputs.classes, inputs.channels, gpus) / _bandwidth(inputs, gpus)
     reduction = _all_reduce(inputs, gpus, inputs.parameters * FLOAT)
     last_bucket = _all_reduce(inputs, gpus, min(inputs.bucket_mib * 2**20, inputs.parameters * FLOAT))
-    return Prediction(
+    return StepPrediction(
         gpus=gpus,
         images=images,
         compute=compute,

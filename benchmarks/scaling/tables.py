@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.scaling.memory import Case, lone_rank_peaks
 from benchmarks.scaling.model import (
     Inputs,
-    Prediction,
+    StepPrediction,
     center_bytes,
     contrast_bytes,
     first_beyond,
@@ -150,7 +150,7 @@ def _memory_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _prediction_table(name: str, predictions: Sequence[Prediction]) -> Table:
+def _prediction_table(name: str, predictions: Sequence[StepPrediction]) -> Table:
     names = ("GPUs", "N", "compute", "pairs", "exchange", "centre", "sum", "exposed", "host", "feed", "step", "bound")
     table = _table(f"Computed, not measured, ms: {name}", *names, "images/s", "efficiency", "contrast")
     alone = predictions[0].images_per_second / predictions[0].gpus
@@ -184,7 +184,7 @@ def _table(title: str, *names: str, left: int = 0) -> Table:
     return table
 
 
-def _rounded(prediction: Prediction) -> dict[str, float]:
+def _rounded(prediction: StepPrediction) -> dict[str, float]:
     """To the microsecond."""
     return {name: round(value, 6) for name, value in prediction._asdict().items()}
 

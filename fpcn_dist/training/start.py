@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fpcn_dist.data.images import refusal_table
+from fpcn_dist.data.images import show_refused
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
@@ -53,8 +51,7 @@ def prepare_data(data: Path | Manifest, recipe: Recipe, ranks: Ranks) -> Manifes
 
     def check() -> str:
         manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-        if manifest.refused:
-            Console(soft_wrap=True).print(refusal_table(manifest.refused))
+        show_refused(manifest.refused)
         return manifest.to_json()
 
     return Manifest.from_json(ranks.on_first(check))

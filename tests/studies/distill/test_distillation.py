@@ -25,6 +25,8 @@ from tests.helpers.launching import ROOT, TINY, environment, finish, losses, sta
 from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.helpers.ray_cluster import Order, node_of, ray_cluster, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 class Command:
     """launch/distill.py with a tiny recipe and a teacher that costs no training."""

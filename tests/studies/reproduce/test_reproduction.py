@@ -24,6 +24,8 @@ from tests.helpers.distilling import recipe
 from tests.helpers.launching import ROOT, Runs, environment, finish, start
 from tests.helpers.ray_cluster import wait_for
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ROOT / "launch/recipes/compared"
 _DATA = ("--data.resize", "40", "--data.crop", "32", "--data.images-per-class", "4")
 _MODEL = ("--model.norm", "frozen_batch", "--model.backbone", "test_resnet")

@@ -24,7 +24,7 @@ from tests.helpers.launching import ROOT, TINY, Runs, command, environment, fini
 from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.helpers.ray_cluster import Order, node_of, ray_cluster, wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 VALUES: dict[str, Any] = yaml.safe_load(TINY)
 STUDENT = VALUES | {"task": "distill", "name": "student", "data": VALUES["data"] | {"views": 2}}
