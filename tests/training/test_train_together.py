@@ -110,7 +110,7 @@ def break_at_step_3(monkeypatch) -> None:
     whole = Distill.criterion
 
     def criterion(self, pooled, batch, step):
-        if step == 3 and self.config.alpha == 0.2:
+        if step == 3 and self.recipe.distill.alpha == 0.2:
             raise RuntimeError("out of luck")
         return whole(self, pooled, batch, step)
 
