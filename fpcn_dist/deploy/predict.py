@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from fpcn_dist.data.folders import SUFFIXES, find_images
+from fpcn_dist.data.folders import find_files
 from fpcn_dist.data.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
@@ -55,7 +55,7 @@ def predict(
     """
     console = console or Console()
     model, info = load_model(Path(model_dir), device)
-    files, refused = _readable(_find(paths), info)
+    files, refused = _readable(find_files(paths), info)
     if refused:
         console.print(refusal_table(refused))
     if not files:
@@ -72,24 +72,6 @@ def predict(
     console.print("\n".join(to_table(predictions)), highlight=False, markup=False, soft_wrap=True)
     console.print(f"Wrote {output}/predictions.json, predictions.csv and {len(predictions)} overlays.", highlight=False)
     return predictions
-
-
-def _find(paths: Sequence[Path]) -> list[Path]:
-    """All files that ``paths`` name, each once, in the given order; within a folder by name."""
-    named: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError("images", path, "there is no such file or folder", "check the path")
-        files = list(find_images(path)) if path.is_dir() else [path]
-        if not files:
-            raise UserError("images", path, "holds no images", f"images end in {', '.join(sorted(SUFFIXES))}")
-        named += files
-    if not named:
-        raise UserError("images", None, "none were given", "name at least one file or folder")
-    unique: dict[Path, Path] = {}
-    for file in named:
-        unique.setdefault(file.absolute(), file)
-    return list(unique.values())
 
 
 def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused]]:
