@@ -32,30 +32,34 @@ def all_pairs(
     """The pairs (i, *) on the a side and (*, i) on the b side for this rank's images i, unscaled; ``None`` chooses all.
 
     The logits of image i in a pair are G_i hidden + g_i with G_i = (W_cls * x_i) W_out: once per image, not per pair.
+    For the sides W_cls and b_cls are those of all classes but the first, less those of the first.
     """
-    cls_weight_KC, out_weight_CD = problem.cls_weight_KC, problem.out_weight_CD
-    (classes, channels), width = cls_weight_KC.shape, out_weight_CD.shape[1]
+    out_weight_CD = problem.out_weight_CD
+    # Logits relative to the first class: a softmax does not see what is common to all of them.
+    weight_LC = problem.cls_weight_KC[1:] - problem.cls_weight_KC[:1]
+    bias_L = problem.cls_bias_K[1:] - problem.cls_bias_K[:1]
+    grad_weight_LC, grad_bias_L = torch.zeros_like(weight_LC), torch.zeros_like(bias_L)
     loss = torch.zeros((), dtype=torch.float64, device=out_weight_CD.device)
-    for images in ranges(len(problem.x_BC), _budget(problem) // (2 * classes * (channels + width))):
+    elements_of_image = 2 * max(1, len(bias_L)) * sum(out_weight_CD.shape)
+    for images in ranges(len(problem.x_BC), _budget(problem) // elements_of_image):
         x_IC = problem.x_BC[images]
-        weight_IKC = cls_weight_KC * x_IC[:, None]
-        G_IKD = weight_IKC @ out_weight_CD
-        g_IK = weight_IKC @ problem.out_bias_C + problem.cls_bias_K
-        grad_G_IKD, grad_g_IK = torch.zeros_like(G_IKD), torch.zeros_like(g_IK)
+        weight_ILC = weight_LC * x_IC[:, None]
+        G_ILD, g_IL = weight_ILC @ out_weight_CD, weight_ILC @ problem.out_bias_C + bias_L
+        grad_G_ILD, grad_g_IL = torch.zeros_like(G_ILD), torch.zeros_like(g_IL)
         for own_is_a in (True, False):
             own, other = (0, 1) if own_is_a else (1, 0)  # which half of uv
             side_gradients = None
             if gradients is not None and others.gradients is not None:
                 own_grad_ID = gradients.uv_B2D[images].chunk(2, 1)[own]
-                side_gradients = SideGradients(own_grad_ID, others.gradients.chunk(2, 1)[other], grad_G_IKD, grad_g_IK)
+                side_gradients = SideGradients(own_grad_ID, others.gradients.chunk(2, 1)[other], grad_G_ILD, grad_g_IL)
             side = Side(
                 own_is_a,
                 problem.uv_B2D[images].chunk(2, 1)[own],
                 others.rows.chunk(2, 1)[other],
                 problem.first + images.start,
                 others.first,
-                G_IKD,
-                g_IK,
+                G_ILD,
+                g_IL,
                 problem.labels_B[images],
                 problem.relu,
                 problem.dropout,
@@ -66,12 +70,16 @@ def all_pairs(
             loss += side_loss(side)
         if gradients is None:
             continue
-        grad_weight_IKC = grad_G_IKD @ out_weight_CD.T + grad_g_IK[..., None] * problem.out_bias_C
-        gradients.x_BC[images] += (grad_weight_IKC * cls_weight_KC).sum(1)
-        gradients.cls_weight_KC.add_((grad_weight_IKC * x_IC[:, None]).sum(0))
-        gradients.cls_bias_K.add_(grad_g_IK.sum(0))
-        gradients.out_weight_CD.addmm_(weight_IKC.flatten(0, 1).T, grad_G_IKD.flatten(0, 1))
-        gradients.out_bias_C.addmv_(weight_IKC.flatten(0, 1).T, grad_g_IK.flatten())
+        grad_weight_ILC = grad_G_ILD @ out_weight_CD.T + grad_g_IL[..., None] * problem.out_bias_C
+        gradients.x_BC[images] += (grad_weight_ILC * weight_LC).sum(1)
+        grad_weight_LC += (grad_weight_ILC * x_IC[:, None]).sum(0)
+        grad_bias_L += grad_g_IL.sum(0)
+        gradients.out_weight_CD.addmm_(weight_ILC.flatten(0, 1).T, grad_G_ILD.flatten(0, 1))
+        gradients.out_bias_C.addmv_(weight_ILC.flatten(0, 1).T, grad_g_IL.flatten())
+    if gradients is not None:
+        for total, grad in ((gradients.cls_weight_KC, grad_weight_LC), (gradients.cls_bias_K, grad_bias_L)):
+            total[1:] += grad
+            total[0] -= grad.sum(0)
     return loss
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from fpcn_kernels.pairs.problem import Side, ranges
+from fpcn_kernels.pairs.problem import Side, SideGradients, ranges
 from fpcn_kernels.pairs.random import PairDropout
 
-# A tile of hidden vectors that fits the cache.
-_TILE_BYTES = {"cpu": 2**22, "accelerator": 2**26}
+# Hidden vectors that fit the cache of a core, or fill a device.
+_TILE_BYTES = {"cpu": 2**20, "accelerator": 2**26}
+# Scores of a block of images, and later their gradients.
+_SCORES_BYTES = 2**26
 
 
 def hidden_vectors(
@@ -46,30 +50,79 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, scale: 
 
 def side_loss(side: Side) -> Tensor:
     """See :data:`fpcn_kernels.pairs.problem.SideLoss`."""
-    (images, width), others, classes = side.own_ID.shape, len(side.others_JD), side.g_IK.shape[1]
-    device = "cpu" if side.own_ID.device.type == "cpu" else "accelerator"
-    vectors = _TILE_BYTES[device] // (side.own_ID.element_size() * (width + classes))
-    columns = min(others, max(1, vectors // 4))
     loss = torch.zeros((), dtype=torch.float64, device=side.own_ID.device)
-    for rows in ranges(images, vectors // max(1, columns)):
-        for cols in ranges(others, columns):
-            loss += _tile_loss(side, rows, cols)
+    scores_of_image = side.own_ID.element_size() * len(side.others_JD) * (side.g_IL.shape[1] + 1)
+    for images in ranges(len(side.own_ID), _SCORES_BYTES // max(1, scores_of_image)):
+        loss += _block_loss(side, images)
     return loss
 
 
-def _tile_loss(side: Side, rows: slice, cols: slice) -> Tensor:
-    own_ID, others_JD, G_IKD = side.own_ID[rows], side.others_JD[cols], side.G_IKD[rows]
-    own_I1 = side.own_first + torch.arange(rows.start, rows.stop, device=own_ID.device)[:, None]
-    other_1J = side.others_first + torch.arange(cols.start, cols.stop, device=own_ID.device)
-    a, b = (own_I1, other_1J) if side.own_is_a else (other_1J, own_I1)
-    hidden_IJD, kept_IJD = hidden_vectors(own_ID[:, None] + others_JD, side.relu, side.dropout, a, b)
-    logits_IJK = torch.baddbmm(side.g_IK[rows, None], hidden_IJD, G_IKD.mT)
-    weight_IJ = None if side.chosen is None else side.chosen.contain(a, b).to(own_ID.dtype)
-    loss, grad_IJK = cross_entropy(logits_IJK, side.labels_I[rows, None], weight_IJ, side.scale)
+def _block_loss(side: Side, images: slice) -> Tensor:
+    """The loss of some own images, whose scores are kept; hidden vectors are computed again for the gradients."""
+    count, others, classes = images.stop - images.start, len(side.others_JD), side.g_IL.shape[1] + 1
+    logits_IJK = side.own_ID.new_zeros(count, others, classes)  # that of the first class is 0
+    for rows, cols in _tiles(side, images):
+        logits_IJK[_within(rows, images), cols, 1:] = _tile_scores(side, rows, cols)
+    weight_IJ = None
+    if side.chosen is not None:
+        weight_IJ = side.chosen.contain(*_indices(side, images, slice(0, others))).to(logits_IJK.dtype)
+    loss, grad_IJK = cross_entropy(logits_IJK, side.labels_I[images, None], weight_IJ, side.scale)
     if side.gradients is not None:
-        side.gradients.G_IKD[rows].baddbmm_(grad_IJK.mT, hidden_IJD)
-        side.gradients.g_IK[rows] += grad_IJK.sum(1)
-        grad_IJD = hidden_backward(grad_IJK @ G_IKD, side.relu, hidden_IJD, kept_IJD)
-        side.gradients.own_ID[rows] += grad_IJD.sum(1)
-        side.gradients.others_JD[cols] += grad_IJD.sum(0)
+        grad_IJL = grad_IJK[..., 1:]
+        side.gradients.g_IL[images] += grad_IJL.sum(1)
+        for rows, cols in _tiles(side, images):
+            _add_tile_gradients(side, rows, cols, grad_IJL[_within(rows, images), cols], side.gradients)
     return loss
+
+
+def _tiles(side: Side, images: slice) -> Iterator[tuple[slice, slice]]:
+    """The own images and the others of tiles, whose hidden vectors have a budget of bytes."""
+    device = "cpu" if side.own_ID.device.type == "cpu" else "accelerator"
+    vectors = _TILE_BYTES[device] // (side.own_ID.element_size() * side.own_ID.shape[1])
+    columns = max(1, min(len(side.others_JD), vectors))
+    for rows in ranges(images.stop - images.start, vectors // columns):
+        for cols in ranges(len(side.others_JD), columns):
+            yield slice(images.start + rows.start, images.start + rows.stop), cols
+
+
+def _within(rows: slice, images: slice) -> slice:
+    return slice(rows.start - images.start, rows.stop - images.start)
+
+
+def _indices(side: Side, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+    """The global indices (a, b) of the pairs of a tile, which broadcast to [I, J]."""
+    device = side.own_ID.device
+    own_I1 = side.own_first + torch.arange(rows.start, rows.stop, device=device)[:, None]
+    other_1J = side.others_first + torch.arange(cols.start, cols.stop, device=device)
+    return (own_I1, other_1J) if side.own_is_a else (other_1J, own_I1)
+
+
+def _tile_hidden(side: Side, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
+    """Hidden vectors [I, J, D] of a tile, and their dropout multipliers."""
+    preactivation = side.own_ID[rows, None] + side.others_JD[cols]
+    return hidden_vectors(preactivation, side.relu, side.dropout, *_indices(side, rows, cols))
+
+
+def _tile_scores(side: Side, rows: slice, cols: slice) -> Tensor:
+    """G hidden + g [I, J, L] of a tile.
+
+    Without dropout relu(u + v) = max(v, -u) + u saves a pass over the tile: what the second term adds to the scores of
+    an image is the same for all others.
+    """
+    own_I1D, others_JD, G_ILD, g_I1L = (
+        side.own_ID[rows, None],
+        side.others_JD[cols],
+        side.G_ILD[rows],
+        side.g_IL[rows, None],
+    )
+    if side.dropout is None and side.relu:
+        return torch.baddbmm(torch.baddbmm(g_I1L, own_I1D, G_ILD.mT), torch.maximum(others_JD, -own_I1D), G_ILD.mT)
+    return torch.baddbmm(g_I1L, _tile_hidden(side, rows, cols)[0], G_ILD.mT)
+
+
+def _add_tile_gradients(side: Side, rows: slice, cols: slice, grad_IJL: Tensor, gradients: SideGradients) -> None:
+    hidden_IJD, kept_IJD = _tile_hidden(side, rows, cols)
+    gradients.G_ILD[rows].baddbmm_(grad_IJL.mT, hidden_IJD)
+    grad_IJD = hidden_backward(grad_IJL @ side.G_ILD[rows], side.relu, hidden_IJD, kept_IJD)
+    gradients.own_ID[rows] += grad_IJD.sum(1)
+    gradients.others_JD[cols] += grad_IJD.sum(0)

@@ -1,8 +1,8 @@
 """What the backends of pair_contrast compute, and for whom: one rank's share of the pairs of a global batch.
 
 Legend, here and in the backends: N images in the global batch, B of them on this rank, I of these in a block; J others
-that they are paired with; C channels, D hidden units, K classes; T pairs in a chunk of a list. u and v are the halves
-of the first layer: the hidden vector of (a, b) is f(u[a] + v[b]).
+that they are paired with; C channels, D hidden units, K classes, L = K - 1 of them but the first; T pairs in a chunk of
+a list. u and v are the halves of the first layer: the hidden vector of (a, b) is f(u[a] + v[b]).
 """
 
 from __future__ import annotations
@@ -57,12 +57,16 @@ class SideGradients(NamedTuple):
 
     own_ID: Tensor
     others_JD: Tensor
-    G_IKD: Tensor
-    g_IK: Tensor
+    G_ILD: Tensor
+    g_IL: Tensor
 
 
 class Side(NamedTuple):
-    """One side of the pairs between a block of this rank's images and others: whose logits G hidden + g are wanted."""
+    """One side of the pairs between a block of this rank's images and others: whose logits G hidden + g are wanted.
+
+    They are those of all classes but the first, relative to the first, whose logit is 0: a softmax and its gradient do
+    not change with a number that is added to all logits.
+    """
 
     own_is_a: bool
     """Whether the own images are the first or the second of their pairs: own is then u and others v, or vice versa."""
@@ -71,8 +75,8 @@ class Side(NamedTuple):
     own_first: int
     """Global index of the first own image."""
     others_first: int
-    G_IKD: Tensor
-    g_IK: Tensor
+    G_ILD: Tensor
+    g_IL: Tensor
     labels_I: Tensor
     relu: bool
     dropout: PairDropout | None
