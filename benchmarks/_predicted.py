@@ -134,7 +134,7 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int) -> 
     others = PassingRows(0, problem.uv_B2D, torch.empty_like(problem.uv_B2D))
     with recording() as records:
         all_pairs(problem, others, None, Gradients.zeros(problem), pairs_triton.side_loss)
-    dense = images * channels * width * (12 + 6 * classes)
+    dense = images * channels * width * (12 + 6 * (classes - 1))
     in_tf32 = torch.get_float32_matmul_precision() != "highest"
     products = (0.0, dense) if in_tf32 else (dense / FMA_FLOPS, 0.0)
     # Weights and their gradients once; ten products.
@@ -155,7 +155,7 @@ def _pair_trips(launch: Launch) -> list[float]:
     if launch.code.kernel == "own_kernel":
         return [math.ceil(given["others"] / given["BJ"])] if in_matrix_units else [given["others"] / grid[2]]
     if launch.code.kernel == "others_kernel":
-        return [given["images"] / grid[2], *([math.ceil(given["K"] / given["BK"])] if in_matrix_units else [])]
+        return [given["images"] / grid[2], *([math.ceil(given["L"] / given["BL"])] if in_matrix_units else [])]
     return []
 
 

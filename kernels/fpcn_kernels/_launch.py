@@ -99,6 +99,11 @@ def recording() -> Iterator[list[LaunchRecord]]:
         _recorder = outer
 
 
+def tuning() -> bool:
+    """Whether :func:`choose` times its candidates."""
+    return os.environ.get(AUTOTUNE) == "1" and _recorder is None and not interpreting()
+
+
 def choose(key: tuple[Hashable, ...], table: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None]) -> None:
     """Run a kernel with a configuration for ``key``: the table's first, known to be good, unless the environment sets
     ``FPCN_AUTOTUNE=1``; then the fastest of the table, timed at the first call with this key in this process.
@@ -108,7 +113,7 @@ def choose(key: tuple[Hashable, ...], table: Sequence[dict[str, int]], run: Call
         table: candidates, the known-good one first.
         run: launches the kernel with one of them; may be called several times.
     """
-    if os.environ.get(AUTOTUNE) == "1" and _recorder is None and not interpreting():
+    if tuning():
         if key not in _tuned:
             _tuned[key] = _fastest(table, run)
             logging.getLogger("fpcn_kernels").info("tuned %s: %s", key, _tuned[key])

@@ -44,7 +44,7 @@ def run_pair_contrast(
 ) -> None:
     torch.set_float32_matmul_precision(precision)
     uv = torch.empty(images, 2 * width, device=DEVICE)
-    G, g = torch.empty(images, classes, width, device=DEVICE), torch.empty(images, classes, device=DEVICE)
+    G, g = (torch.empty(images, classes - 1, *size, device=DEVICE) for size in ((width,), ()))
     seed, scale = torch.empty((), dtype=torch.int64, device=DEVICE), torch.empty((), device=DEVICE)
     own, others = uv.chunk(2, 1)
     gradients = SideGradients(*(torch.empty_like(t) for t in (own, others, G, g)))
@@ -54,8 +54,8 @@ def run_pair_contrast(
         others_JD=others,
         own_first=0,
         others_first=0,
-        G_IKD=G,
-        g_IK=g,
+        G_ILD=G,
+        g_IL=g,
         labels_I=torch.empty(images, dtype=torch.int64, device=DEVICE),
         relu=True,
         dropout=PairDropout(dropout, seed, images, width, torch.float32) if dropout else None,

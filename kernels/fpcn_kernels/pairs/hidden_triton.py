@@ -24,6 +24,65 @@ def activation(own_1D, others_JD, RELU: tl.constexpr):
 
 
 @triton.jit
+def shifted(own_1D, others_JD, RELU: tl.constexpr):
+    """f(own + others) - own [J, D] of one own image, f the relu or the identity; NaN stays NaN."""
+    return tl.maximum(others_JD, -own_1D, propagate_nan=tl.PropagateNan.ALL) if RELU else others_JD
+
+
+@triton.jit
+def add_where_active(own, others, q, sum_shifted, sum_slope, RELU: tl.constexpr, PTX: tl.constexpr):
+    """``sum_shifted`` + q others and ``sum_slope`` + q where the relu of own + others is active, else unchanged.
+
+    Predicated additions, as the compiler would make a selection of each of them.
+    """
+    if not RELU:
+        return sum_shifted + q * others, sum_slope + q
+    elif PTX:
+        q, others = tl.broadcast(q, others)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred active;
+            setp.gt.f32 active, $4, $5;
+            mov.f32 $0, $2;
+            mov.f32 $1, $3;
+            @active fma.rn.f32 $0, $6, $4, $2;
+            @active add.f32 $1, $3, $6;
+            }""",
+            "=&f,=&f,f,f,f,f,f",
+            [sum_shifted, sum_slope, others, -own, q],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        active = others > -own
+        return tl.where(active, sum_shifted + q * others, sum_shifted), tl.where(active, sum_slope + q, sum_slope)
+
+
+@triton.jit
+def add_product_where_active(own, others, q, G, total, RELU: tl.constexpr, PTX: tl.constexpr):
+    """``total`` + q G where the relu of own + others is active, else unchanged."""
+    if not RELU:
+        return total + q * G
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred active;
+            setp.gt.f32 active, $2, $3;
+            mov.f32 $0, $1;
+            @active fma.rn.f32 $0, $4, $5, $1;
+            }""",
+            "=&f,f,f,f,f,f",
+            [total, others, -own, q, G],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.where(others > -own, total + q * G, total)
+
+
+@triton.jit
 def dropout(own_words, others_words, unit_words, i, j, d, others, D: tl.constexpr, DROPPED: tl.constexpr):
     """Multipliers [J, D], 0 or 1 / (1 - p), where DROPPED of the 2^32 words are dropped."""
     own_word = tl.load(own_words + i).to(tl.uint32, bitcast=True)
@@ -47,3 +106,13 @@ def load_row(row, d, D: tl.constexpr, BD: tl.constexpr):
         return tl.load(row + d[None, :])
     else:
         return tl.load(row + d[None, :], mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_or_add(rows, row_stride, scale, sum_JD, j, d, others, D: tl.constexpr, ADDED: tl.constexpr):
+    """Store a tile of this share's sum in ``rows`` [S, J, D]; or add ``scale`` times it, if there is one share."""
+    offsets = (tl.program_id(2) * others + j).to(tl.int64)[:, None] * row_stride + d[None, :]
+    mask = (j < others)[:, None] & (d < D)[None, :]
+    if ADDED:
+        sum_JD = tl.load(rows + offsets, mask=mask, other=0.0) + tl.load(scale) * sum_JD
+    tl.store(rows + offsets, sum_JD, mask=mask)
