@@ -115,8 +115,8 @@ def masked_pool_work(batch: int, channels: int, size: int, theta: float) -> tupl
     return forward, [Work(backward.code.kernel, 1, features.nbytes + pooled.nbytes, instructions)]
 
 
-def pair_contrast_work(images: int, classes: int, channels: int, width: int) -> list[Work]:
-    """Forward and backward of all pairs, in float32 or TF32 as PyTorch is set to."""
+def pair_contrast_work(images: int, classes: int, channels: int, width: int, rounded: bool) -> list[Work]:
+    """Forward and backward of all pairs, in float32 or ``rounded``: in float16, and the dense products in TF32."""
     empty = partial(torch.empty, device="meta")
     problem = PairProblem(
         x_BC=empty(images, channels),
@@ -130,13 +130,13 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int) -> 
         relu=True,
         dropout=None,
         scale=empty(()),
+        rounded=rounded,
     )
     others = PassingRows(0, problem.uv_B2D, torch.empty_like(problem.uv_B2D))
     with recording() as records:
         all_pairs(problem, others, None, Gradients.zeros(problem), pairs_triton.side_loss)
     dense = images * channels * width * (12 + 6 * (classes - 1))
-    in_tf32 = torch.get_float32_matmul_precision() != "highest"
-    products = (0.0, dense) if in_tf32 else (dense / FMA_FLOPS, 0.0)
+    products = (0.0, dense) if rounded else (dense / FMA_FLOPS, 0.0)
     # Weights and their gradients once; ten products.
     works = [Work("dense products", 10, 24 * channels * width, *products)]
     for launch in compile_all(records):
@@ -149,13 +149,12 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int) -> 
 def _pair_trips(launch: Launch) -> list[float]:
     """Iterations of a program's loops by depth, on average over the programs."""
     given, grid = launch.arguments, launch.grid
-    in_matrix_units = "PRECISION" in given
     if launch.code.kernel == "scores_kernel":
-        return [math.ceil(given["D"] / given["BD"])] if in_matrix_units else [given["images"] / grid[1]]
+        return [given["images"] / grid[1] if "BI" in given else math.ceil(given["D"] / given["BD"])]
     if launch.code.kernel == "own_kernel":
-        return [math.ceil(given["others"] / given["BJ"])] if in_matrix_units else [given["others"] / grid[2]]
+        return [math.ceil(given["others"] / (grid[2] if "BI" in given else 1) / given.get("BJ", 1))]
     if launch.code.kernel == "others_kernel":
-        return [given["images"] / grid[2], *([math.ceil(given["L"] / given["BL"])] if in_matrix_units else [])]
+        return [given["images"] / grid[2], *([math.ceil(given["L"] / given["BL"])] if "BL" in given else [])]
     return []
 
 

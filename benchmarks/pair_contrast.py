@@ -7,8 +7,8 @@ the written-out form at the smallest timed batch (the PyTorch backend in float64
 equations as one would write them in PyTorch, the same under torch.compile (both left out where they would not fit into
 memory), the PyTorch backend and, on a GPU, the Triton kernels. The floor is the multiply-adds of the re-associated form
 (docs/kernels.md), those that remain once every product is shared, at the measured float32 rate of a large product (TF32
-with --tf32, where classes are many enough for the matrix units): 12 K D for a pair, 12 C D + 6 K C D for an image;
-relu, softmax and memory are not in it. Peak memory above the inputs is measured in a process each. Without a GPU a
+with --tf32, where classes are many enough for the matrix units): with L = K - 1 classes 12 L D for a pair,
+12 C D + 6 L C D for an image; relu, softmax and memory are not in it. Peak memory above the inputs is measured in a process each. Without a GPU a
 prediction follows: see _predicted.py.
 """
 
@@ -156,6 +156,7 @@ def resident_mib(field: str) -> float:
 
 def floor_flops(images: int, channels: int, width: int, classes: int) -> float:
     """Forward and backward: docs/kernels.md."""
+    classes -= 1  # the first is at 0
     return 12 * images**2 * classes * width + images * (12 * channels * width + 6 * classes * channels * width)
 
 
@@ -163,19 +164,14 @@ def predict(channels: int, width: int) -> list[dict[str, Any]]:
     from benchmarks._predicted import pair_contrast_work, show_prediction
 
     sections = {}
-    for images, classes, precision in [
-        (336, 3, "highest"),
-        (4096, 3, "highest"),
-        (336, 200, "highest"),
-        (336, 200, "high"),
-    ]:
-        torch.set_float32_matmul_precision(precision)
-        name = f"N {images}, K {classes}" + (", TF32" if precision == "high" else "")
-        sections[name] = pair_contrast_work(images, classes, channels, width)
+    for images, classes in [(336, 3), (4096, 3), (336, 200)]:
+        for rounded in (False, True):
+            name = f"N {images}, K {classes}" + (", float16" if rounded else "")
+            sections[name] = pair_contrast_work(images, classes, channels, width, rounded)
     return show_prediction(
         sections,
         f"C {channels}, D {width}, forward + backward. Dense products: 12 N C D + 6 N K C D FLOPs, as fused "
-        "multiply-adds or in TF32. Scores stay in the L2. PyTorch's elementwise launches between are not in it.",
+        "multiply-adds or, beside float16, in TF32. Scores stay in the L2. PyTorch's elementwise launches between are not in it.",
     )
 
 

@@ -98,9 +98,9 @@ def predict(batches: list[int], channels: int = 2048, crop: int = 448) -> list[d
         sections[f"B {batch} FPCN adds"] = [
             *forward,
             *backward,
-            *pair_contrast_work(batch, CLASSES, channels, config.hidden),
+            *pair_contrast_work(batch, CLASSES, channels, config.hidden, rounded=True),
         ]
-    figures = show_prediction(sections, "masked_pool of bfloat16 features in channels_last, pair_contrast in float32.")
+    figures = show_prediction(sections, "masked_pool of bfloat16 features in channels_last, pair_contrast in float16.")
     for batch in batches:
         milliseconds = 3 * flops * batch / peak * 1e3
         print(

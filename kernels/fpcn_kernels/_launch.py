@@ -70,6 +70,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def rounds_products() -> bool:
+    """Whether PyTorch may round the products of float32 matrices, by whichever of its two settings that was said.
+
+    ``torch.get_float32_matmul_precision`` raises an error once the other has been used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a launch may fill: an H200's where ``device`` is no GPU, as launches can be recorded and

@@ -40,9 +40,8 @@ def run_masked_pool(
 
 
 def run_pair_contrast(
-    images: int, classes: int, width: int = 512, precision: str = "high", dropout: float = 0.0, random: bool = False
+    images: int, classes: int, width: int = 512, rounded: bool = True, dropout: float = 0.0, random: bool = False
 ) -> None:
-    torch.set_float32_matmul_precision(precision)
     uv = torch.empty(images, 2 * width, device=DEVICE)
     G, g = (torch.empty(images, classes - 1, *size, device=DEVICE) for size in ((width,), ()))
     seed, scale = torch.empty((), dtype=torch.int64, device=DEVICE), torch.empty((), device=DEVICE)
@@ -61,6 +60,7 @@ def run_pair_contrast(
         dropout=PairDropout(dropout, seed, images, width, torch.float32) if dropout else None,
         chosen=RandomPairs(images, seed, images) if random else None,
         scale=scale,
+        rounded=rounded,
         gradients=gradients,
     )
     pairs_triton.side_loss(side)
@@ -74,13 +74,14 @@ def launches() -> list[LaunchRecord]:
         run_masked_pool(42, 2048, 14, bf16, torch.contiguous_format)
         run_masked_pool(42, 2048, 7, torch.float32, torch.contiguous_format, largest=True)
         run_masked_pool(16, 256, 64, torch.float32, torch.contiguous_format, largest=True)
-        for images, classes in [(336, 3), (4096, 3), (336, 8), (336, 200), (336, 1000)]:
-            run_pair_contrast(images, classes)
-        run_pair_contrast(336, 3, dropout=0.5, random=True)
-        run_pair_contrast(336, 200, dropout=0.5)
-        run_pair_contrast(336, 200, precision="highest")
-        run_pair_contrast(336, 3, width=2048)
-        run_pair_contrast(336, 200, width=2048)
+        for rounded in (False, True):
+            for images, classes in [(336, 3), (4096, 3), (336, 8), (336, 200)]:
+                run_pair_contrast(images, classes, rounded=rounded)
+            run_pair_contrast(336, 3, rounded=rounded, dropout=0.5, random=True)
+            run_pair_contrast(336, 200, rounded=rounded, dropout=0.5)
+            run_pair_contrast(336, 3, rounded=rounded, width=2048)
+        run_pair_contrast(336, 2)
+        run_pair_contrast(336, 1000)
     return records
 
 

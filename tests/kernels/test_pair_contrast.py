@@ -158,7 +158,19 @@ def test_operator_contract(pairs):
     problem = make_problem(4, 5, 6, 3, torch.float32)
     seed = torch.tensor(1)
     listed, count = (pairs, None) if isinstance(pairs, torch.Tensor) else (None, pairs)
-    positional = (*operands(problem).values(), problem["labels"], seed, listed, count, True, 0.2, None, "torch", True)
+    positional = (
+        *operands(problem).values(),
+        problem["labels"],
+        seed,
+        listed,
+        count,
+        True,
+        0.2,
+        "auto",
+        None,
+        "torch",
+        True,
+    )
     torch.library.opcheck(torch.ops.fpcn.pair_contrast.default, positional)
 
     def run():

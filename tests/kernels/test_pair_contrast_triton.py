@@ -61,16 +61,79 @@ def test_odd_batch(sizes):
     _assert_matches(_narrow(sizes))
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_many_classes(precision, monkeypatch):
-    """More classes than a tile of any kernel has, at either precision of float32 products."""
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+def test_many_classes():
+    """More classes than a tile of any kernel has."""
+    _assert_matches(_narrow((7, 9, 70, 150)), dropout=0.3)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.4, "seed": 3}, {"activation": "identity"}, {"pairs": 50}])
+@pytest.mark.parametrize("sizes", [(20, 7, 33, 2), (9, 7, 70, 9), (9, 6, 70, 13), (2, 5, 600, 3)])
+def test_products_in_float16(dense, sizes, options):
+    """Up to eight columns of classes, more, and more units than a program of the former takes.
+
+    A float16 has 11 bits. A slope on the wrong side of the relu, which only the rows of float32 exclude, would add
+    to the gradients of the first layer.
+    """
+    problem = _narrow(sizes)
+    pairs = {"pairs": min(options["pairs"], sizes[0] ** 2)} if "pairs" in options else {}
+    wide = mapped(problem, lambda name, values: values.double())
+    got = pair_contrast(**problem, **{**options, **pairs}, backend="triton", matmul="high")
+    expected = pair_contrast(**wide, **{**options, **pairs}, backend="torch")
+    torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=0)
+    got, expected = gradients_of(got, problem), gradients_of(expected, wide)
+    for name, value in expected.items():
+        error = (got[name].double() - value).norm() / value.norm()
+        assert 1e-7 < error < 1e-2, (name, float(error))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_float16_neither_overflows_nor_vanishes(size):
+    """Powers of two bring operands of any size into its range."""
+    parameters = {"fuse_in_weight": size, "fuse_in_bias": size, "fuse_out_weight": 1 / size}
+    problem = mapped(_narrow((5, 6, 20, 3)), lambda name, values: values * parameters.get(name, 1.0))
+    exact, rounded = (pair_contrast(**problem, backend="triton", matmul=matmul) for matmul in ("highest", "high"))
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [False, pytest.param("legacy", id="set_float32_matmul_precision"), pytest.param("new", id="fp32_precision")],
+)
+def test_products_are_rounded_where_pytorch_may_round_its_own(rounds):
+    problem, matmul = _narrow((5, 6, 20, 3)), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        # TF32 has ten bits of mantissa on a GPU; the interpreter has all of float32's.
-        _assert_matches(_narrow((7, 9, 70, 150)), 2e-6 if precision == "highest" else 2e-3, dropout=0.3)
+        if rounds == "legacy":
+            torch.set_float32_matmul_precision("high")
+        elif rounds == "new":
+            matmul.fp32_precision = "tf32"
+        got = pair_contrast(**problem, backend="triton")
     finally:
-        torch.set_float32_matmul_precision(previous)
+        matmul.fp32_precision = before
+    assert torch.equal(got, pair_contrast(**problem, backend="triton", matmul="high" if rounds else "highest"))
+
+
+def test_products_are_rounded_under_autocast():
+    problem = _narrow((5, 6, 20, 3))
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        got = pair_contrast(**problem, backend="triton")
+    assert torch.equal(got, pair_contrast(**problem, backend="triton", matmul="high"))
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_labels_out_of_bounds(label):
+    """On the CPU an error; on a device, which nobody waits for, what makes loss and gradients NaN."""
+    problem = _narrow((4, 5, 6, 3))
+    problem["labels"][1] = label
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=r"labels \[4\] must lie in \[0, 3\), got values from"):
+            pair_contrast(**problem, backend="triton")
+        on_device = problem["labels"].to("meta")
+        clamped, poison = sys.modules["fpcn_kernels.pairs.operator"]._in_bounds("labels", on_device, 3)
+        assert clamped.shape == on_device.shape and poison.shape == ()
+    else:
+        loss = pair_contrast(**problem, backend="triton")
+        assert loss.isnan() and all(gradient.isnan().any() for gradient in gradients_of(loss, problem).values())
 
 
 @pytest.mark.parametrize("classes", [3, 17])
@@ -127,7 +190,19 @@ def test_non_finite_in_the_hidden_layer_reaches_the_loss():
 @pytest.mark.parametrize("classes", [3, 17])
 def test_operator_contract(classes):
     problem, seed = _narrow((3, 5, 6, classes)), torch.tensor(1, device=DEVICE)
-    positional = (*operands(problem).values(), problem["labels"], seed, None, None, True, 0.2, None, "triton", True)
+    positional = (
+        *operands(problem).values(),
+        problem["labels"],
+        seed,
+        None,
+        None,
+        True,
+        0.2,
+        "auto",
+        None,
+        "triton",
+        True,
+    )
     torch.library.opcheck(torch.ops.fpcn.pair_contrast.default, positional)
 
     def run():
@@ -146,7 +221,7 @@ def test_listed_pairs_run_in_pytorch():
     assert torch.equal(pair_contrast(**problem, pairs=LISTED.to(DEVICE), backend="triton"), expected)
 
 
-def _side(own, others, width, classes, relu, own_first=0, others_first=0, images=20, gradients=True):
+def _side(own, others, width, classes, relu, own_first=0, others_first=0, images=20, gradients=True, rounded=False):
     """A side between some images and some others of a batch, with dropout and random pairs."""
     generator = torch.Generator().manual_seed(0)
 
@@ -170,6 +245,7 @@ def _side(own, others, width, classes, relu, own_first=0, others_first=0, images
         dropout=PairDropout(0.25, seed, images, width, torch.float32),
         chosen=RandomPairs(images**2 // 3, seed, images),
         scale=torch.tensor(0.5, device=DEVICE),
+        rounded=rounded,
         gradients=SideGradients(*(torch.zeros_like(t) for t in (*rows, *tensors))) if gradients else None,
     )
 

@@ -65,6 +65,7 @@ def all_pairs(
                 problem.dropout,
                 chosen,
                 problem.scale,
+                problem.rounded,
                 side_gradients,
             )
             loss += side_loss(side)

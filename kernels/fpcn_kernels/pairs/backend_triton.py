@@ -7,14 +7,16 @@ Every sum has one owner and a fixed order: no atomics, bitwise deterministic.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fpcn_kernels._launch import launch
-from fpcn_kernels.pairs import few_classes_triton, many_classes_triton
-from fpcn_kernels.pairs.block_triton import Block
+from fpcn_kernels.pairs import few_classes_half_triton, few_classes_triton, many_classes_triton
+from fpcn_kernels.pairs.block_triton import Block, HalfOperands
 from fpcn_kernels.pairs.problem import Side, SideGradients, ranges
 from fpcn_kernels.pairs.random import RandomPairs
 
@@ -22,8 +24,9 @@ from fpcn_kernels.pairs.random import RandomPairs
 _SCORES_BYTES = 2**25
 # CUDA's bound on all but the first dimension of a grid.
 _GRID_LIMIT = 65535
-# Up to here multiply-adds beat matrix units, which would pad the classes to 16; without the first class.
-_FEW_CLASSES = 7
+# Without the first class. In float32 multiply-adds beat matrix units, which would pad the classes to 16; in float16
+# these have eight columns, but whole others of more units do not fit a program.
+_FEW_CLASSES, _FEW_CLASSES_HALF, _WIDTH_HALF = 7, 8, 512
 
 
 @triton.jit
@@ -70,28 +73,30 @@ def _softmax_kernel(
         weight_J = (a.to(tl.int64) * total + b < count).to(tl.float32)
         loss_J *= weight_J
         q_LJ *= weight_J[None, :]
-    tl.store(scores + offsets, q_LJ, mask=mask)
+    # What pads a row to whole tiles is read, too.
+    q_LJ = tl.where((j < others)[None, :], q_LJ, 0.0)
+    tl.store(scores + offsets, q_LJ, mask=(k < L)[:, None] & (j < pitch)[None, :])
     tl.store(losses + i * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(j < others, loss_J, 0.0), 0))
 
 
 def side_loss(side: Side) -> Tensor:
     """See :data:`fpcn_kernels.pairs.problem.SideLoss`.
 
-    Hidden vectors, G and q are multiplied in TF32 where PyTorch's own float32 products may be
-    (``torch.set_float32_matmul_precision``), else in three TF32 products, which come near float32.
+    Hidden vectors, G and q are multiplied in float16 if the side says ``rounded``; else in float32 for few classes, and
+    in three products of TF32, which come near float32, for many.
     """
     classes, others = side.g_IL.shape[1], len(side.others_JD)
     loss = torch.zeros((), dtype=torch.float64, device=side.own_ID.device)
-    if others == 0 or classes == 0:
+    if others == 0 or classes == 0 or len(side.own_ID) == 0:
         return loss
+    half = HalfOperands.of(side) if side.rounded else None
     for images in ranges(len(side.own_ID), min(_SCORES_BYTES // (4 * classes * others), _GRID_LIMIT)):
-        loss += _block_loss(side, images)
+        loss += _block_loss(Block(side, images, half))
     return loss
 
 
-def _block_loss(side: Side, images: slice) -> Tensor:
-    kernels = few_classes_triton if side.g_IL.shape[1] <= _FEW_CLASSES else many_classes_triton
-    block = Block(side, images, kernels.extra_constants())
+def _block_loss(block: Block) -> Tensor:
+    side, kernels = block.side, _kernels(block)
     scores_ILJ = block.new_scores()
     kernels.scores(block, scores_ILJ)
     losses = _softmax(block, scores_ILJ)
@@ -101,18 +106,27 @@ def _block_loss(side: Side, images: slice) -> Tensor:
     return losses.sum(dtype=torch.float64)
 
 
+def _kernels(block: Block) -> ModuleType:
+    if block.is_half and block.classes <= _FEW_CLASSES_HALF and block.width <= _WIDTH_HALF:
+        return few_classes_half_triton
+    if not block.is_half and block.classes <= _FEW_CLASSES:
+        return few_classes_triton
+    return many_classes_triton
+
+
 def _softmax(block: Block, scores_ILJ: Tensor) -> Tensor:
     """The losses [I, tiles of J] of the scores, which become their gradients q."""
     side, class_tile = block.side, triton.next_power_of_2(block.classes)
-    tile = max(1, min(4096 // class_tile, 512, triton.next_power_of_2(block.others)))
-    tiles = triton.cdiv(block.others, tile)
+    pitch = scores_ILJ.stride(1)
+    tile = max(1, min(2048 // class_tile, 512, triton.next_power_of_2(pitch)))
+    tiles = triton.cdiv(pitch, tile)
     losses = side.own_ID.new_empty(block.count, tiles)
     chosen = side.chosen
     launch(
         _softmax_kernel,
         (tiles, block.count, 1),
         scores_ILJ,
-        scores_ILJ.stride(1),
+        pitch,
         side.labels_I[block.images],
         side.labels_I if chosen is None else chosen.shift_RN.to(torch.int32),
         losses,

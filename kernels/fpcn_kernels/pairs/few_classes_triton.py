@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpcn_kernels._launch import interpreting, launch
+from fpcn_kernels._launch import launch
 from fpcn_kernels.pairs.block_triton import Block, Config
 from fpcn_kernels.pairs.hidden_triton import (
     activation,
@@ -75,11 +75,6 @@ def scores_kernel(
         for k in tl.static_range(L):
             score_J = tl.sum(products[k], 1) + tl.load(g + i * L + k)
             tl.store(scores + (i * L + k) * pitch + j, score_J, mask=j < others)
-
-
-def extra_constants() -> dict[str, str | bool]:
-    """Whether predicated sums may be written in PTX, which the interpreter does not read."""
-    return {"PTX": not interpreting()}
 
 
 def scores(block: Block, scores_ILJ: Tensor) -> None:
@@ -269,4 +264,4 @@ def add_others_gradients(block: Block, q_ILJ: Tensor, total_JD: Tensor) -> None:
         {"BJ": 4, "BD": 128, "num_warps": 1},
         {"BJ": 4, "BD": 256, "num_warps": 1},
     ]
-    block.add_others_gradients(others_kernel, table, q_ILJ, total_JD)
+    block.add_others_gradients(others_kernel, table, (block.G_ILD,), q_ILJ, total_JD)

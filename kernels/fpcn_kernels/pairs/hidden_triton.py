@@ -83,13 +83,25 @@ def add_product_where_active(own, others, q, G, total, RELU: tl.constexpr, PTX: 
 
 
 @triton.jit
-def dropout(own_words, others_words, unit_words, i, j, d, others, D: tl.constexpr, DROPPED: tl.constexpr):
-    """Multipliers [J, D], 0 or 1 / (1 - p), where DROPPED of the 2^32 words are dropped."""
+def keeps(own_words, others_words, unit_words, i, j, d, others, D: tl.constexpr, DROPPED: tl.constexpr):
+    """Whether dropout keeps a unit [J, D], where DROPPED of the 2^32 words are dropped."""
     own_word = tl.load(own_words + i).to(tl.uint32, bitcast=True)
     others_word_J = tl.load(others_words + j, mask=j < others, other=0).to(tl.uint32, bitcast=True)
     unit_word_D = tl.load(unit_words + d, mask=d < D, other=0).to(tl.uint32, bitcast=True)
-    word_JD = mix(mix(others_word_J ^ own_word)[:, None] ^ unit_word_D[None, :])
-    return tl.where(word_JD >= DROPPED, 1.0 / (1.0 - DROPPED / 4294967296), 0.0)
+    return mix(mix(others_word_J ^ own_word)[:, None] ^ unit_word_D[None, :]) >= DROPPED
+
+
+@triton.jit
+def kept_scale(DROPPED: tl.constexpr):
+    """What a unit that dropout keeps is multiplied by, 1 / (1 - p)."""
+    return 1.0 / (1.0 - DROPPED / 4294967296)
+
+
+@triton.jit
+def dropout(own_words, others_words, unit_words, i, j, d, others, D: tl.constexpr, DROPPED: tl.constexpr):
+    """Multipliers [J, D], 0 or 1 / (1 - p)."""
+    kept_JD = keeps(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
+    return tl.where(kept_JD, kept_scale(DROPPED), 0.0)
 
 
 @triton.jit
@@ -116,3 +128,37 @@ def store_or_add(rows, row_stride, scale, sum_JD, j, d, others, D: tl.constexpr,
     if ADDED:
         sum_JD = tl.load(rows + offsets, mask=mask, other=0.0) + tl.load(scale) * sum_JD
     tl.store(rows + offsets, sum_JD, mask=mask)
+
+
+@triton.jit
+def half_activation(own, others, RELU: tl.constexpr, PTX: tl.constexpr):
+    """f(own + others) of float16 operands that broadcast, two units an instruction; NaN stays NaN."""
+    if not RELU:
+        return own + others
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 ones; mov.b32 ones, 0x3C003C00U; fma.rn.relu.f16x2 $0, $1, ones, $2; }",
+            "=r,r,r",
+            [own, others],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.maximum(own + others, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
+def active(hidden, PTX: tl.constexpr):
+    """1 where a hidden unit is above 0, else 0; PTX for float16."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 zeros; mov.b32 zeros, 0U; set.gt.f16x2.f16x2 $0, $1, zeros; }",
+            "=r,r",
+            [hidden],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.where(hidden > 0, 1.0, 0.0).to(hidden.dtype)

@@ -1,19 +1,28 @@
-"""Pairs of images with many classes: the products with G and with the classes' gradients fill the matrix units.
-docs/kernels.md has the plan of the kernels. Legend: pairs/problem.py.
+"""Pairs of images with many classes: the products with G and with the classes' gradients fill the matrix units, in
+float16 or in three products of TF32. docs/kernels.md has the plan of the kernels. Legend: pairs/problem.py.
 
 Grids count others in tiles of BJ, hidden units in tiles of BD, classes in tiles of BL, at least 16 of each.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fpcn_kernels._launch import launch
 from fpcn_kernels.pairs.block_triton import Block, Config
-from fpcn_kernels.pairs.hidden_triton import activation, dropout, load_row, load_rows, store_or_add
+from fpcn_kernels.pairs.hidden_triton import (
+    activation,
+    active,
+    dropout,
+    half_activation,
+    keeps,
+    kept_scale,
+    load_row,
+    load_rows,
+    store_or_add,
+)
 
 
 @triton.jit
@@ -23,6 +32,7 @@ def scores_kernel(
     others_rows,
     others_stride,
     G,
+    unscale,
     g,
     own_words,
     others_words,
@@ -34,7 +44,8 @@ def scores_kernel(
     L: tl.constexpr,
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
     BJ: tl.constexpr,
     BD: tl.constexpr,
     BL: tl.constexpr,
@@ -47,24 +58,24 @@ def scores_kernel(
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         own_1D = load_row(own + i * own_stride, d, D, BD)
-        hidden_JD = activation(own_1D, load_rows(others_rows, others_stride, j, d, others, D), RELU)
+        others_JD = load_rows(others_rows, others_stride, j, d, others, D)
+        hidden_JD = half_activation(own_1D, others_JD, RELU, PTX) if HALF else activation(own_1D, others_JD, RELU)
         if DROPPED > 0:
-            hidden_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
+            kept_JD = keeps(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
+            hidden_JD = tl.where(kept_JD, hidden_JD, 0.0)
         G_DL = tl.load(G + (i * L + k[None, :]) * D + d[:, None], mask=(k < L)[None, :] & (d < D)[:, None], other=0.0)
-        score_JL = tl.dot(hidden_JD, G_DL, score_JL, input_precision=PRECISION)
+        score_JL = tl.dot(hidden_JD, G_DL, score_JL, input_precision="tf32x3")
+    score_JL *= kept_scale(DROPPED)
+    if HALF:
+        score_JL *= tl.load(unscale) * tl.load(unscale + 1)
     score_JL += tl.load(g + i * L + k, mask=k < L, other=0.0)[None, :]
     mask = (j < others)[:, None] & (k < L)[None, :]
     tl.store(scores + (i * L + k[None, :]) * pitch + j[:, None], score_JL, mask=mask)
 
 
-def extra_constants() -> dict[str, str | bool]:
-    """PRECISION of the products, as PyTorch is set to."""
-    return {"PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"}
-
-
 def _parts(block: Block) -> int:
     """In how many parts a product keeps each operand: three products keep two, twice the registers of a tile."""
-    return 2 if block.constants["PRECISION"] == "tf32x3" else 1
+    return 1 if block.is_half else 2
 
 
 def _class_tile(block: Block, largest: int) -> int:
@@ -81,8 +92,8 @@ def scores(block: Block, scores_ILJ: Tensor) -> None:
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(block.others, config["BJ"]), triton.cdiv(block.classes, config["BL"]), block.count)
-        arguments = (*block.rows, block.G_ILD, block.g_IL, *block.words, scores_ILJ, scores_ILJ.stride(1), block.others)
-        launch(scores_kernel, grid, *arguments, **block.constants, **config)
+        arguments = (*block.operands, block.g_IL, *block.words, scores_ILJ, scores_ILJ.stride(1), block.others)
+        launch(scores_kernel, grid, *arguments, HALF=block.is_half, **block.constants, **config)
 
     block.choose("scores", table, run)
 
@@ -94,6 +105,7 @@ def own_kernel(
     others_rows,
     others_stride,
     G,
+    unscale,
     own_words,
     others_words,
     unit_words,
@@ -107,7 +119,8 @@ def own_kernel(
     L: tl.constexpr,
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
     BJ: tl.constexpr,
     BD: tl.constexpr,
     BL: tl.constexpr,
@@ -122,28 +135,35 @@ def own_kernel(
     sum_slope_LD = tl.zeros([BL, BD], tl.float32)
     for start in range(0, others, BJ):
         j = start + tl.arange(0, BJ)
-        hidden_JD = activation(own_1D, load_rows(others_rows, others_stride, j, d, others, D), RELU)
-        slope_JD = tl.where(hidden_JD > 0, 1.0, 0.0) if RELU else tl.full([BJ, BD], 1.0, tl.float32)
+        others_JD = load_rows(others_rows, others_stride, j, d, others, D)
+        hidden_JD = half_activation(own_1D, others_JD, RELU, PTX) if HALF else activation(own_1D, others_JD, RELU)
+        slope_JD = active(hidden_JD, PTX and HALF) if RELU else tl.full([BJ, BD], 1.0, hidden_JD.dtype)
         if DROPPED > 0:
-            kept_JD = dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
-            hidden_JD *= kept_JD
-            slope_JD *= kept_JD
+            kept_JD = keeps(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
+            hidden_JD = tl.where(kept_JD, hidden_JD, 0.0)
+            slope_JD = tl.where(kept_JD, slope_JD, 0.0)
         offsets = (i * L + k[:, None]) * pitch + j[None, :]
         q_LJ = tl.load(class_grad + offsets, mask=(k < L)[:, None] & (j < others)[None, :], other=0.0)
-        sum_hidden_LD = tl.dot(q_LJ, hidden_JD, sum_hidden_LD, input_precision=PRECISION)
-        sum_slope_LD = tl.dot(q_LJ, slope_JD, sum_slope_LD, input_precision=PRECISION)
+        q_LJ = q_LJ.to(hidden_JD.dtype)
+        sum_hidden_LD = tl.dot(q_LJ, hidden_JD, sum_hidden_LD, input_precision="tf32x3")
+        sum_slope_LD = tl.dot(q_LJ, slope_JD, sum_slope_LD, input_precision="tf32x3")
     mask = (k < L)[:, None] & (d < D)[None, :]
     offsets = (i * L + k[:, None]) * D + d[None, :]
+    G_LD = tl.load(G + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad_own_D = tl.sum(G_LD * sum_slope_LD, 0) * kept_scale(DROPPED)
+    sum_hidden_LD *= kept_scale(DROPPED)
+    if HALF:
+        sum_hidden_LD *= tl.load(unscale)
+        grad_own_D *= tl.load(unscale + 1)
     tl.store(grad_G + offsets, sum_hidden_LD, mask=mask)
-    G_LD = tl.load(G + offsets, mask=mask, other=0.0)
-    tl.store(grad_own + (tl.program_id(1) * images + i) * D + d, tl.sum(G_LD * sum_slope_LD, 0), mask=d < D)
+    tl.store(grad_own + (tl.program_id(1) * images + i) * D + d, grad_own_D, mask=d < D)
 
 
 def own_gradients(block: Block, q_ILJ: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of own images [T, I, D], in tiles T of their sum over the classes, and of G [1, I, L, D]."""
-    class_tile = _class_tile(block, 64)
+    class_tile, size = _class_tile(block, 64), 2 // _parts(block)
     table = [
-        {"BJ": 32, "BD": 64 // _parts(block), "BL": class_tile, "num_warps": 4, "num_stages": 2},
+        {"BJ": 32 * size, "BD": 32 * size, "BL": class_tile, "num_warps": 4 * size, "num_stages": 2},
         {"BJ": 32, "BD": 128, "BL": class_tile, "num_warps": 8, "num_stages": 2},
     ]
     class_tiles = triton.cdiv(block.classes, class_tile)
@@ -152,18 +172,9 @@ def own_gradients(block: Block, q_ILJ: Tensor) -> tuple[Tensor, Tensor]:
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(block.width, config["BD"]), class_tiles, block.count)
-        arguments = (
-            *block.rows,
-            block.G_ILD,
-            *block.words,
-            q_ILJ,
-            q_ILJ.stride(1),
-            grad_own,
-            grad_G,
-            block.count,
-            block.others,
-        )
-        launch(own_kernel, grid, *arguments, **block.constants, **config)
+        sums = grad_own, grad_G, block.count, block.others
+        arguments = (*block.operands, *block.words, q_ILJ, q_ILJ.stride(1), *sums)
+        launch(own_kernel, grid, *arguments, HALF=block.is_half, **block.constants, **config)
 
     block.choose("own", table, run)
     return grad_own, grad_G
@@ -176,6 +187,7 @@ def others_kernel(
     others_rows,
     others_stride,
     G,
+    unscale,
     own_words,
     others_words,
     unit_words,
@@ -191,7 +203,8 @@ def others_kernel(
     L: tl.constexpr,
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    HALF: tl.constexpr,
     ADDED: tl.constexpr,
     BJ: tl.constexpr,
     BD: tl.constexpr,
@@ -211,21 +224,23 @@ def others_kernel(
             q_JL = tl.load(class_grad + q_offsets, mask=(k < L)[None, :] & (j < others)[:, None], other=0.0)
             G_offsets = (i * L + k[:, None]) * D + d[None, :]
             G_LD = tl.load(G + G_offsets, mask=(k < L)[:, None] & (d < D)[None, :], other=0.0)
-            grad_JD = tl.dot(q_JL, G_LD, grad_JD, input_precision=PRECISION)
+            grad_JD = tl.dot(q_JL.to(G_LD.dtype), G_LD, grad_JD, input_precision="tf32x3")
         if RELU:
             own_1D = load_row(own + i * own_stride, d, D, BD)
             grad_JD = tl.where(own_1D + others_JD > 0, grad_JD, 0.0)
         if DROPPED > 0:
             grad_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
         sum_JD += grad_JD
+    if HALF:
+        sum_JD *= tl.load(unscale + 1)
     store_or_add(grad_others, grad_stride, scale, sum_JD, j, d, others, D, ADDED)
 
 
 def add_others_gradients(block: Block, q_ILJ: Tensor, total_JD: Tensor) -> None:
     """Add the gradients of the others to ``total_JD``."""
     table = [
-        {"BJ": 64, "BD": 64, "BL": 16, "num_warps": 4, "num_stages": 3},
+        {"BJ": 64, "BD": 32 if block.has_dropout else 64, "BL": 16, "num_warps": 4, "num_stages": 3},
         {"BJ": 64, "BD": 64, "BL": _class_tile(block, 32), "num_warps": 8, "num_stages": 2},
         {"BJ": 64, "BD": 128, "BL": 16, "num_warps": 8, "num_stages": 3},
     ]
-    block.add_others_gradients(others_kernel, table, q_ILJ, total_JD)
+    block.add_others_gradients(others_kernel, table, block.factors, q_ILJ, total_JD, HALF=block.is_half)

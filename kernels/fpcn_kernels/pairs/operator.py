@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fpcn_kernels import reference
-from fpcn_kernels._launch import use_triton
+from fpcn_kernels._launch import rounds_products, use_triton
 from fpcn_kernels._validate import (
     BACKENDS,
     accumulation_dtype,
@@ -51,6 +51,7 @@ def pair_contrast(
     seed: int | Tensor = 0,
     pairs: int | Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    matmul: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Mean cross-entropy over ordered pairs of images, both sides of each (equations 6, 8, 9, class term of 12).
@@ -62,7 +63,8 @@ def pair_contrast(
     all within the forward pass.
 
     Every random choice is a function of the seed and of global indices: the same for any backend, tiling and number of
-    ranks. NaN or Inf in any argument makes the loss and all gradients NaN. The loss can be differentiated once.
+    ranks. NaN or Inf in any argument makes the loss and all gradients NaN; so does a label or a listed index out of
+    bounds on an accelerator, where raising an error would wait for the device. The loss can be differentiated once.
 
     Args:
         pooled: image vectors x [B, C]; float64, or any of float32, bfloat16 and float16, which accumulate in float32.
@@ -74,6 +76,9 @@ def pair_contrast(
         pairs: ``None`` for all N^2 ordered pairs of the global batch, self pairs included; an int n for n distinct
             random ones; or an int64 list [P, 2] of global indices, the whole list on every rank.
         group: process group over whose ranks the global batch is split; ``None``: the batch is all there is.
+        matmul: how the Triton kernels multiply hidden vectors. ``"highest"``: in float32, or nearly; ``"high"``: in
+            float16 with float32 sums, the faster (docs/kernels.md has the errors of both); ``"auto"``: ``"high"`` where
+            PyTorch may round products of float32, as under autocast.
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"reference"`` (no ``group``).
 
     Returns:
@@ -88,6 +93,7 @@ def pair_contrast(
     check_fraction("dropout", dropout)
     _check_pairs(pairs, pooled.device)
     seed = _seed_tensor(seed, pooled.device)
+    check_choice("matmul", matmul, ("auto", "highest", "high"))
     check_choice("backend", backend, BACKENDS)
     if backend == "reference":
         if group is not None:
@@ -98,7 +104,9 @@ def pair_contrast(
     with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *head))
     listed, count = (pairs, None) if isinstance(pairs, Tensor) else (None, pairs)
     group_name = None if group is None else group.group_name
-    choice = (labels, seed, listed, count, activation == "relu", float(dropout))
+    if matmul == "auto" and torch.is_autocast_enabled(pooled.device.type):
+        matmul = "high"
+    choice = (labels, seed, listed, count, activation == "relu", float(dropout), matmul)
     return _pair_contrast(pooled, *head, *choice, group_name, backend, with_gradients)[0]
 
 
@@ -117,6 +125,7 @@ def _pair_contrast(
     count: int | None,
     relu: bool,
     dropout: float,
+    matmul: str,
     group_name: str | None,
     backend: str,
     with_gradients: bool,
@@ -132,11 +141,16 @@ def _pair_contrast(
         x_BC, head = pooled.to(dtype), PairHead(*(t.to(dtype) for t in head))
         shards = RowShards(len(x_BC), group, x_BC.device)
         classes, width = len(head.classifier_bias), len(head.fuse_in_bias)
-        _check_values(labels, classes, listed, count, shards.total)
+        _check_count(count, shards.total)
+        labels, poison = _in_bounds("labels", labels, classes)
+        if listed is not None:
+            listed, listed_poison = _in_bounds("pairs", listed, shards.total)
+            poison = poison + listed_poison
         pairs = listed if count is None else RandomPairs(count, seed, shards.total)
         unit_dropout = PairDropout(dropout, seed, shards.total, width, dtype) if dropout else None
-        scale = _scale(x_BC, head, shards, pairs)
-        problem = _problem(x_BC, labels, head, shards.first, relu, unit_dropout, scale)
+        scale = _scale(x_BC, head, shards, pairs) + poison
+        rounded = matmul == "high" or (matmul == "auto" and rounds_products())
+        problem = _problem(x_BC, labels, head, shards.first, relu, unit_dropout, scale, rounded)
         gradients = Gradients.zeros(problem) if with_gradients else None
         loss, grad_uv_B2D = _summed_loss(problem, shards, pairs, gradients, backend)
         loss = loss.to(dtype) * scale
@@ -157,12 +171,19 @@ def _scale(x_BC: Tensor, head: PairHead, shards: RowShards, pairs: Tensor | Rand
 
 
 def _problem(
-    x_BC: Tensor, labels: Tensor, head: PairHead, first: int, relu: bool, dropout: PairDropout | None, scale: Tensor
+    x_BC: Tensor,
+    labels: Tensor,
+    head: PairHead,
+    first: int,
+    relu: bool,
+    dropout: PairDropout | None,
+    scale: Tensor,
+    rounded: bool,
 ) -> PairProblem:
     """The problem of this rank: its images go through the halves of the first layer here."""
     weight_a, weight_b = head.fuse_in_weight.chunk(2, 1)
     uv_B2D = torch.cat([torch.addmm(head.fuse_in_bias, x_BC, weight_a.T), x_BC @ weight_b.T], 1)
-    return PairProblem(x_BC, uv_B2D, *head[2:], labels, first, relu, dropout, scale)
+    return PairProblem(x_BC, uv_B2D, *head[2:], labels, first, relu, dropout, scale, rounded)
 
 
 def _summed_loss(
@@ -307,19 +328,26 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _check_values(labels: Tensor, classes: int, listed: Tensor | None, count: int | None, images: int) -> None:
-    """What only the values, and the size of the global batch, tell. On an accelerator out-of-range indices trip the
-    device's own assertions instead: reading them here would wait for the device in every step."""
+def _check_count(count: int | None, images: int) -> None:
+    """What only the size of the global batch tells."""
     if images == 0:
         raise ValueError("pooled [B, C] must hold at least one image over all ranks, got none")
     if count is not None and count > images**2:
         raise ValueError(f"pairs {count} exceeds the {images}^2 = {images**2} ordered pairs of the batch")
-    for name, index, end in (("labels", labels, classes), ("pairs", listed, images)):
-        if index is None or index.numel() == 0 or index.device.type != "cpu":
-            continue
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name} {list(index.shape)} must lie in [0, {end}), got values from {low} to {high}")
+
+
+def _in_bounds(name: str, index: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """``index`` within [0, end), and a summand of the scale: NaN if it was not, else 0.
+
+    On the CPU it raises ValueError instead. Reading the values of an accelerator would wait for it in every step.
+    """
+    if index.numel() == 0:
+        return index, torch.zeros((), device=index.device)
+    low, high = index.aminmax()
+    if index.device.type == "cpu" and not (low >= 0 and high < end):
+        bounds = f"got values from {int(low)} to {int(high)}"
+        raise ValueError(f"{name} {list(index.shape)} must lie in [0, {end}), {bounds}")
+    return index.clamp(0, end - 1), torch.where((low < 0) | (high >= end), torch.nan, 0.0)
 
 
 def _kind(value: object) -> str:

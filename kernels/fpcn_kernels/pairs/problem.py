@@ -33,6 +33,8 @@ class PairProblem:
     dropout: PairDropout | None
     scale: Tensor
     """0-dim factor of the summed loss and of its gradients."""
+    rounded: bool
+    """Whether kernels may multiply hidden vectors in float16."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Side(NamedTuple):
     chosen: RandomPairs | None
     """Which pairs count; all if ``None``."""
     scale: Tensor
+    rounded: bool
     gradients: SideGradients | None
     """Accumulators to add to, times ``scale``; ``None`` to compute the loss only."""
 
