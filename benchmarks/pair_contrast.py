@@ -8,7 +8,8 @@ equations as one would write them in PyTorch, the same under torch.compile (both
 memory), the PyTorch backend and, on a GPU, the Triton kernels. The floor is the multiply-adds of the re-associated form
 (docs/kernels.md), those that remain once every product is shared, at the measured float32 rate of a large product (TF32
 with --tf32, where classes are many enough for the matrix units): with L = K - 1 classes 12 L D for a pair,
-12 C D + 6 L C D for an image; relu, softmax and memory are not in it. Peak memory above the inputs is measured in a process each. Without a GPU a
+12 C D + 6 L C D for an image;
+relu, softmax and memory are not in it. Peak memory above the inputs is measured in a process each. Without a GPU a
 prediction follows: see _predicted.py.
 """
 
