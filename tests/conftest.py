@@ -36,8 +36,8 @@ _ELSEWHERE = (
     "PIL",
     "jinja2",
 )
-_ELSEWHERE += ("huggingface_hub", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime", "onnxscript")
-_ELSEWHERE += ("pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging")
+_ELSEWHERE += ("huggingface_hub", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
+_ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging")
 
 
 _TIMEOUTS = importlib.util.find_spec("pytest_timeout") is not None
