@@ -41,8 +41,7 @@ benchmark: setup
 	$(PY) -m benchmarks pair_contrast
 	$(PY) -m benchmarks step
 
-# On a machine with a GPU, in calls of nine minutes: PY=python3 takes a Python that has torch, triton, numpy, pytest and rich,
-# and sets up nothing.
+# In calls of nine minutes. PY=python3 takes a Python that has torch, triton, numpy, pytest and rich, and sets up nothing.
 gpu: $(if $(filter $(VENV)/bin/python,$(PY)),setup)
 	PYTHONPATH=kernels $(PY) -m benchmarks gpu --minutes $(or $(MINUTES),9) $(if $(ONLY),--only $(ONLY))
 

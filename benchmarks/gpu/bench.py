@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Bench(NamedTuple):
             return 2
         return math.ceil(3 * torch.cuda.get_device_properties(self.device).L2_cache_size / input_bytes)
 
-    def timed(self, runs: list[Run], repeats: int = 15) -> dict[str, Any]:
+    def timed(self, runs: Sequence[Run], repeats: int = 15) -> dict[str, Any]:
         """Milliseconds of a call, and how they spread; ``runs`` are the same call on copies of its inputs."""
         few = timings({"call": runs[0]}, 1 if self.rehearsal else 3, "eager")["call"]
         if self.rehearsal or few.median_ms > _VERY_LONG_MS:
@@ -68,8 +69,8 @@ class Bench(NamedTuple):
 
         replay = captured(all_turns)
         replays = timings({"graph": replay}, repeats, "eager, L2 warm")["graph"]
-        times = (replays.median_ms, replays.min_ms, replays.max_ms)
-        spread = Spread(*(milliseconds / len(turns) for milliseconds in times), repeats)
+        median, least, most = (ms / len(turns) for ms in (replays.median_ms, replays.min_ms, replays.max_ms))
+        spread = Spread(median, least, most, repeats)
         return {**spread._asdict(), "calls": len(turns)}
 
     def peak_mib(self, run: Run) -> float | None:
@@ -110,6 +111,6 @@ def _warm_up(device: torch.device, size: int, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         for _ in range(10):
-            left @ left
+            torch.mm(left, left)
         if device.type == "cuda":
             torch.cuda.synchronize()

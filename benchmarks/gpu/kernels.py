@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from fpcn_kernels import pair_contrast
 
 from benchmarks import masked_pool as pooling
 from benchmarks import pair_contrast as pairs
-from benchmarks._harness import Run
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.log import Measurement
 
@@ -61,7 +60,7 @@ def _pair_sides(images: int, classes: int) -> list[str]:
     return sides
 
 
-def _pool(bench: Bench, settings: dict[str, Any]) -> Run:
+def _pool(bench: Bench, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     return functools.partial(measure_pool, bench, **settings)
 
 
