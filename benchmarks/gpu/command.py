@@ -59,6 +59,17 @@ def measured(measurement: Measurement) -> dict[str, Any]:
                 torch.cuda.empty_cache()
 
 
+def usable(device: torch.device) -> bool:
+    """Whether the device still computes: an illegal access leaves it useless to this process."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _ended_after(seconds: float, log: Log, measurement: Measurement) -> Iterator[None]:
     """End the process if a measurement hangs, and have the next call pass over it."""
@@ -99,6 +110,9 @@ def run(bench: Any, log: Log, only: list[str], deadline: float) -> bool:
         line = {"part": measurement.part, "name": measurement.name, "settings": measurement.settings, **figures}
         print(f"{measurement}: {summary(line)}", flush=True)
         well = well and "failed" not in figures
+        if not usable(bench.device):
+            print("The device computes no more in this process: call again to go on with the next")
+            break
     else:
         print("Everything is measured.")
     return well

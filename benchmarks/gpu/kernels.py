@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,34 +20,29 @@ PRECISIONS = ("highest", "high")
 _CHECKED_IMAGES = 256
 # What a side's gradients may be off by, in norm, at each precision.
 _TOLERANCES = {"highest": 1e-4, "high": 1e-2}
+_OURS = ("ours, Triton", "ours, PyTorch")
+# The largest region is found image by image where it is written out, which takes seconds.
+_POOLING_SIDES = {"threshold": (*_OURS, "written out", "written out, torch.compile"), "largest": _OURS}
 
 
 def plan(bench: Bench) -> Iterator[Measurement]:
     """Pooling, then pairs: first those that people train with, the longest last."""
     for batch in (2,) if bench.rehearsal else (256, 42):
         for region in ("threshold", "largest"):
-            for side in _pooling_sides(region):
+            for side in _POOLING_SIDES[region]:
                 settings = {"images": batch, "region": region, "side": side}
-                yield Measurement(
-                    "kernels", "masked_pool", settings, 60 if "compile" in side else 15, _pool(bench, settings)
-                )
+                run = functools.partial(measure_pool, bench, **settings)
+                yield Measurement("kernels", "masked_pool", settings, 60 if "compile" in side else 15, run)
     for images in (2,) if bench.rehearsal else (336, 4096):
         for classes in (3, 9) if bench.rehearsal else (3, 200):
             for precision in PRECISIONS:
                 for side in _pair_sides(images, classes):
-                    seconds = 90 if "compile" in side else 30
-                    yield _pair(
-                        bench, {"images": images, "classes": classes, "precision": precision, "side": side}, seconds
-                    )
+                    settings = {"images": images, "classes": classes, "precision": precision, "side": side}
+                    yield _pair(bench, settings, 90 if side == pairs.COMPILED else 30)
     for images in (4,) if bench.rehearsal else (16384, 65536):
         for precision in PRECISIONS:
             settings = {"images": images, "classes": 3, "precision": precision, "side": pairs.TRITON}
             yield _pair(bench, settings, 25 if images < 60000 else 60)
-
-
-def _pooling_sides(region: str) -> list[str]:
-    ours = ["ours, PyTorch", "ours, Triton"]
-    return [*reversed(ours)] if region == "largest" else [*reversed(ours), "written out", "written out, torch.compile"]
 
 
 def _pair_sides(images: int, classes: int) -> list[str]:
@@ -58,10 +53,6 @@ def _pair_sides(images: int, classes: int) -> list[str]:
         if classes == 3:
             sides.append(pairs.COMPILED)
     return sides
-
-
-def _pool(bench: Bench, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    return functools.partial(measure_pool, bench, **settings)
 
 
 def measure_pool(bench: Bench, images: int, region: str, side: str) -> dict[str, Any]:

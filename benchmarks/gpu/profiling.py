@@ -46,7 +46,11 @@ def profile(time_left: Callable[[], float], classes: int, precision: str) -> dic
     command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.gpu.each_kernel"]
     try:
         done = subprocess.run(
-            [*command, str(classes), precision], cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, time_left())
+            [*command, str(classes), precision],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=max(1.0, time_left() - 5),
         )
     except subprocess.TimeoutExpired as error:
         return {"failed": f"ncu was not over after {error.timeout:.0f} s"}

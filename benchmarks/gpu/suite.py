@@ -42,7 +42,7 @@ def run_tests(words: tuple[str, ...], time_left: Callable[[], float]) -> dict[st
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *workers]
         try:
             done = subprocess.run(
-                [*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, time_left())
+                [*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, time_left() - 5)
             )
         except subprocess.TimeoutExpired as error:
             return {"failed": f"not over after {error.timeout:.0f} s"}

@@ -163,6 +163,16 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [line["name"] for line in read(log.path)] == ["first", "second"]
 
 
+def test_stops_where_the_device_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the measurements after it would be written down as failed, too, and passed over by the next call."""
+    monkeypatch.setattr(command, "plan", lambda *_: [Measurement("kernels", n, {}, 0, dict) for n in ("one", "two")])
+    lost = Bench(torch.device("cuda"), True, 1.0, 1.0, 1.0)
+    monkeypatch.setattr(command, "usable", lambda device: False)
+    log = Log(tmp_path, "Some GPU")
+    command.run(lost, log, ["kernels"], time.monotonic() + 100)
+    assert [line["name"] for line in read(log.path)] == ["one"]
+
+
 def test_a_measurement_that_hangs_ends_the_command_and_is_passed_over(tmp_path: Path) -> None:
     child = f"""
 import time, pathlib
