@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # DeepSpeed is built from its sources, with a page of warnings that nobody here can do anything about.
 PIP := PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-fast lint benchmark clean
+.PHONY: setup demo test test-fast lint benchmark gpu oldest clean
 
 setup: $(VENV)/installed
 
@@ -41,5 +41,18 @@ benchmark: setup
 	$(PY) -m benchmarks pair_contrast
 	$(PY) -m benchmarks step
 
+# In calls of nine minutes. PY=python3 takes a Python that has torch, triton, numpy, pytest and rich, and sets up nothing.
+gpu: $(if $(filter $(VENV)/bin/python,$(PY)),setup)
+	PYTHONPATH=kernels $(PY) -m benchmarks gpu --minutes $(or $(MINUTES),9) $(if $(ONLY),--only $(ONLY))
+
+# The kernels with the oldest versions that setup.py admits: half an hour on two cores, so not in `make test`.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet 'torch==2.11.*' 'triton==3.6.*' 'numpy==2.4.*' pytest pytest-xdist hypothesis
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 tests/kernels --deselect \
+	    tests/kernels/test_compiled.py::test_no_kernel_spills_or_outgrows_the_multiprocessor
+	for arch in 80 86 90 100; do \
+	    PYTHONPATH=.:kernels .venv-oldest/bin/python -m tests.kernels.compile_production $$arch >/dev/null || exit 1; done
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-oldest build *.egg-info

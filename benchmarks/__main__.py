@@ -12,6 +12,8 @@ BENCHMARKS = {
     "masked_pool": ("benchmarks.masked_pool", "masked pooling beside eager PyTorch and torch.compile"),
     "pair_contrast": ("benchmarks.pair_contrast", "the loss over pairs beside eager PyTorch and torch.compile"),
     "step": ("benchmarks.step", "a training step of FPCN beside the plain classifier's"),
+    "gpu": ("benchmarks.gpu.command", "all that needs a GPU: tests, kernels, steps, a training, profiles"),
+    "table": ("benchmarks.gpu.table", "a file that `gpu` has written"),
     "loader": ("benchmarks.loader", "the data pipeline beside torchvision's DataLoader"),
     "distill": ("benchmarks.distill", "all students at once beside one after the other"),
     "scaling": ("benchmarks.scaling.tables", "bytes and memory of each rank; step times on many GPUs, computed"),

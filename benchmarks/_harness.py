@@ -70,7 +70,7 @@ def timings(functions: Mapping[Key, Run], repeats: int, mode: str) -> dict[Key, 
 def milliseconds(functions: Mapping[Key, Run], repeats: int, mode: str) -> dict[Key, list[float]]:
     """The milliseconds of each repeat, in their order."""
     if mode == GRAPH:
-        functions = {key: _captured(function) for key, function in functions.items()}
+        functions = {key: captured(function) for key, function in functions.items()}
     for function in functions.values():
         function()
     measure = _cuda_milliseconds if "warm" in mode else _flushed if torch.cuda.is_available() else _cpu_milliseconds
@@ -103,7 +103,8 @@ def _flushed(function: Run) -> float:
     return _cuda_milliseconds(function)
 
 
-def _captured(function: Run) -> Run:
+def captured(function: Run) -> Run:
+    """The replay of a CUDA graph of what the function launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,18 +130,20 @@ def compiled(function: Callable[P, R], *example: P.args, **options: P.kwargs) ->
     return result
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy on the device, bytes read and written both counted."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second of a large copy on the device, of ``size`` bytes; bytes read and written both counted."""
+    source = torch.ones(size or (2**30 if device.type == "cuda" else 2**28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = timings({"copy": lambda: target.copy_(source)}, 9, "eager")["copy"].median_ms / 1e3
     return 2 * source.numel() / seconds
 
 
-def matmul_rate(device: torch.device, *, tf32: bool = False) -> float:
-    """FLOP per second of a large float32 matrix product, in TF32 if asked for."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+def matmul_rate(
+    device: torch.device, size: int | None = None, *, tf32: bool = False, dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOP per second of a large product of square matrices, of float32 in TF32 if asked for."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:

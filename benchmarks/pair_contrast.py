@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -80,6 +81,19 @@ def step(function: Loss, inputs: Inputs, **options: str) -> list[Tensor]:
     """The loss and all gradients."""
     loss = function(*inputs, **options)
     return [loss.detach(), *torch.autograd.grad(loss, [inputs.pooled, *inputs.head])]
+
+
+def repeated(inputs: Inputs, times: int) -> Inputs:
+    """A batch that holds every image so many times: its loss is that of ``inputs``, and so are the gradients of the
+    head; those of the images are divided by ``times``."""
+    pooled = inputs.pooled.detach().repeat(times, 1).requires_grad_()
+    return Inputs(pooled, inputs.labels.repeat(times), inputs.head)
+
+
+def errors(got: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
+    """Of the loss and all gradients: the norm of the difference, relative to the expected norm."""
+    names = ("loss", "pooled", *PairHead._fields)
+    return {name: float((g.double() - e).norm() / e.norm()) for name, g, e in zip(names, got, expected, strict=True)}
 
 
 def largest_difference(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -159,6 +173,21 @@ def floor_flops(images: int, channels: int, width: int, classes: int) -> float:
     """Forward and backward: docs/kernels.md."""
     classes -= 1  # the first is at 0
     return 12 * images**2 * classes * width + images * (12 * channels * width + 6 * classes * channels * width)
+
+
+def floor_ms(images: int, channels: int, width: int, classes: int, fma_flops: float, matrix_flops: float) -> float:
+    """Least milliseconds of the kernels' forms on a device that does so many FLOP a second: docs/kernels.md.
+
+    Args:
+        fma_flops: of float32 multiply-adds, at which 4 K - 1 instructions for a pair, unit and side are issued; 0 where
+            the matrix units compute instead: four products of each hidden vector with the K - 1 classes, padded to 8.
+        matrix_flops: of the matrix units; 0 without.
+    """
+    units = 2 * images**2 * width
+    dense = images * (12 * channels * width + 6 * (classes - 1) * channels * width)
+    if matrix_flops:
+        return (units * 8 * 8 * math.ceil((classes - 1) / 8) + dense) / matrix_flops * 1e3
+    return (2 * units * (4 * classes - 1) + dense) / fma_flops * 1e3
 
 
 def predict(channels: int, width: int) -> list[dict[str, Any]]:

@@ -6,14 +6,14 @@ A step is what training does with a batch that is on its device: forward, loss, 
 project's own tasks and optimizer; random images, fresh weights. The steps of both take turns, and each ratio is that of
 two neighbours, so that its spread is what the machine adds. Before anything is timed FPCN's loss over pairs is compared
 with the references', in float64 from the same features. Defaults are the paper's setting on a GPU
-(ResNet-101, 448 px, bfloat16 autocast, channels_last, 42 and 256 images), and on the CPU a ResNet-18 at 96 px in
+(ResNet-101, 448 px, bfloat16 autocast, channels_last, 42 and 128 images), and on the CPU a ResNet-18 at 96 px in
 float32. Without a GPU a prediction follows for the paper's setting: what FPCN adds to the backbone; see _predicted.py.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fpcn_kernels import PairHead, reference
@@ -31,13 +31,20 @@ CLASSES = 3
 NAMES = {"classify": "plain classifier", "contrast": "FPCN"}
 
 
-def make_recipe(task: str, options: argparse.Namespace) -> Recipe:
-    on_gpu = options.device.type == "cuda"
+class Setting(NamedTuple):
+    backbone: str
+    crop: int
+    """Side of the images in pixels."""
+    device: torch.device
+
+
+def make_recipe(task: str, setting: Setting) -> Recipe:
+    on_gpu = setting.device.type == "cuda"
     return Recipe.model_validate(
         {
             "task": task,
-            "data": DataConfig(resize=options.crop, crop=options.crop),
-            "model": ModelConfig(backbone=options.backbone, pretrained=False),
+            "data": DataConfig(resize=setting.crop, crop=setting.crop),
+            "model": ModelConfig(backbone=setting.backbone, pretrained=False),
             "train": TrainConfig(precision="bf16" if on_gpu else "fp32", channels_last=on_gpu),
         }
     )
@@ -66,10 +73,10 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def check(options: argparse.Namespace) -> float:
+def check(setting: Setting) -> float:
     """Relative difference of FPCN's loss over pairs from the reference's, in float64, on a few images."""
-    batch = make_batch(6, options.crop, options.device)
-    task = Training(make_recipe("contrast", options), batch).task
+    batch = make_batch(6, setting.crop, setting.device)
+    task = Training(make_recipe("contrast", setting), batch).task
     model = task.model
     assert isinstance(model, FPCN)
     features: list[Tensor] = []
@@ -83,6 +90,18 @@ def check(options: argparse.Namespace) -> float:
     if not error <= 1e-4:
         raise SystemExit(f"FPCN's loss is off by {error:.1e} from the reference")
     return error
+
+
+def compare(setting: Setting, images: int, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of the steps of the plain classifier and of FPCN, which take turns."""
+    batch = make_batch(images, setting.crop, setting.device)
+    steps = {name: Training(make_recipe(task, setting), batch).step for task, name in NAMES.items()}
+    return milliseconds(steps, repeats, "eager")
+
+
+def ratio_of(ours: list[float], plain: list[float]) -> Spread:
+    """Of each step to the classifier's beside it."""
+    return Spread.of([our / their for our, their in zip(ours, plain, strict=True)])
 
 
 def predict(batches: list[int], channels: int = 2048, crop: int = 448) -> list[dict[str, Any]]:
@@ -116,31 +135,30 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--backbone", default="resnet101" if on_gpu else "resnet18")
     parser.add_argument("--crop", type=int, default=448 if on_gpu else 96, help="side of the images in pixels")
-    parser.add_argument("--batches", type=int, nargs="+", default=[42, 256] if on_gpu else [42])
+    parser.add_argument("--batches", type=int, nargs="+", default=[42, 128] if on_gpu else [42])
     options = arguments(parser, "step", repeats=50 if on_gpu else 15)
-    error = check(options)
+    setting = Setting(options.backbone, options.crop, options.device)
+    error = check(setting)
     print(f"FPCN's loss of 6 images: within {error:.1e} of the reference's, from the same features")
     rows, figures = [], []
     for images in options.batches:
-        batch = make_batch(images, options.crop, options.device)
-        steps = {name: Training(make_recipe(task, options), batch).step for task, name in NAMES.items()}
-        times = milliseconds(steps, options.repeats, "eager")
+        times = compare(setting, images, options.repeats)
         plain = times[NAMES["classify"]]
         for name, values in times.items():
             spread = Spread.of(values)
-            ratio = Spread.of([ours / theirs for ours, theirs in zip(values, plain, strict=True)])
+            ratio = ratio_of(values, plain)
             compared = "-" if values is plain else f"{ratio.median_ms:.3f} ({ratio.min_ms:.3f} - {ratio.max_ms:.3f})"
             rows.append([str(images), name, str(spread), compared, f"{images / spread.median_ms * 1e3:.0f}"])
             figures.append({"images": images, "side": name, "milliseconds": values, "ratio": ratio.median_ms})
-    setting = f"{options.backbone}, {options.crop} px, " + ("bfloat16, channels_last" if on_gpu else "float32")
+    described = f"{options.backbone}, {options.crop} px, " + ("bfloat16, channels_last" if on_gpu else "float32")
     show(
-        f"Training step: {setting}; {options.repeats} repeats, interleaved\n{machine(options.device)}",
+        f"Training step: {described}; {options.repeats} repeats, interleaved\n{machine(options.device)}",
         ["images", "side", "ms (min - max)", "ratio (min - max)", "images/s"],
         rows,
         left=2,
         caption="ratio: of a step to the classifier's beside it",
     )
-    report: dict[str, object] = {"machine": machine(options.device), "setting": setting, "rows": figures}
+    report: dict[str, object] = {"machine": machine(options.device), "setting": described, "rows": figures}
     if not on_gpu:
         report["predicted_h200"] = predict([42, 256])
     write_json(options.json, report)

@@ -1,26 +1,75 @@
-"""Fixtures that every room shares."""
+"""Fixtures that every room shares.
+
+Tests of the kernels need torch, triton, numpy and pytest, and nothing else. Where a package of ``_ELSEWHERE`` is
+missing, whole files that import it are skipped, and the summary names it; nothing else may be missing.
+"""
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads this when a kernel's module is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
+    from fpcn_kernels._interpreter import interpret
 
-from fpcn_dist.data.synthetic import generate
-from tests.helpers.launching import Runs
+    interpret()
+
+if TYPE_CHECKING:
+    from tests.helpers.launching import Runs
+
+_ELSEWHERE = (
+    "pydantic",
+    "tyro",
+    "yaml",
+    "nvidia",
+    "deepspeed",
+    "ray",
+    "optuna",
+    "timm",
+    "torchvision",
+    "PIL",
+    "jinja2",
+)
+_ELSEWHERE += ("huggingface_hub", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
+_ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging")
+
+
+_TIMEOUTS = importlib.util.find_spec("pytest_timeout") is not None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if not _TIMEOUTS:
+        parser.addini("timeout", "read by pytest-timeout, where it is installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _TIMEOUTS:
+        config.addinivalue_line("markers", "timeout: read by pytest-timeout, where it is installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    error = report.call.excinfo.value.__cause__ if report.failed and report.call.excinfo else None
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in _ELSEWHERE:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 1, f"Skipped: {error.name} is not installed")
+    return report
 
 
 @pytest.fixture(scope="session")
 def rocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 3 x 24 synthetic photographs of 96 to 128 px; shared by all tests, so copy it before changing it."""
+    from fpcn_dist.data.synthetic import generate
+
     root = tmp_path_factory.mktemp("rocks")
     generate(root, images_per_class=24, seed=7, min_side=96, max_side=128)
     return root
@@ -29,6 +78,8 @@ def rocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, rocks: Path) -> Runs:
     """Starts the real commands on the photographs of ``rocks``."""
+    from tests.helpers.launching import Runs
+
     return Runs(tmp_path_factory.mktemp("runs"), rocks)
 
 

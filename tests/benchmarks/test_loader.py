@@ -34,7 +34,7 @@ def test_folder_without_images(tmp_path: Path) -> None:
 
 def test_every_benchmark_is_listed() -> None:
     shown = _run("--help").stdout
-    for name in ("masked_pool", "pair_contrast", "step", "loader", "distill", "scaling"):
+    for name in ("masked_pool", "pair_contrast", "step", "gpu", "table", "loader", "distill", "scaling"):
         assert f"    {name} " in shown
 
 

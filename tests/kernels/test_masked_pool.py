@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fpcn_kernels import _launch, masked_pool
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+from tests.helpers.properties import given, settings, st
 
 # Triton's interpreter runs the kernels where there is no GPU: tests/conftest.py.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

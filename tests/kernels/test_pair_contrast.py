@@ -7,8 +7,6 @@ import torch
 from fpcn_kernels import PairHead, pair_contrast, reference
 from fpcn_kernels.pairs import assemble, backend_torch
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs, mix
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.helpers.pair_problems import (
     LISTED,
@@ -20,6 +18,7 @@ from tests.helpers.pair_problems import (
     mapped,
     operands,
 )
+from tests.helpers.properties import given, settings, st
 
 
 def _list_or_tiles(monkeypatch, listed):

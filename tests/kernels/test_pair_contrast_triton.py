@@ -11,10 +11,9 @@ from fpcn_kernels import _launch, pair_contrast, reference
 from fpcn_kernels.pairs import assemble, backend_torch, backend_triton
 from fpcn_kernels.pairs.problem import Side, SideGradients
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.helpers.pair_problems import LISTED, PARAMETERS, gradients_of, make_problem, mapped, operands
+from tests.helpers.properties import given, settings, st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
