@@ -15,7 +15,6 @@ from markupsafe import Markup
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.metrics import read_metrics
-from fpcn_dist.runs.report.figures import draw_curves, read_curves
 from fpcn_dist.runs.report.page import write_page
 from fpcn_dist.runs.report.samples import FOLDER, read_samples
 from fpcn_dist.runtime.errors import UserError
@@ -128,6 +127,9 @@ def _duration(seconds: float) -> str:
 
 def _charts(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
     """Heading and SVG of each curve that has points. The SVG comes from matplotlib, which escapes its labels."""
+    # Only the first rank draws, and only at the end: no other process need wait for matplotlib.
+    from fpcn_dist.runs.report.figures import draw_curves, read_curves
+
     parts = sorted({name for line in metrics if line["kind"] == "step" for name in line if name.endswith("_loss")})
     losses = {"total": read_curves(metrics, "step", "loss")}
     losses |= {name.removesuffix("_loss"): read_curves(metrics, "step", name) for name in parts}
