@@ -22,7 +22,7 @@ from fpcn_dist.recipe.schema import DataConfig, ModelConfig
 from fpcn_dist.runs.evaluation import AREAS, Evaluation, evaluate
 from fpcn_dist.runs.report.samples import SampleCollector, read_samples
 from fpcn_dist.runtime.errors import UserError
-from tests.helpers.ranks import start_ranks
+from tests.helpers.forked import start_ranks
 
 CLASSES = ("basalt", "dolomite", "marble")
 DATA = DataConfig(resize=72, crop=64, eval_batch_size=4)

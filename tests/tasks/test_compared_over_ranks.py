@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.tasks import build_task
 from tests.helpers.compared import CLASSES, recipe
-from tests.helpers.ranks import start_ranks
+from tests.helpers.forked import start_ranks
 
 IMAGES, SIDE = 6, 32
 WATCHED = ("model.classifier.weight", "model.backbone.net.layer4.1.conv2.weight", "model.backbone.net.conv1.weight")

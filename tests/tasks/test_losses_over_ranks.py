@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike, all_reduce_sum, world_size
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
-from tests.helpers.ranks import start_ranks
+from tests.helpers.forked import start_ranks
 
 IMAGES, PIXELS, CHANNELS, HIDDEN, CLASSES = 7, 10, 6, 5, 3
 LABELS = torch.tensor([0, 1, 1, 0, 0, 1, 0])

@@ -16,8 +16,8 @@ from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.training.loop import train
 from fpcn_dist.training.start import open_run, prepare_data
 from tests.helpers.distilling import ALONE, recipe
+from tests.helpers.forked import start_ranks
 from tests.helpers.launching import free_port, losses
-from tests.helpers.ranks import start_ranks
 
 
 def test_pretrained_weights_are_fetched_for_the_first_step_alone(tmp_path, rocks, monkeypatch):

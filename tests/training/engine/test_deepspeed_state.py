@@ -10,7 +10,7 @@ import torch
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
-from tests.helpers.ranks import start_ranks
+from tests.helpers.forked import start_ranks
 from tests.training.engine.test_engine import MODEL, batch, frozen_norms, recipe
 
 

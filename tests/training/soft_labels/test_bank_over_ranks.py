@@ -17,8 +17,8 @@ from fpcn_dist.training.loop import train, train_together
 from fpcn_dist.training.soft_labels import attach
 from fpcn_dist.training.soft_labels.teacher import Teacher, open_teacher
 from tests.helpers.distilling import ALONE, make_teacher, recipe
+from tests.helpers.forked import start_ranks
 from tests.helpers.launching import free_port, losses
-from tests.helpers.ranks import start_ranks
 
 WILD = {"lr": 1e30, "warmup_epochs": 0}
 
