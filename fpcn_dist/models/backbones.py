@@ -138,7 +138,7 @@ class TorchvisionNet(Backbone):
                 "use another network, for example shufflenet_v2_x1_5",
             )
         classifier, layer = classifiers[-1]
-        # Their forward pass is their layers in turn, global average pooling, and a linear layer after a dropout at most.
+        # These are their layers in turn, global average pooling, and one linear layer after a dropout at most.
         convolutional = (models.EfficientNet, models.MNASNet, models.MobileNetV2, models.RegNet, models.ShuffleNetV2)
         has_map = isinstance(net, (*convolutional, models.SwinTransformer))
         if has_map:

@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.launching import ROOT, Runs, command, environment, free_port, losses
 
 
