@@ -1,1 +1,1 @@
-"""Is this machine, or are these ranks, fit for training? What `launch/doctor.py` looks at, and what it makes of it."""
+"""The checks of `launch/doctor.py`: they tell whether this machine, or these ranks, are fit for training."""

@@ -1,4 +1,4 @@
-"""What training does to images: decode them, pool their features, contrast them in pairs; and the user's own images."""
+"""These checks try what training does to images (decode, pool, contrast in pairs) and look at the user's own."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
 
 _TOLERANCE = 1e-3
-"""Largest error of float32 against float64, relative to the largest value; rounding makes a hundredth of it."""
+"""The error of float32 against float64 may be so large, relative to the largest value; rounding makes a hundredth."""
 
 
 def decoding(device: torch.device) -> Iterator[Finding]:
-    """One JPEG through the pipeline of the training, beside what Pillow makes of it."""
+    """Compare what the pipeline of the training makes of one JPEG with what Pillow makes of it."""
     from fpcn_dist.data.loader import EvalLoader
 
     config = DataConfig(resize=48, crop=48, eval_batch_size=1, threads=1)
@@ -47,7 +47,7 @@ def decoding(device: torch.device) -> Iterator[Finding]:
 
 
 def masked_pool(device: torch.device) -> Iterator[Finding]:
-    """Forward and gradient of the pooling operation against its definition in float64."""
+    """Compare forward pass and gradient of the pooling operation with its definition in float64."""
     generator = torch.Generator().manual_seed(0)
     # Eighths, whose sums are exact in float32 too: so both find the same region.
     features = torch.randint(-16, 17, (3, 20, 7, 9), generator=generator) / 8
@@ -64,7 +64,7 @@ def masked_pool(device: torch.device) -> Iterator[Finding]:
 
 
 def pair_contrast(device: torch.device) -> Iterator[Finding]:
-    """Loss and gradients of the pair operation against its definition in float64."""
+    """Compare loss and gradients of the pair operation with its definition in float64."""
     images, channels, width, classes = 5, 12, 9, 3
     generator = torch.Generator().manual_seed(0)
     weights = [(width, 2 * channels), (width,), (channels, width), (channels,), (classes, channels), (classes,)]
@@ -98,7 +98,7 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 
 
 def data(folder: Path) -> Iterator[Finding]:
-    """What training would find in the data folder; whether the classes are large enough depends on the recipe."""
+    """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.manifest import build_manifest
 
     any_size = DataConfig(classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)
@@ -114,7 +114,7 @@ def data(folder: Path) -> Iterator[Finding]:
 
 
 def data_is_here(folder: Path) -> Iterator[Finding]:
-    """Whether a node other than the first sees the data folder at all."""
+    """Tell whether a node other than the first sees the data folder at all."""
     if folder.is_dir():
         yield ok(f"{folder} is here too")
     else:

@@ -1,4 +1,4 @@
-"""All checks in their order, on one rank or many, and their report."""
+"""This module runs all checks in their order, on one rank or many, and prints what they found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 _ELSEWHERE = datetime.timedelta(minutes=3)
-"""How long a rank waits for the others to look at themselves, which takes seconds where nothing is wrong."""
+"""A rank waits so long for the others to look at themselves, which takes seconds where nothing is wrong."""
 _SOFTWARE = [
     Check("python", software.python, "pip install -e . in the checkout"),
     Check("packages", software.packages, "pip install -e . in the checkout"),
@@ -34,14 +34,14 @@ _SOFTWARE = [
 
 
 class _Place(NamedTuple):
-    """Which rank found something."""
+    """The rank that found something, and its machine."""
 
     host: str
     rank: int
 
 
 class _Report:
-    """The lines so far. Local rank 0 of each machine prints them as they come; the others keep theirs."""
+    """A report holds the findings so far. Local rank 0 of each machine prints them as they come; others keep theirs."""
 
     def __init__(self, place: _Place, *, several: bool, printing: bool) -> None:
         self.place, self.findings = place, list[Finding]()
@@ -61,7 +61,7 @@ class _Report:
 
 
 def examine(output: Path | None, data: Path | None) -> int:
-    """Run all checks and print a line for each thing found; under a launcher on every rank.
+    """Run all checks and print a line for each thing found; a launcher has every rank call this.
 
     Args:
         output: where runs are to go; default: runs/ where it exists, else the current folder.
@@ -105,7 +105,7 @@ def examine(output: Path | None, data: Path | None) -> int:
 
 
 def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
-    """The other ranks, or why they are out of reach."""
+    """Join the other ranks; where that fails, the first value is ``None`` and the findings say why."""
     import torch
 
     from fpcn_dist.runtime.ranks import COLLECTIVE_TIMEOUT, connect
@@ -132,7 +132,7 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
 
 
 def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: int) -> list[Check]:
-    """What this rank looks at: its own device; and the first of a machine also at the machine."""
+    """List the checks of this rank: of its own device, and on the first rank of a machine also of the machine."""
     from fpcn_dist.doctor import computing, machine, network
     from fpcn_dist.runtime.ranks import own_device
 
@@ -141,7 +141,9 @@ def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: in
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // ranks_here
     cuda = device.type == "cuda"
 
-    def check(name: str, look: Callable[..., Iterable[Finding]], *args: Any, hint: str, seconds: float = 30) -> Check:
+    def check(
+        name: str, look: Callable[..., Iterable[Finding]], *args: object, hint: str, seconds: float = 30
+    ) -> Check:
         return Check(name, functools.partial(look, *args), hint, seconds)
 
     reinstall = "install the versions of constraints.txt"
@@ -167,7 +169,7 @@ def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: in
     return [*(of_machine if local_rank == 0 else []), *of_rank]
 
 
-def _on(device: torch.device, look: Callable[..., Iterable[Finding]], *args: Any) -> Iterable[Finding]:
+def _on(device: torch.device, look: Callable[..., Iterable[Finding]], *args: object) -> Iterable[Finding]:
     import torch
 
     if device.type == "cuda":
@@ -192,10 +194,10 @@ def _patient_group() -> dist.ProcessGroup:
 
 
 def _gather(report: _Report, patient: dist.ProcessGroup) -> list[Finding] | None:
-    """All ranks' findings, or ``None`` where a rank is lost; shows what only others on this machine found wrong."""
+    """Return all ranks' findings, ``None`` where a rank is lost; print what only others on this machine found wrong."""
     import torch.distributed as dist
 
-    everyone: list[Any] = [None] * patient.size()
+    everyone: list[tuple[_Place, list[Finding], dict[str, str]]] = [(report.place, [], {})] * patient.size()
 
     def exchange() -> list[Finding]:
         dist.all_gather_object(everyone, (report.place, report.findings, software.versions()), group=patient)
@@ -230,7 +232,7 @@ def _look_at_data(folder: Path) -> list[Finding]:
 
 
 def _conclude(report: _Report, everything: list[Finding], where: str) -> int:
-    """Let the first rank print the last line; gives the exit status."""
+    """Let the first rank print the last line, and return the exit status."""
     problems, warnings = (sum(f.status == status for f in everything) for status in ("problem", "warning"))
     if report.place.rank == 0:
         worst = "problem" if problems else "warning" if warnings else "ok"

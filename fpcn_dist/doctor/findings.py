@@ -1,4 +1,4 @@
-"""A check and its findings. A check always finds something, whatever happens in it and however long it takes."""
+"""Checks and their findings: a check always finds something, whatever happens in it and however long it takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _THREAD = "doctor's check"
 
 
 class Finding(NamedTuple):
-    """One line of the report.
+    """A finding is one line of the report.
 
     Attributes:
         status: ``ok``, ``warning`` (works, but worse than it could) or ``problem`` (training would fail or be wrong).
@@ -44,14 +44,14 @@ def problem(found: str, hint: str) -> Finding:
 
 
 def explained(error: UserError) -> Finding:
-    """A mistake that the library itself has explained."""
+    """Turn a mistake that the library itself has explained into a problem."""
     value = "" if error.value is None else f" {error.value}"
     return problem(f"{error.field}{value}: {error.reason}", error.hint)
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at.
+    """A check looks at one thing.
 
     Attributes:
         name: of the check in its lines.
@@ -66,7 +66,7 @@ class Check:
     seconds: float = 30.0
 
     def run(self) -> list[Finding]:
-        """Give what the check found. One that raises, or never ends, has found a problem; its thread is left behind."""
+        """Return what the check found. If it raises, or never ends, that is a problem; its thread is left behind."""
         found: list[Finding] = []
         thread = threading.Thread(target=self._look, args=[found], name=_THREAD, daemon=True)
         thread.start()
@@ -89,5 +89,5 @@ class Check:
 
 
 def stuck() -> bool:
-    """Whether a check that was given up is still under way."""
+    """Tell whether a check that was given up is still under way."""
     return any(thread.name == _THREAD for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""GPUs, processor, memory and disk of this machine."""
+"""These checks look at the GPUs, the processor, the memory and the disk of this machine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torch.cuda import nccl as torch_nccl
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia[0-9]*", "/dev/dxg")
-"""Patterns of files that are only there where the driver of an NVIDIA GPU is; the last is Windows' Linux."""
+"""Files of these patterns are only there where the driver of an NVIDIA GPU is; the last is for Linux under Windows."""
 GIB, MIB = 2**30, 2**20
 _MEASURED = 256 * MIB
 _BLOCK = 32 * MIB
 
 
 def gpus() -> Iterator[Finding]:
-    """What GPUs there are, and that each of them computes."""
+    """Tell what GPUs there are, and whether each of them computes."""
     if not torch.cuda.is_available():
         yield _without_gpu()
         return
@@ -72,7 +72,7 @@ def _without_gpu() -> Finding:
 
 
 def nccl() -> Iterator[Finding]:
-    """Version of what joins GPUs."""
+    """Tell the version of NCCL, by which GPUs exchange data."""
     if torch.distributed.is_nccl_available():
         yield ok(".".join(map(str, torch_nccl.version())))
     else:
@@ -80,7 +80,7 @@ def nccl() -> Iterator[Finding]:
 
 
 def processor(ranks_here: int) -> Iterator[Finding]:
-    """Cores that this process may run on."""
+    """Tell how many cores this process may run on."""
     usable, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     found = f"{usable} of {cores} core(s) for {ranks_here} rank(s)"
     if usable == 1 < cores:
@@ -92,7 +92,7 @@ def processor(ranks_here: int) -> Iterator[Finding]:
 
 
 def memory(ranks_here: int) -> Iterator[Finding]:
-    """Memory that is free, and the part of it that processes can share."""
+    """Tell how much memory is free, and how much of it processes can share."""
     machine = psutil.virtual_memory()
     free, total = machine.available, machine.total
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -113,7 +113,7 @@ def memory(ranks_here: int) -> Iterator[Finding]:
 
 
 def disk(output: Path) -> Iterator[Finding]:
-    """Speed and free space where runs go; in the nearest folder that there is, as nothing shall be left behind."""
+    """Tell speed and free space where runs go; looks in the nearest folder that exists, so that it need make none."""
     folder = output.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -134,7 +134,7 @@ def disk(output: Path) -> Iterator[Finding]:
 
 
 def _speed(folder: Path, seconds: float = 15.0) -> tuple[float, float]:
-    """Bytes per second of writing until they are on the disk, and of reading, each for about ``seconds`` at most."""
+    """Measure bytes per second, written until they are on the disk, and read, each for about ``seconds`` at most."""
     block = os.urandom(_BLOCK)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # it has no name, so it goes even if we are killed
         start, written = time.monotonic(), 0

@@ -1,4 +1,4 @@
-"""Names, interfaces and ports of this machine, and whether the ranks reach each other."""
+"""These checks look at names, interfaces and ports of this machine, and whether the ranks reach each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fpcn_dist.runtime.ranks import Ranks
 
 _SIOCGIFADDR = 0x8915
 _LAUNCHERS_PORT = 29500
-"""Where torchrun and deepspeed let ranks meet unless they are told otherwise."""
+"""torchrun and deepspeed let ranks meet at this port unless they are told otherwise."""
 _MIB = 2**20
 
 
@@ -38,7 +38,7 @@ def host_name(several_nodes: bool) -> Iterator[Finding]:
 
 
 def interfaces(cuda: bool) -> Iterator[Finding]:
-    """Which networks gloo, and on GPUs NCCL, will take."""
+    """Tell which networks gloo, and on GPUs NCCL, will take."""
     known = _interfaces()
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "").lstrip("^=").split(",")
@@ -69,7 +69,7 @@ def port() -> Iterator[Finding]:
 
 
 def collectives(ranks: Ranks) -> Iterator[Finding]:
-    """Sums over all ranks: are they right, and how long do a small and a large one take?"""
+    """Tell whether sums over all ranks are right, and how long a small and a large one take."""
     index = torch.arange(8.0, device=ranks.device)
     vector = index + ranks.rank
     dist.all_reduce(vector)
@@ -103,7 +103,7 @@ def _address(name: str) -> str | None:
 
 
 def _interfaces() -> dict[str, str]:
-    """IPv4 addresses by the names of interfaces that have one."""
+    """Return the IPv4 addresses by the names of the interfaces that have one."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
@@ -116,5 +116,5 @@ def _interfaces() -> dict[str, str]:
 
 
 def _outward() -> list[str]:
-    """Interfaces that may lead to other machines."""
+    """Return the interfaces that may lead to other machines."""
     return [name for name in _interfaces() if not name.startswith(("lo", "docker", "veth"))]

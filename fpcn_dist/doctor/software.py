@@ -1,4 +1,4 @@
-"""Python and the installed packages, against what setup.py asks for."""
+"""These checks compare Python and the installed packages with what setup.py asks for."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _EXTRAS = {
     "export": (["onnx", "onnxruntime", "onnxscript"], "export.py"),
     "reproduce": (["grad-cam"], "the heat maps of reproduce.py"),
 }
-"""What an extra of setup.py brings, and who needs it."""
+"""The packages that each extra of setup.py brings, and who needs them."""
 
 
 def versions() -> dict[str, str]:
-    """The versions in which all ranks of a run must agree."""
+    """Return the versions in which all ranks of a run must agree."""
     return {"Python": platform.python_version()} | {name: found for name in _SHOWN if (found := _version(name))}
 
 
 def python() -> Iterator[Finding]:
-    """Whether the interpreter is one that the project supports."""
+    """Tell whether the project supports this interpreter."""
     found, allowed = platform.python_version(), metadata.metadata(_PROJECT)["Requires-Python"]
     if SpecifierSet(allowed).contains(found, prereleases=True):
         yield ok(found)
@@ -37,7 +37,7 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Whether what every command needs is there, in the versions that setup.py names."""
+    """Tell whether what every command needs is there, in the versions that setup.py names."""
     requirements = [Requirement(text) for text in metadata.requires(_PROJECT) or []]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     if faults := [fault for requirement in needed if (fault := _fault(requirement))]:
@@ -57,7 +57,7 @@ def packages() -> Iterator[Finding]:
 
 
 def _dali() -> Finding:
-    """DALI's wheels carry the CUDA version in their name, and should be of the one that PyTorch was built for."""
+    """Look for the wheel of DALI, whose name carries the CUDA version: it should be that of PyTorch."""
     import torch
 
     cuda = (torch.version.cuda or "13").split(".")[0]
@@ -78,7 +78,7 @@ def _version(name: str) -> str | None:
 
 
 def _fault(requirement: Requirement) -> str | None:
-    """Say what is wrong with an installed package; gives ``None`` if all is well."""
+    """Say what is wrong with an installed package; return ``None`` if all is well."""
     found = _version(requirement.name)
     if found is None:
         return f"{requirement.name} is not installed"

@@ -1,5 +1,8 @@
 """Backbones: convolutional feature extractors, from torchvision and timm by name.
 
+Both libraries are imported where a network of theirs is built: torchvision brings torch's compiler, more than a second,
+and timm half a second more, which commands and tests without such a network need not wait for.
+
 Legend: B images, C channels and H x W cells of the feature map.
 """
 
@@ -10,9 +13,7 @@ import itertools
 from collections import OrderedDict
 from typing import Any, Literal, overload
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fpcn_dist.models import weights
@@ -59,6 +60,9 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
         return ResNet(name, pretrained, norm)
     if name == "lenet":
         return LeNet(pretrained, norm)
+    import timm
+    import torchvision
+
     timm_name = ALIASES.get(name, name)
     timms = {*timm.list_models(), *timm.list_pretrained()}
     if timm_name in timms:
@@ -76,6 +80,8 @@ class ResNet(Backbone):
     """torchvision's ResNet."""
 
     def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
+        import torchvision
+
         resnet: torchvision.models.ResNet = getattr(torchvision.models, name)(weights=None)
         layers = OrderedDict((name, layer) for name, layer in resnet.named_children() if name not in ("avgpool", "fc"))
         net = nn.Sequential(layers)
@@ -107,17 +113,6 @@ class ResNet(Backbone):
         return self(images, companion=True)
 
 
-# Their forward pass is their layers in turn, global average pooling, and one linear layer after a dropout at most.
-_WITH_FEATURE_MAP = (
-    torchvision.models.EfficientNet,
-    torchvision.models.MNASNet,
-    torchvision.models.MobileNetV2,
-    torchvision.models.RegNet,
-    torchvision.models.ShuffleNetV2,
-    torchvision.models.SwinTransformer,
-)
-
-
 class TorchvisionNet(Backbone):
     """Any classifier of torchvision less its final linear layer.
 
@@ -125,12 +120,14 @@ class TorchvisionNet(Backbone):
     """
 
     def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
+        from torchvision import models
+
         # Of the networks that timm lacks, this one has auxiliary classifiers, normalises images in its own way, and
         # warns unless told how to initialise. A trained model is built again without pretrained weights, so no option
         # may depend on them.
         own = {"aux_logits": False, "transform_input": True, "init_weights": True}
         options = own if name == "googlenet" else {}
-        net = torchvision.models.get_model(name, weights=None, **options)
+        net = models.get_model(name, weights=None, **options)
         linears = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
         classifiers = [(key, layer) for key, layer in linears if layer.out_features == _IMAGENET_CLASSES]
         if not classifiers:
@@ -141,7 +138,9 @@ class TorchvisionNet(Backbone):
                 "use another network, for example shufflenet_v2_x1_5",
             )
         classifier, layer = classifiers[-1]
-        has_map = isinstance(net, _WITH_FEATURE_MAP)
+        # These are their layers in turn, global average pooling, and one linear layer after a dropout at most.
+        convolutional = (models.EfficientNet, models.MNASNet, models.MobileNetV2, models.RegNet, models.ShuffleNetV2)
+        has_map = isinstance(net, (*convolutional, models.SwinTransformer))
         if has_map:
             after = ("avgpool", "fc", "classifier")
             net = nn.Sequential(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,6 +39,8 @@ def replace_norms(net: nn.Module, norm: str) -> nn.Module:
         reason = "this backbone has no BatchNorm to replace"
         raise UserError("model.norm", norm, reason, "use batch, which leaves its layers alone")
     if norm == "sync_batch":
+        from timm.layers.norm_act import convert_sync_batchnorm  # here alone, as it takes half a second
+
         return convert_sync_batchnorm(net)
     if norm == "frozen_batch":
         freeze(net)

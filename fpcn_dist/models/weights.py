@@ -11,9 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import safetensors.torch
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fpcn_dist.runtime.errors import UserError
@@ -88,6 +86,8 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         UserError: nobody published weights for the usual image size, or they are not in the cache and the hub is out
             of reach.
     """
+    import torchvision
+
     published = torchvision.models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
     if published is None:
         raise _unpublished(name)
@@ -105,6 +105,8 @@ def timm_model(name: str, *, published_weights: bool) -> nn.Module:
     Raises:
         UserError: nobody published weights, or they are not in the cache and the hub is out of reach.
     """
+    import timm
+
     create = functools.partial(timm.create_model, name, num_classes=0, global_pool="")
     if not published_weights:
         return create()

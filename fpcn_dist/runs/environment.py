@@ -1,4 +1,4 @@
-"""Where a run was computed: versions, commit, machine; environment.json of its folder."""
+"""This module describes where a run was computed (versions, commit, machine) for environment.json of its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-da
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that this library is used from, with "+" where its files differ; ``None`` without."""
+    """Return the commit of the checkout that this library is used from, with "+" where files differ, or ``None``."""
     package = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
@@ -36,7 +36,7 @@ def commit() -> str | None:
 
 
 def describe_environment(ranks: Ranks) -> dict[str, object]:
-    """What environment.json holds beside the number of ranks that the run began with."""
+    """Return what environment.json holds beside the number of ranks that the run began with."""
     versions = {}
     for package in _PACKAGES:
         try:

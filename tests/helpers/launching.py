@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.helpers.forked import run_script
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -69,11 +73,21 @@ def finish(process: subprocess.Popen[str], timeout: float = 500) -> str:
     return shown
 
 
+def run_command(argv: list[str], folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """What a command prints, and how it ends; a script that Python alone starts is run in a forked process."""
+    if argv[0] == sys.executable and argv[1].endswith(".py"):
+        return run_script(argv[1:], folder, environment(), timeout)
+    return subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=folder)
+
+
 class Runs:
     """Starts commands and reads what they leave."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
+        # Each worker of pytest-xdist has a folder of its own in that of the session.
+        session = folder.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0]
+        self._shared = session / "shared runs"
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(TINY)
 
@@ -82,7 +96,8 @@ class Runs:
         return [*base, "--output", str(run), *overrides]
 
     def run(self, argv: list[str], *, expect: int | None = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=self.folder)
+        """A command to its end; see :func:`run_command`."""
+        done = run_command(argv, self.folder, timeout=timeout)
         if expect is not None:
             assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"
         return done
@@ -92,6 +107,19 @@ class Runs:
         output = self.folder / name
         self.run([*command(launcher, ranks), *self.train_argv(output, *overrides)], **run)
         return output
+
+    def shared(self, name: str, *overrides: str, launcher: str = "python") -> Path:
+        """A copy of an undisturbed run, which only the first of all workers that need it trains."""
+        run, copy = self._shared / name, self.folder / name
+        self._shared.mkdir(exist_ok=True)
+        with open(f"{run}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (run / "report.html").is_file():
+                argv = [*command(launcher), *self.train_argv(run, *overrides)]
+                finish(start(argv, self.folder))  # what others are compared with is started as a user starts it
+        if not copy.exists():
+            shutil.copytree(run, copy)
+        return copy
 
 
 def losses(run: Path) -> list[float]:

@@ -15,11 +15,6 @@ from tests.helpers.launching import Runs, command, environment, losses
 from tests.helpers.ray_cluster import wait_for
 
 
-@pytest.fixture(scope="module")
-def undisturbed(runs: Runs) -> Path:
-    return runs.train("preemption-undisturbed")
-
-
 def start(runs: Runs, output: Path, *overrides: str, launcher: str = "python", ranks: int = 2) -> subprocess.Popen[str]:
     argv = [*command(launcher, ranks), *runs.train_argv(output, *overrides)]
     return subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -29,7 +24,7 @@ def steps(run: Path) -> int:
     return len([line for line in read_metrics(run) if line["kind"] == "step"])
 
 
-def test_a_signal_ends_the_run_after_a_step_and_it_goes_on(runs, undisturbed):
+def test_a_signal_ends_the_run_after_a_step_and_it_goes_on(runs, single):
     # Neither logs nor checkpoints of their own accord.
     rarely = ["--train.log-every", "100", "--train.checkpoint-every", "100"]
     output = runs.folder / "signalled"
@@ -43,12 +38,12 @@ def test_a_signal_ends_the_run_after_a_step_and_it_goes_on(runs, undisturbed):
     assert (output / f"checkpoints/step-{reached:08d}.safetensors").is_file()
     assert not (output / ".lock").exists()
     runs.train("signalled", *rarely)
-    assert losses(output) == losses(undisturbed)
-    ours, theirs = (load_file(run / "model.safetensors") for run in (output, undisturbed))
+    assert losses(output) == losses(single)
+    ours, theirs = (load_file(run / "model.safetensors") for run in (output, single))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_all_ranks_stop_after_the_same_step_whichever_was_told(runs):
+def test_all_ranks_stop_after_the_same_step_whichever_was_told(runs, ddp):
     output = runs.folder / "one-rank-told"
     process = start(runs, output, launcher="torchrun")
     wait_for(lambda: steps(output) >= 2, process)
@@ -63,11 +58,10 @@ def test_all_ranks_stop_after_the_same_step_whichever_was_told(runs):
     assert reached < 12 and (output / f"checkpoints/step-{reached:08d}.safetensors").is_file()
     assert not (output / "model.safetensors").exists()
     runs.train("one-rank-told", launcher="torchrun")
-    two = runs.train("two-undisturbed", launcher="torchrun")
-    assert losses(output) == losses(two)
+    assert losses(output) == losses(ddp)
 
 
-def test_fewer_ranks_go_on_with_parts_no_larger(runs, undisturbed):
+def test_fewer_ranks_go_on_with_parts_no_larger(runs, single):
     output = runs.folder / "fewer"
     process = start(runs, output, launcher="torchrun", ranks=3)
     wait_for(lambda: steps(output) >= 2, process)
@@ -76,7 +70,7 @@ def test_fewer_ranks_go_on_with_parts_no_larger(runs, undisturbed):
     assert steps(output) < 12
     done = runs.run([*command("python"), *runs.train_argv(output)])
     assert "1 rank(s) where there were 3: each cuts its share of a batch into 3 parts" in done.stdout, done.stdout[:600]
-    assert losses(output) == pytest.approx(losses(undisturbed), rel=1e-4)
+    assert losses(output) == pytest.approx(losses(single), rel=1e-4)
     environment = json.loads((output / "environment.json").read_text())
     assert (environment["world_size"], environment["first_world_size"]) == (1, 3)
 
@@ -95,8 +89,8 @@ def test_a_folder_has_one_run_at_a_time(runs):
     assert len(losses(output)) == 12
 
 
-def test_the_stall_of_each_checkpoint_is_reported(undisturbed):
-    stalls = [line for line in read_metrics(undisturbed) if line["kind"] == "checkpoint"]
+def test_the_stall_of_each_checkpoint_is_reported(single):
+    stalls = [line for line in read_metrics(single) if line["kind"] == "checkpoint"]
     assert {line["step"] for line in stalls} >= {2, 4, 6, 8, 10, 12}
     assert all(0 <= line["checkpoint_stall"] < 60 for line in stalls)
-    assert "stall per checkpoint" in (undisturbed / "report.html").read_text()
+    assert "stall per checkpoint" in (single / "report.html").read_text()

@@ -58,20 +58,17 @@ def test_kill_9_and_the_same_command_again(runs, single):
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (("torchrun",), ("python",)),
-        (("python",), ("torchrun",)),
-        (("deepspeed", *DEEPSPEED), ("python",)),
-        (("python",), ("deepspeed", *DEEPSPEED)),
+        ("ddp", ("python",)),
+        ("single", ("torchrun",)),
+        ("zero2", ("python",)),
+        ("single", ("deepspeed", *DEEPSPEED)),
     ],
     ids=["2 ranks to 1", "1 rank to 2", "zero2 on 2 ranks to 1", "1 rank to zero2 on 2"],
 )
 def test_other_ranks_and_engines_continue(runs, single, first, second, request):
     name = request.node.callspec.id
-    if first == ("python",):
-        output = copy_of(single, name, keep_checkpoints_up_to=8)
-        assert (output / "checkpoints/step-00000008.safetensors").exists()
-    else:
-        output = copy_of(runs.train(f"{name}, whole", *first[1:], launcher=first[0]), name, keep_checkpoints_up_to=8)
+    output = copy_of(request.getfixturevalue(first), name, keep_checkpoints_up_to=8)
+    assert (output / "checkpoints/step-00000008.safetensors").exists()
     runs.train(name, *second[1:], launcher=second[0])
     assert losses(output) == pytest.approx(losses(single), abs=1e-4)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 from fpcn_kernels import MaskedPool
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
 from torchmetrics.functional import classification as oracle
 
 from fpcn_dist.data.batch import Batch
@@ -24,6 +22,7 @@ from fpcn_dist.recipe.schema import DataConfig, ModelConfig
 from fpcn_dist.runs.evaluation import AREAS, Evaluation, evaluate
 from fpcn_dist.runs.report.samples import SampleCollector, read_samples
 from fpcn_dist.runtime.errors import UserError
+from tests.helpers.forked import start_ranks
 
 CLASSES = ("basalt", "dolomite", "marble")
 DATA = DataConfig(resize=72, crop=64, eval_batch_size=4)
@@ -219,10 +218,7 @@ def test_ranks_agree_with_one_process(rocks: Path, tmp_path: Path, world_size: i
     (tmp_path / "alone").mkdir()
     alone.write(tmp_path / "alone", CLASSES, [str(number) for number in range(count)])
 
-    # Ranks are forked from a clean process that has imported everything: quicker than importing in each of them.
-    multiprocessing.set_forkserver_preload([__name__])
-    arguments = (world_size, rocks, count, tmp_path)
-    start_processes(_rank, arguments, nprocs=world_size, start_method="forkserver")
+    start_ranks(_rank, world_size, rocks, count, tmp_path, ranks=world_size)
     results = [Evaluation.from_json((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
     assert all(result == results[0] for result in results)
     assert results[0].confusion == expected.confusion and results[0].area_quartiles == expected.area_quartiles

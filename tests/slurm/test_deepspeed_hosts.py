@@ -36,7 +36,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 @pytest.fixture(scope="module")
 def one_process(runs: Runs) -> list[float]:
-    return losses(runs.train("deepspeed-one-process"))
+    return losses(runs.shared("single"))
 
 
 def launcher(hosts: Machines, *options: str) -> list[str]:

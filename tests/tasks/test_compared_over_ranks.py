@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.tasks import build_task
 from tests.helpers.compared import CLASSES, recipe
+from tests.helpers.forked import start_ranks
 
 IMAGES, SIDE = 6, 32
 WATCHED = ("model.classifier.weight", "model.backbone.net.layer4.1.conv2.weight", "model.backbone.net.conv1.weight")
@@ -41,7 +41,7 @@ def rank_main(rank: int, world_size: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world_size", [2])
 def test_means_over_ranks_are_those_of_one_process(world_size, tmp_path: Path):
-    multiprocessing.spawn(rank_main, (world_size, str(tmp_path)), nprocs=world_size)
+    start_ranks(rank_main, world_size, str(tmp_path), ranks=world_size)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
     alone = run(slice(None), None)
     assert alone["center_loss"] > 0 and set(WATCHED) <= alone.keys()

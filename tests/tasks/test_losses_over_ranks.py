@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from fpcn_kernels import PairHead
 from torch import Tensor, nn
 
 from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike, all_reduce_sum, world_size
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
+from tests.helpers.forked import start_ranks
 
 IMAGES, PIXELS, CHANNELS, HIDDEN, CLASSES = 7, 10, 6, 5, 3
 LABELS = torch.tensor([0, 1, 1, 0, 0, 1, 0])
@@ -81,7 +81,7 @@ def alone() -> dict[str, Any]:
 @pytest.fixture(scope="module", params=SPLITS, ids=str)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(rank_main, (request.param, str(folder)), nprocs=len(request.param))
+    start_ranks(rank_main, request.param, str(folder), ranks=len(request.param))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(request.param))]
 
 

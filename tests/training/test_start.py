@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
 
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.models import build_backbone, weights
@@ -17,6 +16,7 @@ from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.training.loop import train
 from fpcn_dist.training.start import open_run, prepare_data
 from tests.helpers.distilling import ALONE, recipe
+from tests.helpers.forked import start_ranks
 from tests.helpers.launching import free_port, losses
 
 
@@ -70,4 +70,4 @@ def test_each_rank_reads_one_checkpoint_once(tmp_path, rocks):
             info = CheckpointInfo(step, chosen.model_dump(), manifest.hash, manifest.classes, accuracy)
             checkpoints.save(TrainingState(step, {"w": torch.tensor(step)}), info, best=step == 1)
     checkpoints.path(3).write_bytes(b"")
-    torch.multiprocessing.spawn(start_on_a_rank, args=(free_port(), run.path, rocks), nprocs=2)
+    start_ranks(start_on_a_rank, free_port(), run.path, rocks, ranks=2)

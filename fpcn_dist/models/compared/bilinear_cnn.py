@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from fpcn_kernels import MaskedPool
 from torch import Tensor, nn
 
@@ -57,6 +56,8 @@ class VGG16(Backbone):
     """torchvision's VGG16 without its last pooling and what follows: features [B, 512, H'/16, W'/16]."""
 
     def __init__(self, pretrained: bool | str, norm: str) -> None:
+        import torchvision  # here, for the reason that stands in fpcn_dist/models/backbones.py
+
         net: torchvision.models.VGG = torchvision.models.vgg16(weights=None, init_weights=pretrained is False)
         if isinstance(pretrained, str):
             weights.load_file(net, pretrained, ignored=["classifier"])

@@ -1,4 +1,4 @@
-"""Training curves as SVG to be put into the page: text stays text, and colours are those of the page's theme."""
+"""This module draws training curves as SVG for a page: text stays text, and colours are those of the page's theme."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ STYLE: dict[Any, Any] = {
 
 
 def read_curves(metrics: Sequence[dict[str, Any]], kind: str, name: str) -> Curve:
-    """Epochs and finite values of ``name`` over the lines of one kind, "step" or "eval"."""
+    """Return epochs and finite values of ``name`` over the lines of one kind, "step" or "eval"."""
     points = [(line["epoch"], line[name]) for line in metrics if line["kind"] == kind and line.get(name) is not None]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
 def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -> str:
-    """One chart over epochs as an ``<svg>`` element; empty curves are left out, and "" comes back if all are.
+    """Draw one chart over epochs as an ``<svg>`` element; empty curves are left out, and "" is returned if all are.
 
     Args:
         name: of the chart: lower-case letters, since it prefixes the ids inside.
@@ -75,7 +75,7 @@ def draw_curves(name: str, curves: dict[str, Curve], *, percent: bool = False) -
 
 
 def _thin(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most ``_MOST_POINTS`` stretches of equal length: a long run draws as fast as a short one."""
+    """Average over at most ``_MOST_POINTS`` stretches of equal length: a long run draws as fast as a short one."""
     epochs, values = (np.asarray(column, dtype=np.float64) for column in curve)
     starts = np.unique(np.linspace(0, len(epochs), _MOST_POINTS, endpoint=False).astype(int))
     lengths = np.diff([*starts, len(epochs)])
@@ -83,6 +83,7 @@ def _thin(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
+    """Turn a figure into an ``<svg>`` element with the page's colours, ids that begin with ``name``, and a label."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

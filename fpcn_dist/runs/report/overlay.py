@@ -1,4 +1,4 @@
-"""Drawing of the region that the network looked at over the image that it saw."""
+"""This module draws the region that the network looked at over the image that it saw."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fpcn_dist.data.normalisation import MEAN, STD
 
 CONTOUR = (255, 176, 0)
-"""Colour of the region's outline: amber stands out from rock, soil and vegetation alike."""
+"""The region's outline is amber, which stands out from rock, soil and vegetation alike."""
 _DIM = 0.35
 
 
@@ -21,7 +21,7 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def draw_overlay(pixels: NDArray[np.uint8], mask: NDArray[np.floating], side: int) -> Image.Image:
-    """The image with everything outside the region faded to a dim gray, and the region outlined.
+    """Draw the image with everything outside the region faded to a dim gray, and the region outlined.
 
     The mask is not smoothed: its cells are what the network has multiplied the features by.
 
@@ -41,7 +41,7 @@ def draw_overlay(pixels: NDArray[np.uint8], mask: NDArray[np.floating], side: in
 
 
 def _outline(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """The cells of ``inside`` within ``width`` pixels of a border to the outside; the image's edge is no border."""
+    """Find the pixels of ``inside`` within ``width`` of a border to the outside; the image's edge is no border."""
     eroded = np.pad(inside, width, mode="edge")
     for axis in (0, 1):
         windows = np.lib.stride_tricks.sliding_window_view(eroded, 2 * width + 1, axis=axis)

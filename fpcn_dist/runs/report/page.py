@@ -1,9 +1,8 @@
-"""How every report is made: a template, filled in, as one HTML file."""
+"""Every report is a template, filled in, as one HTML file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -13,8 +12,8 @@ from fpcn_dist.runtime.files import write_text
 REPORT_FILE = "report.html"
 
 
-def write_page(folder: Path, template: Path, **values: Any) -> Path:
-    """Fill in a template, which may extend base.html.j2 of this package; gives the path of ``folder``/report.html.
+def write_page(folder: Path, template: Path, **values: object) -> Path:
+    """Fill in a template, which may extend base.html.j2 of this package, and return the path of ``folder``/report.html.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Gather what a run folder holds into one HTML file that needs nothing else: no network, no scripts, no other file."""
+"""This module gathers what a run folder holds into one HTML file that needs no network, no scripts, no other file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from markupsafe import Markup
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.metrics import read_metrics
-from fpcn_dist.runs.report.figures import draw_curves, read_curves
 from fpcn_dist.runs.report.page import write_page
 from fpcn_dist.runs.report.samples import FOLDER, read_samples
 from fpcn_dist.runtime.errors import UserError
@@ -23,7 +23,7 @@ from fpcn_dist.runtime.errors import UserError
 _TEMPLATE = Path(__file__).with_name("run.html.j2")
 _SPLITS = ("train", "val", "test")
 _LARGEST_MATRIX = 25
-"""Classes up to which the whole confusion matrix is shown; beyond, the pairs most often confused."""
+"""With more classes than this, the pairs most often confused are shown in place of the whole confusion matrix."""
 
 
 def build_report(run_dir: Path) -> Path:
@@ -72,7 +72,7 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
+def _read_environment(path: Path) -> dict[str, object]:
     try:
         return json.loads(_read(path) or "{}")
     except ValueError as error:
@@ -90,7 +90,7 @@ def _percent(share: float) -> str:
 def _tiles(
     evaluation: Evaluation | None, manifest: Manifest | None, metrics: Sequence[dict[str, Any]]
 ) -> list[dict[str, str]]:
-    """The headline: name, value and a note of each number that there is."""
+    """Give name, value and a note of each number of the headline that there is."""
     tiles = []
     if evaluation:
         note = f"{evaluation.images:,} {evaluation.split} images, step {evaluation.step:,}"
@@ -127,7 +127,10 @@ def _duration(seconds: float) -> str:
 
 
 def _charts(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
-    """Heading and SVG of each curve that has points. The SVG comes from matplotlib, which escapes its labels."""
+    """Give heading and SVG of each chart that has points. The SVG comes from matplotlib, which escapes its labels."""
+    # Only the first rank draws, and only at the end: no other process need wait for matplotlib.
+    from fpcn_dist.runs.report.figures import draw_curves, read_curves
+
     parts = sorted({name for line in metrics if line["kind"] == "step" for name in line if name.endswith("_loss")})
     losses = {"total": read_curves(metrics, "step", "loss")}
     losses |= {name.removesuffix("_loss"): read_curves(metrics, "step", name) for name in parts}
@@ -145,38 +148,66 @@ def _charts(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
     return [(heading, Markup(svg)) for heading, svg in charts if svg]
 
 
-def _confusion_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Rows of the table: each cell is (count, share of the row). Empty where there are too many classes for one."""
+@dataclass(frozen=True)
+class _ConfusionRow:
+    """A row holds the images of one class; a cell is (count, share of the row)."""
+
+    name: str
+    index: int
+    total: int
+    cells: list[tuple[int, float]]
+
+
+def _confusion_rows(evaluation: Evaluation) -> list[_ConfusionRow]:
+    """Give the rows of the confusion matrix, none where there are too many classes."""
     if len(evaluation.classes) > _LARGEST_MATRIX:
         return []
     return [
-        {"name": name, "index": index, "total": sum(row), "cells": [(count, count / max(1, sum(row))) for count in row]}
+        _ConfusionRow(name, index, sum(row), [(count, count / max(1, sum(row))) for count in row])
         for index, (name, row) in enumerate(zip(evaluation.classes, evaluation.confusion, strict=True))
     ]
 
 
-def _most_confused(evaluation: Evaluation) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Confused:
+    """So many images of one class, a share of all its images, were taken for another."""
+
+    truth: str
+    predicted: str
+    count: int
+    share: float
+
+
+def _most_confused(evaluation: Evaluation) -> list[_Confused]:
     names = evaluation.classes
     pairs = [
-        {"truth": names[i], "predicted": names[j], "count": count, "share": count / sum(row)}
+        _Confused(names[i], names[j], count, count / sum(row))
         for i, row in enumerate(evaluation.confusion)
         for j, count in enumerate(row)
         if i != j and count
     ]
-    return sorted(pairs, key=lambda pair: -pair["count"])[:_LARGEST_MATRIX]
+    return sorted(pairs, key=lambda pair: -pair.count)[:_LARGEST_MATRIX]
 
 
-def _splits(manifest: Manifest) -> dict[str, Any]:
-    """Images of each class in each split."""
+@dataclass(frozen=True)
+class _Splits:
+    """The splits that there are, and rows of (class, its images in each of them)."""
+
+    names: list[str]
+    rows: list[tuple[str, list[int]]]
+
+
+def _splits(manifest: Manifest) -> _Splits:
+    """Count the images of each class in each split."""
     counts = Counter((image.label, image.split) for image in manifest.images)
     present = {image.split for image in manifest.images}
     names = [split for split in _SPLITS if split in present]
     rows = [(name, [counts[label, split] for split in names]) for label, name in enumerate(manifest.classes)]
-    return {"names": names, "rows": rows}
+    return _Splits(names, rows)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as (dotted name, text) rows."""
+def _flatten(values: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Turn nested values into (dotted name, text) rows."""
     rows = []
     for name, value in values.items():
         if isinstance(value, dict):

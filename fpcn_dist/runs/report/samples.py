@@ -1,4 +1,4 @@
-"""The few images that a report shows: some classified correctly, and the mistakes that the model was surest of.
+"""A report shows a few images: some classified correctly, and the mistakes that the model was surest of.
 
 They are picked during the evaluation itself, on the device and without waiting for it, so that nothing is decoded or
 computed twice.
@@ -24,14 +24,14 @@ from fpcn_dist.runtime.files import replacing, write_text
 
 FOLDER = "samples"
 SIDE = 256
-"""Width and height of a sample in the report, in pixels."""
+"""A sample in the report is so many pixels wide and high."""
 
 _KNUTH = 2654435761  # multiplicative hash: scatters image ids, the same whatever the number of ranks
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of the report, an entry of samples/samples.json.
+    """A sample is one image of the report, an entry of samples/samples.json.
 
     Attributes:
         file: JPEG with the overlay, relative to samples/.
@@ -54,7 +54,7 @@ class Sample:
 
 
 def read_samples(run_dir: Path) -> list[Sample]:
-    """Entries of ``run_dir``/samples/samples.json whose image is there; empty where nothing was collected."""
+    """Read the entries of ``run_dir``/samples/samples.json whose image is there; none where nothing was collected."""
     index = Path(run_dir) / FOLDER / "samples.json"
     if not index.is_file():
         return []
@@ -63,7 +63,7 @@ def read_samples(run_dir: Path) -> list[Sample]:
 
 
 class SampleCollector:
-    """Keeps the images to show while :func:`fpcn_dist.runs.evaluation.evaluate` runs; :meth:`write` then saves them.
+    """It keeps the images to show while :func:`fpcn_dist.runs.evaluation.evaluate` runs; :meth:`write` saves them.
 
     Args:
         per_kind: how many correct images (chosen by a hash of their id), and how many mistakes (the most probable).

@@ -21,7 +21,7 @@ from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.studies.cluster import Slots
 from fpcn_dist.studies.distill import distillation
 from tests.helpers.distilling import make_teacher, recipe
-from tests.helpers.launching import ROOT, TINY, environment, finish, losses, start
+from tests.helpers.launching import ROOT, TINY, finish, losses, run_command, start
 from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.helpers.ray_cluster import Order, node_of, ray_cluster, wait_for
 
@@ -186,8 +186,7 @@ def test_dry_run_prints_the_plan_alone(command):
     ],
 )
 def test_bad_input(command, options, changed, message):
-    argv = command.argv("bad", *options, **changed)
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=command.folder, timeout=120)
+    done = run_command(command.argv("bad", *options, **changed), command.folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
@@ -209,6 +208,6 @@ def test_a_bank_of_another_teacher_is_refused(undisturbed, command, tmp_path):
     argv = command.argv(
         "another", "--students", "test_resnet", "--distill.bank", str(undisturbed[0] / "bank"), teacher=other
     )
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=command.folder, timeout=120)
+    done = run_command(argv, command.folder)
     assert done.returncode == 2
     assert "holds the logits of something else (teacher" in done.stderr

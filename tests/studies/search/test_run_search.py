@@ -20,7 +20,7 @@ from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.studies.search.records import SearchResults, TrialRecord, load_results
 from tests.helpers.distilling import make_teacher
-from tests.helpers.launching import ROOT, TINY, Runs, command, environment, finish, losses, start
+from tests.helpers.launching import ROOT, TINY, Runs, command, environment, finish, losses, run_command, start
 from tests.helpers.ray_cluster import ENVIRONMENT as CLUSTER
 from tests.helpers.ray_cluster import Order, node_of, ray_cluster, wait_for
 
@@ -125,7 +125,7 @@ def test_a_search_is_not_overwritten_nor_resumed_as_another(teacher, search):
         (search.argv("teacher", other, "teacher", "--trials", "4", "--resume"), "the search in .* has another recipe"),
         (search.argv("nowhere", recipe, "teacher", "--resume"), "nowhere: holds no search; drop --resume"),
     ]:
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=120)
+        done = run_command(argv, search.folder)
         assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 
@@ -338,7 +338,7 @@ def test_what_no_cluster_can_hold_is_refused_at_once(search, cluster):
 )
 def test_bad_input(search, sections, stage, options, message):
     argv = search.argv("bad", search.recipe("bad", VALUES, **sections), stage, *options)
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=120)
+    done = run_command(argv, search.folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr

@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
+from tests.helpers.forked import start_ranks
 from tests.training.engine.test_engine import MODEL, batch, frozen_norms, recipe
 
 
@@ -38,7 +38,7 @@ def check(_: int, optim: dict) -> None:
 
 @pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "sgd"}, {"momentum": 0.0}], ids=str)
 def test_states_survive_every_stage(optim):
-    torch.multiprocessing.spawn(check, args=(optim,), nprocs=1)
+    start_ranks(check, optim, ranks=1)
 
 
 def check_frozen_norms(_: int) -> None:
@@ -61,4 +61,4 @@ def check_frozen_norms(_: int) -> None:
 
 
 def test_frozen_norms_stay_frozen_at_the_thaw():
-    torch.multiprocessing.spawn(check_frozen_norms, nprocs=1)
+    start_ranks(check_frozen_norms, ranks=1)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
@@ -18,6 +17,7 @@ from fpcn_dist.training.loop import train, train_together
 from fpcn_dist.training.soft_labels import attach
 from fpcn_dist.training.soft_labels.teacher import Teacher, open_teacher
 from tests.helpers.distilling import ALONE, make_teacher, recipe
+from tests.helpers.forked import start_ranks
 from tests.helpers.launching import free_port, losses
 
 WILD = {"lr": 1e30, "warmup_epochs": 0}
@@ -84,7 +84,7 @@ def single(folder, rocks, teacher) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def ranks(folder, rocks, teacher) -> list[tuple[list[int], dict[str, str]]]:
     """What each rank's teacher computed, and which students failed there."""
-    torch.multiprocessing.spawn(rank_main, (free_port(), folder, teacher, rocks), nprocs=2)
+    start_ranks(rank_main, free_port(), folder, teacher, rocks, ranks=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
