@@ -20,6 +20,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import decode_image
@@ -85,11 +86,12 @@ class Decoding:
         side = self._config.crop
         pinned = self._device.type == "cuda"
         pixels_BHWC = torch.empty(len(request.paths), side, side, 3, dtype=torch.uint8, pin_memory=pinned)
-        views = zip(request.paths, request.crops.tolist(), pixels_BHWC, strict=True)
+        # Through NumPy, threads may also write into what was made in inference mode, which they are not in.
+        views = zip(request.paths, request.crops.tolist(), pixels_BHWC.numpy(), strict=True)
         return pixels_BHWC, [self._pool.submit(_fill, path, crop, pixels, self._config) for path, crop, pixels in views]
 
 
-def _fill(path: str, crop: list[int], pixels_HWC: Tensor, config: DataConfig) -> None:
+def _fill(path: str, crop: list[int], pixels_HWC: NDArray[np.uint8], config: DataConfig) -> None:
     """Write the view of a file that ``crop`` names into [crop, crop, 3] uint8.
 
     Raises:
@@ -100,8 +102,8 @@ def _fill(path: str, crop: list[int], pixels_HWC: Tensor, config: DataConfig) ->
         image_HWC = decode(Path(path).read_bytes())
     except Exception as error:  # Pillow raises whatever its parsers stumble over
         raise RuntimeError(f"{path} cannot be read or decoded: {error}") from error
-    view_HWC = resized_crop(image_HWC, row, column, config)
-    pixels_HWC.copy_(view_HWC.flip(1) if flip else view_HWC)
+    view_HWC = resized_crop(image_HWC, row, column, config).numpy()
+    pixels_HWC[:] = view_HWC[:, ::-1] if flip else view_HWC
 
 
 def normalise(pixels_BHWC: Tensor) -> Tensor:

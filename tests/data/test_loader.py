@@ -201,6 +201,13 @@ def test_evaluation_of_a_split_can_be_repeated(manifest: Manifest) -> None:
     assert _joined(first).image_ids.tolist() == manifest.ids("val").tolist()
 
 
+def test_evaluation_in_inference_mode(manifest: Manifest) -> None:
+    loader = EvalLoader.from_manifest(manifest, "val", CONFIG, rank=0, world_size=1, device=CPU)
+    with torch.inference_mode():
+        batches = list(loader)
+    assert all(_same(a, b) for a, b in zip(batches, loader, strict=True))
+
+
 def test_evaluation_of_nothing(manifest: Manifest) -> None:
     loader = EvalLoader([], np.array([]), np.array([]), CONFIG, rank=0, world_size=1, device=CPU)
     assert len(loader) == 0 and list(loader) == []
