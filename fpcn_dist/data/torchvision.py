@@ -23,7 +23,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import decode_image
+from torchvision.io import ImageReadMode, decode_image
 
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.data.normalisation import MEAN, STD
@@ -57,6 +57,9 @@ class Decoding:
         self._requests, self._config, self._device = requests, config, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoding")
         self._in_flight: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        # On the device from the start: made for each batch, they would let the host wait for the GPU.
+        columns = [[255 * mean for mean in MEAN], [1 / (255 * std) for std in STD]]
+        self._mean_C11, self._scale_C11 = torch.tensor(columns, device=device)[..., None, None]
 
     def next(self) -> Tensor:
         """The images of the next request, [B, 3, crop, crop] float32, owned by the caller.
@@ -72,7 +75,9 @@ class Decoding:
         pixels_BHWC, parts = self._in_flight.popleft()
         for part in parts:
             part.result()
-        return normalise(pixels_BHWC.to(self._device, non_blocking=True))
+        pixels_BCHW = pixels_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        images_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
+        return images_BCHW.sub_(self._mean_C11).mul_(self._scale_C11)
 
     def close(self) -> None:
         """Stop the threads; what has not been begun is not decoded any more."""
@@ -102,15 +107,8 @@ def _fill(path: str, crop: list[int], pixels_HWC: NDArray[np.uint8], config: Dat
         image_HWC = decode(Path(path).read_bytes())
     except Exception as error:  # Pillow raises whatever its parsers stumble over
         raise RuntimeError(f"{path} cannot be read or decoded: {error}") from error
-    view_HWC = resized_crop(image_HWC, row, column, config).numpy()
-    pixels_HWC[:] = view_HWC[:, ::-1] if flip else view_HWC
-
-
-def normalise(pixels_BHWC: Tensor) -> Tensor:
-    """Grey levels, uint8, to the network's input [B, 3, H, W] float32, on the device where they are."""
-    columns = [[255 * mean for mean in MEAN], [1 / (255 * std) for std in STD]]
-    mean_C11, scale_C11 = torch.tensor(columns, device=pixels_BHWC.device)[..., None, None]
-    return ((pixels_BHWC.permute(0, 3, 1, 2) - mean_C11) * scale_C11).contiguous()
+    view_HWC = resized_crop(image_HWC, row, column, config)
+    pixels_HWC[:] = (view_HWC.flip(1) if flip else view_HWC).numpy()
 
 
 def decode(data: bytes) -> Tensor:
@@ -121,7 +119,7 @@ def decode(data: bytes) -> Tensor:
     """
     if data.startswith(_JPEG):
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_image(encoded, mode="RGB", apply_exif_orientation=True).permute(1, 2, 0).contiguous()
+        return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0).contiguous()
     if data.startswith(_PNG) and _END_OF_PNG not in data:
         raise ValueError("the file is cut short")  # behind the last pixel, where Pillow would not miss anything
     with _open(data) as image:
