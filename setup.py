@@ -41,8 +41,9 @@ setup(
     ],
     extras_require={
         # DALI's wheels carry the CUDA version in their name: take the one of the torch build (torch.version.cuda).
-        "cuda12": ["nvidia-dali-cuda120>=2.0,<3"],
-        "cuda13": ["nvidia-dali-cuda130>=2.0,<3"],
+        # Other systems than Linux have none; there, torchvision decodes.
+        "cuda12": ["nvidia-dali-cuda120>=2.0,<3; platform_system == 'Linux'"],
+        "cuda13": ["nvidia-dali-cuda130>=2.0,<3; platform_system == 'Linux'"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja>=1.11"],
         "ray": ["ray[tune]>=2.50,<3", "optuna>=5.0,<6"],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -24,13 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io, transforms
 from torchvision.transforms import v2
 
-from fpcn_dist.data.dali import BatchRequest, Decoding
+from fpcn_dist.data.backends import has_dali, open_backend
+from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.images import cache_file, check_images
 from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.data.sampler import views
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 
 _BATCH_SIZE = 32
@@ -89,8 +92,9 @@ def _ours(paths: Sequence[str], config: DataConfig, threads: int) -> Iterator[Te
     ids = np.arange(len(paths))
     parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(paths), _BATCH_SIZE)]
     requests = (BatchRequest(list(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
-    decoding = Decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
-    return (decoding.next() for _ in parts)
+    decoding = open_backend(config.backend).decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
+    with contextlib.closing(decoding):
+        yield from (decoding.next() for _ in parts)
 
 
 def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repeats: int = 5) -> dict[str, Cost]:
@@ -114,7 +118,7 @@ def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repea
     if not usable:
         raise UserError("--data", data, "there are no usable images in it", "give a folder of photographs")
     paths = list(islice(cycle(usable), images))
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or usable_cores()
 
     def torchvision(load: Callable[[str], Tensor]) -> Iterable[Tensor]:
         files = _Files(paths, load)
@@ -126,8 +130,10 @@ def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repea
     loaders: dict[str, Callable[[], Iterable[Tensor]]] = {
         "torchvision DataLoader, PIL": lambda: pil,
         "torchvision DataLoader, decode_jpeg + v2 on uint8": lambda: tensor,
-        "fpcn_dist (DALI)": lambda: _ours(paths, config, threads),
+        "fpcn_dist (torchvision)": lambda: _ours(paths, config.changed(backend="torchvision"), threads),
     }
+    if has_dali():
+        loaders["fpcn_dist (DALI)"] = lambda: _ours(paths, config.changed(backend="dali"), threads)
     costs = {name: Cost() for name in loaders}
     for repeat in track(range(repeats + 1), "Measuring loaders", transient=True):
         for name, loader in loaders.items():

@@ -1,11 +1,29 @@
-"""The one batch type that the data pipeline yields and every task reads."""
+"""What a decoding backend is asked for, and the one batch type that the loaders yield and every task reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+BATCHES_IN_FLIGHT = 2
+"""Batches that a backend works on: the one that is waited for, and the next."""
+
+
+class BatchRequest(NamedTuple):
+    """What a backend needs to make the images of one batch.
+
+    Attributes:
+        paths: B files.
+        crops: [B, 3] crop row, crop column and flip, as in :class:`Batch`.
+    """
+
+    paths: list[str]
+    crops: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 # What nvImageCodec would print for a bad file, we report with its path.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
@@ -32,26 +31,16 @@ from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
+from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.data.normalisation import MEAN, STD
+from fpcn_dist.data.resizing import resized_crop
 from fpcn_dist.recipe.schema import DataConfig
 
-DECODER_VERSION: str = nvimgcodec.__version__
-
-
-class BatchRequest(NamedTuple):
-    """What the pipeline needs to make one batch.
-
-    Attributes:
-        paths: B files.
-        crops: [B, 3] crop row, crop column and flip, as in :class:`fpcn_dist.data.batch.Batch`.
-    """
-
-    paths: list[str]
-    crops: NDArray[np.int64]
+VERSION: str = nvimgcodec.__version__
 
 
 class Decoding:
-    """A running pipeline: turns requests into images, two batches ahead of whoever takes them.
+    """A running pipeline: turns requests into images, ahead of whoever takes them.
 
     Args:
         requests: what to decode; asked from the calling thread, before the batch is needed.
@@ -79,6 +68,10 @@ class Decoding:
         (images,) = self._pipeline.run(stream)
         return torch.from_dlpack(images.as_tensor())
 
+    def close(self) -> None:
+        """Stop the pipeline and free its buffers."""
+        del self._pipeline
+
 
 def _encode(request: BatchRequest) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
     """A request in the form that the pipeline reads: path bytes, crop corner, flip."""
@@ -91,7 +84,9 @@ def _build(
 ) -> Pipeline:
     cuda = device.type == "cuda"
     device_id = (device.index or 0) if cuda else None
-    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
+    pipeline = Pipeline(
+        batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=BATCHES_IN_FLIGHT
+    )
     with pipeline:
         path, corner, flip = fn.external_source(source=source, num_outputs=3, batch=True)
         # A file that is cut short while it is mapped into memory would kill the process, so read it.
@@ -133,10 +128,7 @@ def resize_by_torch(decoded: DataNode, corner: DataNode, config: DataConfig, thr
 
     def resize(image: NDArray[np.uint8], corner: NDArray[np.int32]) -> NDArray[np.uint8]:
         row, column = corner.tolist()
-        image_BCHW = torch.from_numpy(image).permute(2, 0, 1)[None]
-        resized_BCHW = interpolate(image_BCHW, size=(config.resize,) * 2, mode="bilinear", antialias=True)
-        resized = resized_BCHW[0].permute(1, 2, 0).numpy()
-        return np.ascontiguousarray(resized[row : row + config.crop, column : column + config.crop])
+        return np.ascontiguousarray(resized_crop(torch.from_numpy(image), row, column, config).numpy())
 
     def resize_batch(images: list[NDArray[np.uint8]], corners: list[NDArray[np.int32]]) -> list[NDArray[np.uint8]]:
         return list(pool.map(resize, images, corners))
@@ -152,19 +144,14 @@ class Decoder:
         backends = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
         self._decoder = nvimgcodec.Decoder(device_id=cpu, max_num_cpu_threads=1, backends=backends)
 
-    def fault(self, data: bytes, max_pixels: int) -> str | None:
-        """Why an image file cannot be decoded, or ``None`` where it can.
-
-        The number of pixels is read from the header, and nothing is decoded where it exceeds ``max_pixels``.
-        """
-        if not data:
-            return "the file is empty"
+    def size(self, data: bytes) -> tuple[int, int] | None:
+        """Width and height that the header of an image file announces; ``None`` where it is no image."""
         try:
             stream = nvimgcodec.CodeStream(data)
-            pixels = stream.height * stream.width
+            return stream.width, stream.height
         except RuntimeError:
-            return "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
-        if pixels > max_pixels:
-            size = f"{stream.width} x {stream.height} = {pixels:,} pixels"
-            return f"its header announces {size}, more than data.max_pixels {max_pixels:,}"
-        return None if self._decoder.decode([stream])[0] is not None else "the image data are truncated or damaged"
+            return None
+
+    def decodes(self, data: bytes) -> bool:
+        """Whether the pixels of an image file are all there."""
+        return self._decoder.decode([nvimgcodec.CodeStream(data)])[0] is not None

@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from fpcn_dist.data import dali
+from fpcn_dist.data.backends import Decoder, has_dali, open_backend
+from fpcn_dist.recipe.schema import DecodingBackend
+from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
@@ -52,16 +54,27 @@ class Refused(NamedTuple):
     reason: str
 
 
-def check_images(paths: Sequence[Path], max_pixels: int, cache: Path | None = None) -> list[Check]:
+def check_images(
+    paths: Sequence[Path], max_pixels: int, cache: Path | None = None, *, backend: DecodingBackend = "auto"
+) -> list[Check]:
     """Read and decode files, or recall what doing so gave before, in the order of ``paths``.
+
+    Prints a line where the backend is not the one that is preferred.
 
     Args:
         paths: image files.
         max_pixels: files whose header announces more pixels are refused without being decoded.
         cache: a file that remembers results by path, size and modification time; ``None`` remembers nothing. Several
             processes may share it: it is replaced as a whole, and what the loser of a race found is found again.
+        backend: the recipe's ``data.backend``.
+
+    Raises:
+        UserError: the backend is not installed.
     """
-    key = f"{dali.DECODER_VERSION}/{max_pixels}"
+    if backend == "auto" and not has_dali():
+        print("DALI is not installed: torchvision decodes the images, on the CPU (data.backend auto)", flush=True)
+    opened = open_backend(backend)
+    key = f"{opened.version}/{max_pixels}"
     known = _load(cache, key) if cache else {}
     states = [_state(path) for path in paths]
     names = [os.fspath(path.absolute()) for path in paths]
@@ -71,10 +84,10 @@ def check_images(paths: Sequence[Path], max_pixels: int, cache: Path | None = No
 
     def check(i: int) -> Check:
         if not hasattr(local, "decoder"):
-            local.decoder = dali.Decoder()
+            local.decoder = opened.decoder()
         return check_image(paths[i], max_pixels, local.decoder)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         results = track(
             pool.map(check, stale),
             description="Checking images",
@@ -92,13 +105,30 @@ def check_images(paths: Sequence[Path], max_pixels: int, cache: Path | None = No
     return checks
 
 
-def check_image(path: Path, max_pixels: int, decoder: dali.Decoder) -> Check:
+def check_image(path: Path, max_pixels: int, decoder: Decoder) -> Check:
     """Read and decode one file."""
     try:
         data = path.read_bytes()
     except OSError as error:
         return Check(f"cannot be read ({error.strerror})", "", 0)
-    return Check(decoder.fault(data, max_pixels), hashlib.sha256(data).hexdigest(), len(data))
+    return Check(_fault(data, max_pixels, decoder), hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _fault(data: bytes, max_pixels: int, decoder: Decoder) -> str | None:
+    """Why an image file cannot be used, or ``None`` where it can.
+
+    The number of pixels is read from the header, and nothing is decoded where it exceeds ``max_pixels``.
+    """
+    if not data:
+        return "the file is empty"
+    size = decoder.size(data)
+    if size is None:
+        return "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
+    width, height = size
+    if width * height > max_pixels:
+        found = f"{width} x {height} = {width * height:,} pixels"
+        return f"its header announces {found}, more than data.max_pixels {max_pixels:,}"
+    return None if decoder.decodes(data) else "the image data are truncated or damaged"
 
 
 def cache_file(root: Path) -> Path:

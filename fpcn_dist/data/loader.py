@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.dali import BatchRequest, Decoder, Decoding
+from fpcn_dist.data.backends import Decoding, open_backend
+from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 
 Ids = NDArray[np.int64]
@@ -55,7 +57,7 @@ class _Plan(NamedTuple):
 
     def faults(self, config: DataConfig) -> dict[int, Replacement]:
         """Which of the images cannot be decoded now, by image id."""
-        decoder = Decoder()
+        decoder = open_backend(config.backend).decoder()
         checks = {
             image_id: (path, check_image(Path(path), config.max_pixels, decoder).reason)
             for image_id, path in zip(self.image_ids.tolist(), self.paths, strict=True)
@@ -63,10 +65,11 @@ class _Plan(NamedTuple):
         return {i: Replacement(i, path, reason) for i, (path, reason) in checks.items() if reason}
 
 
-def _threads(config: DataConfig) -> int:
-    """CPU threads of this rank's pipeline: as configured, or its share of the cores that it may run on."""
+def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
+    """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    threads = config.threads or max(1, usable_cores() // ranks_here)
+    return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
 
 
 class TrainLoader:
@@ -122,7 +125,7 @@ class TrainLoader:
         self._unreadable: dict[int, Replacement] = {}
         self._planned: deque[_Plan] = deque()
         self._step, self._retried_step = start_step, -1
-        self._start()
+        self._decoding = self._decode()
 
     @property
     def replaced(self) -> list[Replacement]:
@@ -137,20 +140,21 @@ class TrainLoader:
                 images = self._decoding.next()
             except RuntimeError as error:
                 self._leave_out_unreadable(error)
-                self._start()
+                self._decoding.close()
+                self._decoding = self._decode()
                 continue
             self._step += 1
             return self._planned.popleft().batch(images, self._device, self._soft_labels)
 
     def close(self) -> None:
-        """Stop the pipeline and free its buffers."""
-        del self._decoding
+        """Stop decoding ahead and free its buffers."""
+        self._decoding.close()
 
-    def _start(self) -> None:
-        """Decode from the next step on, in a new pipeline."""
+    def _decode(self) -> Decoding:
+        """Decode from the next step on."""
         self._planned.clear()
         size = self.batch_size // self._world_size
-        self._decoding = Decoding(self._requests(self._step), self._config, self._device, size, _threads(self._config))
+        return _decode(self._requests(self._step), self._config, self._device, size)
 
     def _requests(self, step: int) -> Iterator[BatchRequest]:
         while True:
@@ -249,13 +253,14 @@ class EvalLoader:
         if not plans:
             return
         requests = iter([plan.request for plan in plans])
-        decoding = Decoding(requests, self._config, self._device, size, _threads(self._config))
-        for plan in plans:
-            try:
-                images = decoding.next()
-            except RuntimeError as error:
-                self._explain(plan, error)
-            yield plan.batch(images, self._device)
+        decoding = _decode(requests, self._config, self._device, size)
+        with contextlib.closing(decoding):
+            for plan in plans:
+                try:
+                    images = decoding.next()
+                except RuntimeError as error:
+                    self._explain(plan, error)
+                yield plan.batch(images, self._device)
 
     def _plan(self, part: slice) -> _Plan:
         paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]

@@ -161,11 +161,12 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
 
     Raises:
         UserError: no such folder, no classes or only one, classes that differ between splits, bad images where
-            ``on_bad_image`` is ``fail``, or too few classes or images for a batch.
+            ``on_bad_image`` is ``fail``, too few classes or images for a batch, or a backend that is not installed.
     """
     root = Path(root)
     candidates = _find(root)
-    checks = check_images([root / c.path for c in candidates], config.max_pixels, cache_file(root))
+    paths = [root / c.path for c in candidates]
+    checks = check_images(paths, config.max_pixels, cache_file(root), backend=config.backend)
     refused = [Refused(c.path, check.reason) for c, check in zip(candidates, checks, strict=True) if check.reason]
     if refused and config.on_bad_image == "fail":
         shown = "; ".join(f"{path}: {reason}" for path, reason in refused[:5]) + ("; ..." if len(refused) > 5 else "")

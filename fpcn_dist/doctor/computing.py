@@ -23,8 +23,10 @@ _TOLERANCE = 1e-3
 
 def decoding(device: torch.device) -> Iterator[Finding]:
     """Compare what the pipeline of the training makes of one JPEG with what Pillow makes of it."""
+    from fpcn_dist.data.backends import open_backend
     from fpcn_dist.data.loader import EvalLoader
 
+    backend = open_backend("auto").name
     config = DataConfig(resize=48, crop=48, eval_batch_size=1, threads=1)
     rows, columns = np.mgrid[0:72, 0:96]
     pixels = np.stack([columns * 2, rows * 3, 255 - columns - rows], axis=2).astype(np.uint8)
@@ -39,11 +41,12 @@ def decoding(device: torch.device) -> Iterator[Finding]:
     if got_HWC.shape != expected_HWC.shape:
         difference = f"has the shape {got_HWC.shape}, not {expected_HWC.shape}"
     elif (mean := float(np.abs(got_HWC * 255 - expected_HWC).mean())) < 3:
-        yield ok(f"a JPEG on {device} as Pillow has it, to {mean:.1f} grey levels")
+        yield ok(f"a JPEG on {device} by {backend} as Pillow has it, to {mean:.1f} grey levels")
         return
     else:
         difference = f"differs by {mean:.1f} grey levels from Pillow's"
-    yield problem(f"a JPEG decoded on {device} {difference}", "install DALI and nvImageCodec of constraints.txt")
+    reinstall = "DALI and nvImageCodec" if backend == "dali" else "torchvision"
+    yield problem(f"a JPEG decoded on {device} by {backend} {difference}", f"install {reinstall} of constraints.txt")
 
 
 def masked_pool(device: torch.device) -> Iterator[Finding]:
@@ -99,9 +102,11 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 
 def data(folder: Path) -> Iterator[Finding]:
     """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
+    from fpcn_dist.data.backends import open_backend
     from fpcn_dist.data.manifest import build_manifest
 
-    any_size = DataConfig(classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)
+    backend = open_backend("auto").name
+    any_size = DataConfig(backend=backend, classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)
     manifest = build_manifest(folder, any_size, seed=0)
     sizes = np.bincount(manifest.labels, minlength=len(manifest.classes))
     smallest = manifest.classes[int(sizes.argmin())]

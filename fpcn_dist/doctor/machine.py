@@ -18,6 +18,7 @@ import torch
 from torch.cuda import nccl as torch_nccl
 
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
+from fpcn_dist.runtime.cores import usable_cores
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia[0-9]*", "/dev/dxg")
 """Files of these patterns are only there where the driver of an NVIDIA GPU is; the last is for Linux under Windows."""
@@ -81,7 +82,7 @@ def nccl() -> Iterator[Finding]:
 
 def processor(ranks_here: int) -> Iterator[Finding]:
     """Tell how many cores this process may run on."""
-    usable, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    usable, cores = usable_cores(), os.cpu_count() or 1
     found = f"{usable} of {cores} core(s) for {ranks_here} rank(s)"
     if usable == 1 < cores:
         yield warning(found, "let it run on more (SLURM: --cpus-per-task), or decoding will limit the training")

@@ -47,9 +47,15 @@ class Schema(BaseModel):
         return type(self).model_validate(content)
 
 
-class DataConfig(Schema):
-    """Where images are cut, how batches are composed, what happens to bad files."""
+DecodingBackend = Literal["auto", "dali", "torchvision"]
 
+
+class DataConfig(Schema):
+    """Who decodes images, where they are cut, how batches are composed, what happens to bad files."""
+
+    backend: DecodingBackend = "auto"
+    """What decodes images: NVIDIA DALI, torchvision (anywhere, on the CPU), or DALI where it is installed. Batches are
+    the same within one grey level, so that a run may go on with the other one."""
     resize: PositiveInt = 512
     """Side in pixels that every image is resized to; the aspect ratio is not kept (section 4.1)."""
     crop: PositiveInt = 448

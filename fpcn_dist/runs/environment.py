@@ -15,7 +15,8 @@ import torch
 
 from fpcn_dist.runtime.ranks import Ranks
 
-_PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "deepspeed", "timm")
+_DECODERS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow")
+_PACKAGES = ("torch", "torchvision", "triton", *_DECODERS, "deepspeed", "timm")
 
 
 @functools.cache

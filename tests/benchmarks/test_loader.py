@@ -1,10 +1,12 @@
-"""The loader benchmark runs as a user runs it, and shows all three loaders in one table."""
+"""The loader benchmark runs as a user runs it, and shows all loaders in one table."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+from fpcn_dist.data.backends import has_dali
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +22,7 @@ def test_table_of_all_loaders(rocks: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "80 images, resize 64, crop 56" in run.stdout
     rows = [line for line in run.stdout.splitlines() if "PIL" in line or "decode_jpeg" in line or "fpcn_dist" in line]
-    assert len(rows) == 3
+    assert len(rows) == 3 + has_dali()
 
 
 def test_folder_without_images(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fpcn_dist.data.dali import Decoder
-from fpcn_dist.data.images import Refused, cache_file, check_images, refusal_table
+from fpcn_dist.data.backends import open_backend
+from fpcn_dist.data.images import Refused, cache_file, check_image, check_images, refusal_table
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -44,7 +46,7 @@ BAD = {
     "empty.jpg": (b"", "the file is empty"),
     "text.jpg": (b"not a photograph\n" * 30, "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
     "moving.jpg": (_encoded("GIF"), "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
-    "cut.png": (_encoded("PNG")[:-500], "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "no_end.png": (_encoded("PNG")[:-2], "the image data are truncated or damaged"),
     "huge.png": (
         _huge_png(),
         "its header announces 20000 x 20000 = 400,000,000 pixels, more than data.max_pixels 100,000,000",
@@ -76,10 +78,17 @@ def test_bad_files_are_refused_with_the_reason(name: str, tmp_path: Path) -> Non
     assert not check.ok and check.reason == reason
 
 
-def test_a_huge_image_is_refused_by_its_header_alone() -> None:
-    decoder = Decoder()
-    decoder._decoder = None  # pyright: ignore[reportAttributeAccessIssue]
-    assert "announces 20000 x 20000" in str(decoder.fault(_huge_png(), 100_000_000))
+def test_a_png_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    """DALI's decoder calls that a damaged header."""
+    (check,) = check_images(_write(tmp_path, {"cut.png": _encoded("PNG")[:-500]}), 100_000_000)
+    assert check.reason is not None and "damaged" in check.reason
+
+
+def test_a_huge_image_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = _write(tmp_path, {"huge.png": _huge_png()})
+    decoder = open_backend("auto").decoder()
+    monkeypatch.setattr(decoder, "decodes", None)
+    assert "announces 20000 x 20000" in str(check_image(path, 100_000_000, decoder).reason)
 
 
 @pytest.mark.parametrize("name", GOOD)

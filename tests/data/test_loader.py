@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.dali import BatchRequest, Decoding
+from fpcn_dist.data.backends import open_backend
+from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.sampler import views
@@ -23,18 +23,20 @@ from fpcn_dist.data.synthetic import generate
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 CPU = torch.device("cpu")
 CONFIG = DataConfig(resize=40, crop=32, images_per_class=4, eval_batch_size=4, val_fraction=0.2, threads=2)
 COLUMNS = ("images", "labels", "image_ids", "view_ids", "crops")
 
 
 @pytest.fixture(scope="module")
-def manifest(rocks: Path) -> Manifest:
+def manifest(rocks: Path, backend: str) -> Manifest:
     return build_manifest(rocks, CONFIG, seed=0)
 
 
 @pytest.fixture
-def fragile(tmp_path: Path) -> Manifest:
+def fragile(tmp_path: Path, backend: str) -> Manifest:
     """A manifest of images that a test may damage."""
     generate(tmp_path / "data", images_per_class=24, seed=1, min_side=48, max_side=64)
     return build_manifest(tmp_path / "data", CONFIG, seed=0)
@@ -64,7 +66,7 @@ def _decoded(manifest: Manifest, image_ids: Tensor, crops: Tensor) -> Tensor:
         BatchRequest([str(manifest.path(i))], crops[None].numpy())
         for i, crops in zip(image_ids.tolist(), crops, strict=True)
     ]
-    decoding = Decoding(iter(requests), CONFIG, CPU, 1, 1)
+    decoding = open_backend("auto").decoding(iter(requests), CONFIG, CPU, 1, 1)
     return torch.cat([decoding.next() for _ in requests])
 
 
@@ -199,6 +201,13 @@ def test_evaluation_of_a_split_can_be_repeated(manifest: Manifest) -> None:
     assert _joined(first).image_ids.tolist() == manifest.ids("val").tolist()
 
 
+def test_evaluation_in_inference_mode(manifest: Manifest) -> None:
+    loader = EvalLoader.from_manifest(manifest, "val", CONFIG, rank=0, world_size=1, device=CPU)
+    with torch.inference_mode():
+        batches = list(loader)
+    assert all(_same(a, b) for a, b in zip(batches, loader, strict=True))
+
+
 def test_evaluation_of_nothing(manifest: Manifest) -> None:
     loader = EvalLoader([], np.array([]), np.array([]), CONFIG, rank=0, world_size=1, device=CPU)
     assert len(loader) == 0 and list(loader) == []
@@ -307,15 +316,15 @@ def test_a_file_that_was_away_for_a_moment_is_read_again(fragile: Manifest) -> N
     assert loader._retried_step == 3  # or the file was not missed at all
 
 
-def test_a_process_ends_while_the_pipeline_works(rocks: Path) -> None:
+def test_a_process_ends_while_the_pipeline_works(rocks: Path, backend: str) -> None:
     script = (
         "import sys, torch; from pathlib import Path\n"
         "from fpcn_dist.recipe.schema import DataConfig; from fpcn_dist.data.loader import TrainLoader\n"
         "from fpcn_dist.data.manifest import build_manifest\n"
-        "config = DataConfig(images_per_class=16)\n"
+        "config = DataConfig(images_per_class=16, backend=sys.argv[2])\n"
         "manifest = build_manifest(Path(sys.argv[1]), config, 0)\n"
         "loader = TrainLoader(manifest, config, 0, rank=0, world_size=1, device=torch.device('cpu'))\n"
         "print(len(next(loader)))"
     )
-    run = subprocess.run([sys.executable, "-c", script, rocks], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", script, rocks, backend], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout.strip()) == (0, "48"), run.stderr

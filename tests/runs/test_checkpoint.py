@@ -123,6 +123,7 @@ def test_missing_and_foreign(tmp_path):
 def test_changed_recipes_are_refused_field_by_field(tmp_path):
     said = info()
     harmless = {"name": "other", "engine": {"name": "deepspeed"}, "train": {"micro_batches": 2, "log_every": 1}}
+    harmless["data"] = {"backend": "torchvision"}
     require_same_recipe(Recipe.model_validate(harmless), said, tmp_path)
     with pytest.raises(UserError, match=r"of another recipe: optim.lr 0.01 -> 0.5"):
         require_same_recipe(Recipe.model_validate({"optim": {"lr": 0.5}}), said, tmp_path)
@@ -133,7 +134,7 @@ def test_changed_recipes_are_refused_field_by_field(tmp_path):
 def test_a_checkpoint_of_before_a_field_was_known_resumes(tmp_path):
     """What an older version did not know was as the default is now."""
     older = Recipe().model_dump()
-    del older["distill"], older["data"]["views"]
+    del older["distill"], older["data"]["views"], older["data"]["backend"]
     write_checkpoint(tmp_path / "x", state(), CheckpointInfo(3, older, "hash", ("a", "b")))
     said = read_checkpoint(tmp_path / "x")[1]
     assert said.recipe == older

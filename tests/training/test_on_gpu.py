@@ -8,6 +8,7 @@ import torch
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.recipe.schema import DataConfig
+from tests.helpers.backends import BACKENDS
 from tests.helpers.launching import command, losses
 
 pytestmark = pytest.mark.gpu
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def test_gpu_decoding_gives_the_images_of_the_cpu(rocks):
-    config = DataConfig(resize=72, crop=64, classes_per_batch=None, images_per_class=4)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gpu_decoding_gives_the_images_of_the_cpu(rocks, backend):
+    config = DataConfig(backend=backend, resize=72, crop=64, classes_per_batch=None, images_per_class=4)
     manifest = build_manifest(rocks, config, seed=0)
     batches = [
         next(TrainLoader(manifest, config, 0, rank=0, world_size=1, device=device))
@@ -25,6 +27,20 @@ def test_gpu_decoding_gives_the_images_of_the_cpu(rocks):
     assert torch.equal(batches[0].image_ids.cpu(), batches[1].image_ids)
     difference = (batches[0].images.cpu() - batches[1].images).abs() * 255 * 0.225
     assert difference.mean() < 1.0
+
+
+def test_batches_of_pinned_copies_are_those_of_the_cpu(rocks):
+    """Ten batches in a row: a pinned buffer that is used again too early would show."""
+    config = DataConfig(backend="torchvision", resize=72, crop=64, classes_per_batch=None, images_per_class=4)
+    manifest = build_manifest(rocks, config, seed=0)
+    loaders = [
+        TrainLoader(manifest, config, 0, rank=0, world_size=1, device=device) for device in (CUDA, torch.device("cpu"))
+    ]
+    held = [[next(loader).images for _ in range(10)] for loader in loaders]
+    for on_gpu, on_cpu in zip(*held, strict=True):
+        assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-6)
+    for loader in loaders:
+        loader.close()
 
 
 def test_training_in_bf16(runs):

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -79,7 +80,7 @@ def _local() -> Iterator[Any]:
         # "local": RAY_ADDRESS may name another cluster.
         ray.init(
             address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
+            num_cpus=usable_cores(),
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,

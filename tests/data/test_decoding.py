@@ -1,31 +1,35 @@
-"""One preprocessing contract: what the pipeline gives equals Pillow's and torchvision's, whichever resizer runs."""
+"""One preprocessing contract: every backend gives what Pillow and torchvision give."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import Pipeline, fn
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from fpcn_dist.data.dali import BatchRequest, Decoding, resize_by_dali, resize_by_torch
+from fpcn_dist.data.backends import open_backend
+from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.recipe.schema import DataConfig
 
+pytestmark = pytest.mark.usefixtures("backend")
 CPU = torch.device("cpu")
 LEVEL = 1.01 / 255
 """One grey level, and a little for arithmetic."""
 
 
 def _pipeline(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tensor:
-    """[B, 3, crop, crop] pixels in [0, 1] as the pipeline makes them."""
+    """[B, 3, crop, crop] pixels in [0, 1] as a backend makes them."""
     request = BatchRequest([str(path) for path in paths], crops)
-    images = Decoding(iter([request]), config, CPU, len(paths), 2).next()
+    decoding = open_backend("auto").decoding(iter([request]), config, CPU, len(paths), 2)
+    with contextlib.closing(decoding):
+        images = decoding.next()
     return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
@@ -101,19 +105,3 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     upright = ImageOps.exif_transpose(Image.open(path)).resize((32, 32), Image.Resampling.BILINEAR)
     upright = transforms.functional.to_tensor(upright)
     assert (_pipeline([path], np.zeros((1, 3), dtype=np.int64), config)[0] - upright).abs().max() < 2 * LEVEL
-
-
-@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
-def test_both_resizers_agree(rocks: Path, resize: int, crop: int) -> None:
-    """The GPU's resizer, here on the CPU, against the CPU's: one grey level, away from the edge of the whole image."""
-    config = DataConfig(resize=resize, crop=crop)
-    sources = [np.asarray(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
-    rng = np.random.default_rng(1)
-    corners = rng.integers(1, resize - crop, size=(len(sources), 2), dtype=np.int32)
-    pipeline = Pipeline(batch_size=len(sources), num_threads=1, device_id=None)
-    with pipeline:
-        decoded, corner = fn.external_source(source=[(sources, corners)], num_outputs=2, layout=["HWC", None])
-        pipeline.set_outputs(resize_by_dali(decoded, corner, config), resize_by_torch(decoded, corner, config, 1))
-    dali, ours = (torch.from_dlpack(out.as_tensor()).int() for out in pipeline.run())
-    assert dali.shape == ours.shape == (len(sources), crop, crop, 3)
-    assert (dali - ours).abs().max() <= 1

@@ -1,0 +1,89 @@
+"""The decoding backends behind one interface: DALI where it is installed, torchvision everywhere else.
+
+Both give the same batches, within one grey level. A backend is imported when it is opened.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fpcn_dist.data.batch import BatchRequest
+from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
+from fpcn_dist.runtime.errors import UserError
+
+
+class Decoding(Protocol):
+    """Requests under way, decoded ahead of whoever takes them, a bounded number of batches at a time."""
+
+    def next(self) -> Tensor:
+        """The images of the next request, [B, 3, crop, crop] float32, normalised, owned by the caller.
+
+        Raises:
+            StopIteration: there are no more requests.
+            RuntimeError: a file of the batch cannot be read or decoded; the decoding is then of no further use.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop its threads and free its buffers."""
+        ...
+
+
+class Decoder(Protocol):
+    """Decodes one image at a time, as :class:`Decoding` does on the CPU; one instance per thread."""
+
+    def size(self, data: bytes) -> tuple[int, int] | None:
+        """Width and height that the header of an image file announces; ``None`` where it is no image."""
+        ...
+
+    def decodes(self, data: bytes) -> bool:
+        """Whether the pixels of an image file are all there."""
+        ...
+
+
+class Backend(NamedTuple):
+    """An opened backend.
+
+    Attributes:
+        name: ``dali`` or ``torchvision``.
+        version: of what decodes; with another version, files may be refused that were not before.
+        decoding: begins to decode an iterator of requests with a config, a device, the size of the largest batch and a
+            number of CPU threads.
+        decoder: makes a :class:`Decoder`.
+    """
+
+    name: DecodingBackend
+    version: str
+    decoding: Callable[[Iterator[BatchRequest], DataConfig, torch.device, int, int], Decoding]
+    decoder: Callable[[], Decoder]
+
+
+def has_dali() -> bool:
+    """Whether DALI and the decoder that it uses are installed."""
+    try:
+        return all(importlib.util.find_spec(name) for name in ("nvidia.dali", "nvidia.nvimgcodec"))
+    except ModuleNotFoundError:  # no package of NVIDIA's at all
+        return False
+
+
+def open_backend(name: DecodingBackend) -> Backend:
+    """The backend that a recipe's ``data.backend`` names; ``auto`` is DALI where it is installed, else torchvision.
+
+    Raises:
+        UserError: DALI is asked for, and is not installed.
+    """
+    if name == "torchvision" or (name == "auto" and not has_dali()):
+        from fpcn_dist.data import torchvision
+
+        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, torchvision.Decoder)
+    if not has_dali():
+        hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
+        raise UserError("data.backend", name, "DALI is not installed here", hint)
+    from fpcn_dist.data import dali
+
+    return Backend("dali", dali.VERSION, dali.Decoding, dali.Decoder)
