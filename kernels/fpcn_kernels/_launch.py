@@ -78,9 +78,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``, or its record inside :func:`recording`."""
+    """``kernel[grid](*arguments, **constants)`` on the device of the first tensor, or its record inside
+    :func:`recording`."""
     if _recorder is None:
-        kernel[grid](*arguments, **constants)
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, torch.Tensor))):
+            kernel[grid](*arguments, **constants)
     else:
         _recorder.append((kernel, grid, arguments, constants))
 
