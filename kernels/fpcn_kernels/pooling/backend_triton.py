@@ -280,18 +280,17 @@ def _run(
             ((batch, 2, pixels) if largest else (0,), torch.int32),
         ]
     )
-    layout, itemsize = plan.layout(features), features.element_size()
-    fold = plan.fold(layout, itemsize)
+    view = plan.view(features)
 
     def run(config: dict[str, int]) -> None:
-        splits = triton.cdiv(channels // fold, config["BC"])
+        splits = view.splits(config)
         # Without a lag the first launch finds all masks, and the second one pools all images.
-        lag = plan.lag(layout, itemsize, fold, config, features.device) if pool else None
+        lag = plan.lag(view, config, features.device) if pool else None
         lag = min(lag or batch, batch)
-        partial = features.new_empty(batch, splits, fold, pixels, dtype=torch.float32)
+        partial = features.new_empty(batch, splits, view.fold, pixels, dtype=torch.float32)
         counts = features.new_zeros(1 + batch, dtype=torch.int32)
         queue = features.new_empty((batch - lag) * splits, dtype=torch.int32)
-        constants = {"LAYOUT": layout, "FOLD": fold, **config}
+        constants = {"LAYOUT": view.layout, "FOLD": view.fold, **config}
         launch(
             _mask_kernel,
             (batch * splits,),
@@ -305,8 +304,8 @@ def _run(
             arguments = (features, counts, queue, mask_BHW, area_B, pooled_BC, batch - lag, features.stride(0))
             launch(_pool_kernel, (lag * splits,), *arguments, **constants)
 
-    key = ("masked_pool", features.dtype, triton.next_power_of_2(batch), layout)
-    choose((*key, largest, pool), plan.forward_configurations(layout, itemsize, fold, features.device), run)
+    key = ("masked_pool", features.dtype, triton.next_power_of_2(batch), view.layout)
+    choose((*key, largest, pool), plan.forward_configurations(view, features.device), run)
     return pooled_BC, mask_BHW, area_B
 
 
@@ -319,7 +318,7 @@ def backward(
         (batch, channels, height, width), tuple(order), dtype=dtype, device=mask_BHW.device
     )
     grad_pooled_BC, pixels = grad_pooled_BC.contiguous(), height * width
-    layout = plan.layout(grad_BCHW)
+    view = plan.view(grad_BCHW)._replace(fold=1)
 
     def run(config: dict[str, int]) -> None:
         tiles = triton.cdiv(channels, config["BC"]) * triton.cdiv(pixels, config["BP"])
@@ -327,10 +326,10 @@ def backward(
             _backward_kernel,
             (batch * tiles,),
             *(grad_pooled_BC, mask_BHW, area_B, grad_BCHW, grad_BCHW.stride(0)),
-            LAYOUT=layout,
+            LAYOUT=view.layout,
             **config,
         )
 
-    key = ("masked_pool_backward", dtype, triton.next_power_of_2(batch), layout)
-    choose(key, plan.configurations(layout, grad_BCHW.element_size(), 1), run)
+    key = ("masked_pool_backward", dtype, triton.next_power_of_2(batch), view.layout)
+    choose(key, plan.configurations(view), run)
     return grad_BCHW

@@ -6,6 +6,7 @@ Legend: C channels, S pixels of an image; a program's tile is BP pixels by BC ch
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,39 +17,52 @@ from fpcn_kernels._launch import l2_bytes, multiprocessors
 _TILE_BYTES = (2**15, 2**14)
 # Warps that a multiprocessor runs at once, with the 80 registers that the kernel takes.
 _RESIDENT_WARPS = 24
+# An L2 of two partitions (A100, H100, H200) may hold a line twice, once for the multiprocessors of either side. Half of
+# the lines are read by the other side than their own: two thirds then hold different ones. Assumed, not measured.
+_L2_SHARE = 2 / 3
 # The widest load of a thread.
 _LOAD_BYTES = 16
 # Channels in one run: their windows are pooled one after the other, each too small beyond this to keep memory busy.
 _MOST_FOLD = 4
 
-Layout = tuple[int, int, int, int, int, int]
-"""C, S, width and the strides of channels, rows and columns: constants, so that the compiler knows their alignment."""
 
+class View(NamedTuple):
+    """How the kernels see an image of a tensor."""
 
-def layout(tensor: Tensor) -> Layout:
-    """The layout of an image of ``tensor`` [B, C, H, W]."""
-    _, channels, height, width = tensor.shape
-    stride_c, stride_h, stride_w = tensor.stride()[1:]
-    return channels, height * width, width, stride_c, stride_h, stride_w
-
-
-def fold(layout: Layout, itemsize: int) -> int:
+    layout: tuple[int, int, int, int, int, int]
+    """C, S, width and the strides of channels, rows, columns: constants, so that the compiler knows their alignment."""
+    fold: int
     """How many channels are read as one run, so that every run begins where a thread may load 16 bytes.
 
-    A channel of 14 x 14 pixels in bfloat16 takes 392 bytes, which 8 divides and 16 does not: of two it is 784.
+    A channel of 14 x 14 pixels in bfloat16 takes 392 bytes, which 8 divides and 16 does not; two take 784.
     """
-    channels, pixels, width, *strides = layout
-    if strides != [pixels, width, 1]:
-        return 1
-    folds = [m for m in (1, 2, _MOST_FOLD) if channels % m == 0]
-    return max(folds, key=lambda m: (math.gcd(m * pixels * itemsize, _LOAD_BYTES), -m))
+    itemsize: int
+
+    @property
+    def image_bytes(self) -> int:
+        return self.layout[0] * self.layout[1] * self.itemsize
+
+    def splits(self, config: dict[str, int]) -> int:
+        """Programs of an image."""
+        return -(-self.layout[0] // (self.fold * config["BC"]))
 
 
-def configurations(layout: Layout, itemsize: int, fold: int, tile_bytes: int = _TILE_BYTES[0]) -> list[dict[str, int]]:
+def view(tensor: Tensor) -> View:
+    """How the kernels see ``tensor`` [B, C, H, W]."""
+    _, channels, height, width = tensor.shape
+    pixels, strides = height * width, tensor.stride()[1:]
+    folds = [1]
+    if strides == (pixels, width, 1):
+        folds += [fold for fold in (2, _MOST_FOLD) if channels % fold == 0]
+    fold = max(folds, key=lambda fold: (math.gcd(fold * pixels * tensor.element_size(), _LOAD_BYTES), -fold))
+    return View((channels, pixels, width, *strides), fold, tensor.element_size())
+
+
+def configurations(view: View, tile_bytes: int = _TILE_BYTES[0]) -> list[dict[str, int]]:
     """Tiles of a tensor, the known-good one first."""
-    channels, pixels = layout[0] // fold, layout[1]
+    channels, pixels = view.layout[0] // view.fold, _power_of_2(view.layout[1])
     # One program finds the mask of a whole image, in registers.
-    warps = max(4, _power_of_2(pixels) // 256)
+    warps = max(4, pixels // 256)
     table = []
     for size, rows, num_warps in [
         (tile_bytes, 256, warps),
@@ -56,31 +70,29 @@ def configurations(layout: Layout, itemsize: int, fold: int, tile_bytes: int = _
         (tile_bytes, 128, warps),
         (tile_bytes // 2, 256, warps),
     ]:
-        BP = min(rows, _power_of_2(pixels)) * fold
-        BC = max(1, min(size // (BP * itemsize), _power_of_2(channels), 1024))
+        BP = min(rows, pixels) * view.fold
+        BC = max(1, min(size // (BP * view.itemsize), _power_of_2(channels), 1024))
         table.append({"BP": BP, "BC": BC, "num_warps": num_warps})
     return table
 
 
-def forward_configurations(layout: Layout, itemsize: int, fold: int, device: torch.device) -> list[dict[str, int]]:
-    """The largest tiles with which the L2 keeps features until they are pooled, or else the largest."""
-    tables = [configurations(layout, itemsize, fold, tile_bytes) for tile_bytes in _TILE_BYTES]
-    return next((table for table in tables if lag(layout, itemsize, fold, table[0], device)), tables[0])
+def forward_configurations(view: View, device: torch.device) -> list[dict[str, int]]:
+    """The largest tiles with which the L2 keeps features until they are pooled; the largest where none are."""
+    tables = [configurations(view, tile_bytes) for tile_bytes in _TILE_BYTES]
+    return next((table for table in tables if lag(view, table[0], device)), tables[0])
 
 
-def lag(layout: Layout, itemsize: int, fold: int, config: dict[str, int], device: torch.device) -> int | None:
+def lag(view: View, config: dict[str, int], device: torch.device) -> int | None:
     """How many images later an image is pooled; None if the L2 is too small, and features must be read twice.
 
-    As many images as the multiprocessors have in work, for the mask to be there, and a quarter more, for the features
-    still to be there as far as half the L2 holds them: those of an A100 and of an H100 are two partitions, and a line
-    that multiprocessors on both sides read may lie in both.
+    At least as many as the multiprocessors have in work, for the mask to be there; a quarter more if the L2 still has
+    the features then. Between the two reads of a tile others read ``lag`` images, and half of what is in work while
+    a program adds up and counts: 35 MB on an H100 (``python -m benchmarks masked_pool --model``).
     """
-    channels, pixels = layout[0] // fold, layout[1]
-    splits = -(-channels // config["BC"])
-    resident = multiprocessors(device) * _RESIDENT_WARPS // config["num_warps"]
-    most = l2_bytes(device) // 2 // (channels * fold * pixels * itemsize)
-    least = max(1, -(-resident // splits))
-    return min(most, -(-resident * 5 // (4 * splits))) if most >= least else None
+    in_work = multiprocessors(device) * _RESIDENT_WARPS / config["num_warps"] / view.splits(config)
+    most = int(l2_bytes(device) * _L2_SHARE / view.image_bytes - in_work / 2)
+    least = math.ceil(in_work)
+    return min(most, math.ceil(1.25 * in_work)) if most >= least else None
 
 
 def _power_of_2(size: int) -> int:
