@@ -1,34 +1,43 @@
-"""A model of masked_pool's forward pass: what an early or late mask costs, without a GPU. No figure of it is measured.
+"""A model of masked_pool's forward pass: what an early or a late mask costs, without a GPU. None of it is measured.
 
-A discrete simulation. Programs start in order, as many at once as the multiprocessors hold. Each waits for its tile from
-memory, issues the instructions of its sum, and arrives at its image's counter; the last one of an image finds the mask,
-which takes as long as it is said to. Then it pools a tile of the image ``lag`` images before, from the L2, or from memory
-once the L2 has taken in more than it holds since. What comes too early for its mask is left
+    python -m benchmarks masked_pool --model
+
+A discrete simulation. Programs start in order, as many at once as the multiprocessors hold. Each waits for its tile
+from memory, issues the instructions of its sum, and counts at its image; the last one of an image finds the mask, in a
+given time. Then it pools a tile of the image ``lag`` images before, from the L2, or from memory if more than the L2
+holds has been read since. What comes too early for its mask is left
 
     serial    to the program that finds the mask, which pools one tile after the other (the kernels before the queue);
     queue     to the second launch, which pools it beside the last images.
 
-Memory, the L2 and the issue slots of each multiprocessor serve whoever asks first. Clocks, latencies and rates below are
-round figures of an H200.
+Memory, the L2 and the issue slots of a multiprocessor serve who asks first. Rates and latencies are round figures of an
+H200. Processes are generators, which give the time until which they wait.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
+from fpcn_kernels.pooling.plan import L2_SHARE
+
+from benchmarks._harness import show
+
 MICROSECOND = 1e-6
+# What the kernels were before the queue: programs of a multiprocessor, images of lag.
+BEFORE = {"resident": 5, "lag": 26}
 
 
 class Gpu(NamedTuple):
+    """Bytes, seconds, and what passes in a second."""
+
     multiprocessors: int = 132
     bandwidth: float = 4.3e12
     """Of a copy, as measured."""
     l2_bandwidth: float = 7e12
-    l2_bytes: float = 25 * 2**20
-    """Half of it: both of its partitions may hold a line."""
+    l2_bytes: float = 50 * 2**20 * L2_SHARE
     issue_rate: float = 4 * 1.755e9
     """Of a multiprocessor."""
     memory_latency: float = 0.9 * MICROSECOND
@@ -63,7 +72,7 @@ class Server:
         return self.free
 
 
-# Gives the times until which it waits; ends with the time at its end.
+# Returns the time at its end.
 Steps = Generator[float, None, float]
 
 
@@ -137,3 +146,39 @@ class Simulation:
         yield now
         yield (now := issue.done(now, self.work.pool_instructions))
         return now
+
+
+def show_model(work: Work, masks_us: Sequence[float] = (0, 2, 4, 5, 6, 7, 8, 12, 20)) -> list[dict[str, float]]:
+    """Prints what a forward pass takes by the time that a mask takes; gives the figures."""
+    figures = [_figures(work._replace(mask_seconds=mask_us * MICROSECOND)) for mask_us in masks_us]
+    show(
+        f"Modelled, not measured: forward pass of {work.images} images, {work.splits} programs each, on an H200",
+        ["a mask takes us", "serial us", "queue us", "left to the queue", "all read twice us"],
+        [
+            [
+                f"{mask_us:g}",
+                f"{f['serial_us']:.0f}",
+                f"{f['queue_us']:.0f}",
+                f"{f['left']:.0%}",
+                f"{f['twice_us']:.0f}",
+            ]
+            for mask_us, f in zip(masks_us, figures, strict=True)
+        ],
+        left=0,
+        caption=f"serial: as before the queue, lag {BEFORE['lag']}, {BEFORE['resident']} programs a multiprocessor; "
+        f"queue: lag {work.lag}, {work.resident} programs a multiprocessor",
+    )
+    return figures
+
+
+def _figures(work: Work) -> dict[str, float]:
+    serial = Simulation(Gpu(), work._replace(**BEFORE), serial=True)
+    queue = Simulation(Gpu(), work)
+    twice = Simulation(Gpu(), work._replace(lag=work.images))
+    return {
+        "mask_us": work.mask_seconds / MICROSECOND,
+        "serial_us": serial.seconds() / MICROSECOND,
+        "queue_us": queue.seconds() / MICROSECOND,
+        "left": queue.early.total() / (work.images * work.splits),
+        "twice_us": twice.seconds() / MICROSECOND,
+    }

@@ -16,10 +16,10 @@ from fpcn_kernels._launch import l2_bytes, multiprocessors
 # Features of a program, all of them in flight at once: the first that lets the L2 hold what is read again.
 _TILE_BYTES = (2**15, 2**14)
 # Warps that a multiprocessor runs at once, with the 80 registers that the kernel takes.
-_RESIDENT_WARPS = 24
+RESIDENT_WARPS = 24
 # An L2 of two partitions (A100, H100, H200) may hold a line twice, once for the multiprocessors of either side. Half of
 # the lines are read by the other side than their own: two thirds then hold different ones. Assumed, not measured.
-_L2_SHARE = 2 / 3
+L2_SHARE = 2 / 3
 # The widest load of a thread.
 _LOAD_BYTES = 16
 # Channels in one run: their windows are pooled one after the other, each too small beyond this to keep memory busy.
@@ -89,8 +89,8 @@ def lag(view: View, config: dict[str, int], device: torch.device) -> int | None:
     the features then. Between the two reads of a tile others read ``lag`` images, and half of what is in work while
     a program adds up and counts: 35 MB on an H100 (``python -m benchmarks masked_pool --model``).
     """
-    in_work = multiprocessors(device) * _RESIDENT_WARPS / config["num_warps"] / view.splits(config)
-    most = int(l2_bytes(device) * _L2_SHARE / view.image_bytes - in_work / 2)
+    in_work = multiprocessors(device) * RESIDENT_WARPS / config["num_warps"] / view.splits(config)
+    most = int(l2_bytes(device) * L2_SHARE / view.image_bytes - in_work / 2)
     least = math.ceil(in_work)
     return min(most, math.ceil(1.25 * in_work)) if most >= least else None
 
