@@ -64,10 +64,10 @@ def _mask_kernel(
         tl.atomic_add(counts + 1 + b, 1, sem="release")
     if b >= lag:
         b -= lag
-        if tl.atomic_add(counts + 1 + b, 0, sem="acquire") > splits:
-            _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, FOLD, BP, BC)
-        else:
+        if tl.atomic_add(counts + 1 + b, 0, sem="acquire") <= splits:
             tl.store(queue + tl.atomic_add(counts, 1, sem="relaxed"), (b * splits + split).to(tl.int32))
+        else:
+            _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, FOLD, BP, BC)
 
 
 @triton.jit(do_not_specialize=["first"])
