@@ -16,9 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 MIB = 2**20
 BF16_14 = (1, 2048, 14, 14), torch.bfloat16
-interpreted = pytest.mark.skipif(
-    not _launch.interpreting(), reason="needs kernels that were imported for the interpreter"
-)
+interpreted = pytest.mark.skipif(not _launch.interpreting(), reason="needs Triton's interpreter")
 
 
 def _features(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -29,7 +29,7 @@ _MOST_FOLD = 4
 class View(NamedTuple):
     """How the kernels see an image of a tensor."""
 
-    layout: tuple[int, int, int, int, int, int]
+    layout: tuple[int, ...]
     """C, S, width and the strides of channels, rows, columns: constants, so that the compiler knows their alignment."""
     fold: int
     """How many channels are read as one run, so that every run begins where a thread may load 16 bytes.
