@@ -1,6 +1,7 @@
 """Times masked pooling, forward and backward, beside the form that its equations suggest, in one run.
 
     python -m benchmarks masked_pool [--batches 42 16] [--channels 2048] [--json FILE]
+    python -m benchmarks masked_pool --model    # what an early or late mask costs by a simulation: _pool_queue.py
 
 Every side is first checked against the reference in float64, on features that are small multiples of 1/8, whose sums
 are exact, so that all must find the same region. Rows: the equations as one would write them in PyTorch, the same under
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from fpcn_kernels import masked_pool, reference
+from fpcn_kernels.pooling import plan
 from torch import Tensor
 
 from benchmarks._harness import (
@@ -156,13 +158,41 @@ def predict(batches: list[int], channels: int, size: int) -> list[dict[str, Any]
     )
 
 
+def model(batch: int, channels: int, size: int) -> list[dict[str, float]]:
+    from benchmarks._pool_queue import Work, show_model
+    from benchmarks._predicted import masked_pool_launches
+
+    features, (find, pool, _) = masked_pool_launches(batch, channels, size, THETA)
+    view = plan.view(features)
+    config = {name: find.arguments[name] for name in ("BP", "BC", "num_warps")}
+    lag = plan.lag(view, config, features.device)
+    if lag is None:
+        raise SystemExit(f"maps of {size} x {size} pixels are read twice: there is nothing to model")
+    splits = view.splits(config)
+    work = Work(
+        images=batch,
+        splits=splits,
+        tile_bytes=view.image_bytes / splits,
+        sum_instructions=pool.per_program(),
+        pool_instructions=pool.per_program(),
+        mask_seconds=0,
+        resident=plan.RESIDENT_WARPS // config["num_warps"],
+        lag=lag,
+    )
+    return show_model(work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time masked_pool beside its written-out form.")
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 42] if on_gpu else [42, 16])
     parser.add_argument("--channels", type=int, default=2048)
     parser.add_argument("--size", type=int, default=14, help="height and width of the map")
+    parser.add_argument("--model", action="store_true", help="simulate 256 images on an H200 instead of measuring")
     options = arguments(parser, "masked_pool", repeats=50 if on_gpu else 9)
+    if options.model:
+        write_json(options.json, {"modelled_h200": model(256, options.channels, options.size)})
+        return
     device = options.device
     bandwidth = copy_bandwidth(device)
     rows, figures = [], []

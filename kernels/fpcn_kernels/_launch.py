@@ -85,10 +85,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    """The size of the second-level cache: an H100's where ``device`` is no GPU, as for :func:`multiprocessors`."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``, or its record inside :func:`recording`."""
+    """``kernel[grid](*arguments, **constants)`` on the device of the first tensor, or its record inside
+    :func:`recording`."""
     if _recorder is None:
-        kernel[grid](*arguments, **constants)
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, torch.Tensor))):
+            kernel[grid](*arguments, **constants)
     else:
         _recorder.append((kernel, grid, arguments, constants))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 from fpcn_kernels._launch import LaunchRecord, recording
@@ -17,6 +18,7 @@ from fpcn_kernels.pairs import backend_triton as pairs_triton
 from fpcn_kernels.pairs.problem import Side, SideGradients
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from fpcn_kernels.pooling import backend_triton as pooling_triton
+from fpcn_kernels.pooling import plan
 
 from benchmarks._compile import compile_launch, specialize
 
@@ -31,10 +33,12 @@ def run_masked_pool(
     memory_format: torch.memory_format,
     largest: bool = False,
     companion: bool = False,
+    l2_mib: int = 50,
 ) -> None:
     features = torch.empty(batch, channels, size, size, dtype=dtype, device=DEVICE).to(memory_format=memory_format)
     before = features[:, : channels // 2] if companion else None
-    pooled, mask, area = pooling_triton.forward(features, before, 0.1, largest)
+    with patch.object(plan, "l2_bytes", lambda device: l2_mib * 2**20):
+        pooled, mask, area = pooling_triton.forward(features, before, 0.1, largest)
     order = sorted(range(4), key=features.stride, reverse=True)
     pooling_triton.backward(pooled, mask, area, 0.1, dtype, order)
 
@@ -72,6 +76,10 @@ def launches() -> list[LaunchRecord]:
         run_masked_pool(256, 2048, 14, bf16, nhwc)
         run_masked_pool(42, 2048, 14, bf16, nhwc, largest=True, companion=True)
         run_masked_pool(42, 2048, 14, bf16, torch.contiguous_format)
+        # The smaller tiles of a smaller L2.
+        run_masked_pool(42, 2048, 14, bf16, nhwc, l2_mib=30)
+        run_masked_pool(42, 2048, 14, bf16, torch.contiguous_format, l2_mib=30)
+        run_masked_pool(42, 2048, 7, bf16, torch.contiguous_format)
         run_masked_pool(42, 2048, 7, torch.float32, torch.contiguous_format, largest=True)
         run_masked_pool(16, 256, 64, torch.float32, torch.contiguous_format, largest=True)
         for rounded in (False, True):

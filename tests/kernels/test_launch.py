@@ -1,10 +1,13 @@
-"""Which configuration a kernel runs with."""
+"""Which configuration a kernel runs with, and on which device."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -54,3 +57,37 @@ def test_a_recording_does_not_tune(tuning):
     with _launch.recording():
         assert _runs(("kernel", 336)) == [8]
     assert tuning == []
+
+
+class FakeKernel:
+    """Remembers which device was current when it was launched."""
+
+    def __init__(self, current):
+        self.current, self.launches = current, []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append((self.current[-1], grid, arguments, constants))
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch):
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(str(tensor.device))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kernel = FakeKernel(current)
+    with FakeTensorMode():
+        tensor = torch.empty(3, device="cuda:1")
+    _launch.launch(kernel, (4, 2), 5, tensor, TILE=8)
+    assert kernel.launches == [("cuda:1", (4, 2), (5, tensor), {"TILE": 8})]
+    assert current == ["cuda:0"]
+
+
+def test_a_launch_on_the_cpu_needs_no_cuda():
+    kernel = FakeKernel(["cpu"])
+    _launch.launch(kernel, (1,), torch.empty(3))
+    assert len(kernel.launches) == 1

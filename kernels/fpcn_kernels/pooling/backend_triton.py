@@ -13,24 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpcn_kernels._launch import choose, launch, multiprocessors
-
-# Added to an image's count of helpers once its mask is there; above any number of helpers.
-_READY = tl.constexpr(1 << 24)
-# A program's features, all of them in flight at once.
-_TILE_BYTES = 2**15
-# Warps of a multiprocessor that start between an image's sums and its pooling: as many as run at once, with the 96
-# registers that the kernel takes, and a quarter more, for the mask to be there in time.
-_LAG_WARPS = 25
+from fpcn_kernels._launch import choose, launch
+from fpcn_kernels.pooling import plan
 
 
 # What differs between batches only must not compile anew.
-@triton.jit(do_not_specialize=["images", "lag"])
+@triton.jit(do_not_specialize=["lag"])
 def _mask_kernel(
     features,
     partial,
-    arrived,
-    helpers,
+    counts,
+    queue,
     mask,
     area,
     companion_mask,
@@ -38,63 +31,71 @@ def _mask_kernel(
     labels,
     pooled,
     theta,
-    images,
     lag,
     stride_b,
     LAYOUT: tl.constexpr,
+    FOLD: tl.constexpr,
     LARGEST: tl.constexpr,
     COMPANION: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program sums some channels of image b; the last one of an image finds its mask. Then it pools some channels of
-    image b - lag: what comes too early for the mask is left to the program that finds it."""
+    """A program sums some channels of image b; the last one of an image finds its mask. Then it pools these channels of
+    image b - lag, or, where the mask is not there yet, leaves them in the queue.
+
+    counts: length of the queue, and for each image how many programs have summed, one more once its mask is there.
+    """
     C: tl.constexpr = LAYOUT[0]
     S: tl.constexpr = LAYOUT[1]
-    splits: tl.constexpr = (C + BC - 1) // BC
+    splits: tl.constexpr = (C // FOLD + BC - 1) // BC
     b = (tl.program_id(0) // splits).to(tl.int64)
-    _sum_channels(features + b * stride_b, partial + b * splits * S, tl.program_id(0) % splits, LAYOUT, BP, BC)
+    split = tl.program_id(0) % splits
+    rows: tl.constexpr = splits * FOLD
+    _sum_channels(features + b * stride_b, partial + b * rows * S, split, LAYOUT, FOLD, BP, BC)
     # Every thread's sums are stored before one thread says so.
     tl.debug_barrier()
-    if tl.atomic_add(arrived + b, 1, sem="acq_rel") == splits - 1:
+    if tl.atomic_add(counts + 1 + b, 1, sem="acq_rel") == splits - 1:
         companion = (companion_mask + b * S, companion_area + b)
         scratch = labels + b * 2 * S
         _find_mask(
-            partial + b * splits * S,
-            mask + b * S,
-            area + b,
-            companion,
-            scratch,
-            theta,
-            splits,
-            LAYOUT,
-            LARGEST,
-            COMPANION,
+            partial + b * rows * S, mask + b * S, area + b, companion, scratch, theta, rows, LAYOUT, LARGEST, COMPANION
         )
-        if b + lag < images:
-            tl.debug_barrier()
-            too_early = tl.atomic_add(helpers + b, _READY, sem="acq_rel")
-            for split in range(0, too_early):
-                _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, BP, BC)
+        tl.debug_barrier()
+        tl.atomic_add(counts + 1 + b, 1, sem="release")
     if b >= lag:
         b -= lag
-        turn = tl.atomic_add(helpers + b, 1, sem="acq_rel")
-        if turn >= _READY:
-            split = turn - _READY
-            _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, BP, BC)
+        if tl.atomic_add(counts + 1 + b, 0, sem="acquire") <= splits:
+            tl.store(queue + tl.atomic_add(counts, 1, sem="relaxed"), (b * splits + split).to(tl.int32))
+        else:
+            _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, FOLD, BP, BC)
 
 
 @triton.jit(do_not_specialize=["first"])
 def _pool_kernel(
-    features, mask, area, pooled, first, stride_b, LAYOUT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+    features,
+    counts,
+    queue,
+    mask,
+    area,
+    pooled,
+    first,
+    stride_b,
+    LAYOUT: tl.constexpr,
+    FOLD: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """A program pools some channels of one of the images from the first on."""
+    """A program pools some channels of one of the images from the first on, and its share of the queue."""
     C: tl.constexpr = LAYOUT[0]
     S: tl.constexpr = LAYOUT[1]
-    splits: tl.constexpr = (C + BC - 1) // BC
-    b = first + (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, BP, BC)
+    splits: tl.constexpr = (C // FOLD + BC - 1) // BC
+    programs = tl.num_programs(0)
+    for turn in range(tl.program_id(0), programs + tl.load(counts), programs):
+        left = tl.load(queue + turn - programs, mask=turn >= programs, other=0)
+        item = tl.where(turn < programs, first * splits + turn, left)
+        b = (item // splits).to(tl.int64)
+        split = item % splits
+        _pool_channels(features + b * stride_b, mask + b * S, area + b, pooled + b * C, split, LAYOUT, FOLD, BP, BC)
 
 
 @triton.jit
@@ -111,39 +112,52 @@ def _backward_kernel(grad_pooled, mask, area, grad, stride_b, LAYOUT: tl.constex
     grad_C = tl.load(grad_pooled + b * C + c, mask=c < C, other=0.0) * _over(tl.load(area + b), S)
     mask_P = tl.load(mask + b * S + p, mask=p < S, other=0.0)
     grad_PC = (mask_P[:, None] * grad_C[None, :]).to(grad.dtype.element_ty)
-    tl.store(grad + b * stride_b + _offsets(p, c, LAYOUT), grad_PC, mask=(p < S)[:, None] & (c < C)[None, :])
+    tl.store(grad + b * stride_b + _offsets(p, c, LAYOUT, 1), grad_PC, mask=(p < S)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
-def _sum_channels(features, partial, split, LAYOUT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """partial[split] = sums over the split's channels, in the same order for every pixel, in float32."""
-    C: tl.constexpr = LAYOUT[0]
-    S: tl.constexpr = LAYOUT[1]
+def _sum_channels(
+    features, partial, split, LAYOUT: tl.constexpr, FOLD: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+):
+    """partial[split] = sums over the split's channels, in the same order for every pixel, in float32; of folded
+    channels [FOLD, S]."""
+    C: tl.constexpr = LAYOUT[0] // FOLD
+    S: tl.constexpr = LAYOUT[1] * FOLD
     c = split * BC + tl.arange(0, BC)
     for first in range(0, S, BP):
         p = first + tl.arange(0, BP)
         within = (p < S)[:, None] & (c < C)[None, :]
         # They are read once more: let other lines leave the cache first.
-        feat_PC = tl.load(features + _offsets(p, c, LAYOUT), mask=within, other=0.0, eviction_policy="evict_last")
+        feat_PC = tl.load(features + _offsets(p, c, LAYOUT, FOLD), mask=within, other=0.0, eviction_policy="evict_last")
         tl.store(partial + split * S + p, tl.sum(feat_PC.to(tl.float32), 1), mask=p < S)
 
 
 @triton.jit
-def _pool_channels(features, mask, area, pooled, split, LAYOUT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _pool_channels(
+    features, mask, area, pooled, split, LAYOUT: tl.constexpr, FOLD: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+):
     """pooled[c] = sum_p alpha / S * M[p] * F[c, p] for the split's channels."""
-    C: tl.constexpr = LAYOUT[0]
+    C: tl.constexpr = LAYOUT[0] // FOLD
     S: tl.constexpr = LAYOUT[1]
+    V: tl.constexpr = 128 // features.dtype.element_ty.primitive_bitwidth
     c = split * BC + tl.arange(0, BC)
     scale = _over(tl.load(area), S)
-    pooled_C = tl.zeros([BC], tl.float32)
-    for first in range(0, S, BP):
-        p = first + tl.arange(0, BP)
-        weight_P = scale * tl.load(mask + p, mask=p < S, other=0.0)
-        within = (p < S)[:, None] & (c < C)[None, :]
-        # Nobody reads them again: these lines may leave the cache first.
-        feat_PC = tl.load(features + _offsets(p, c, LAYOUT), mask=within, other=0.0, eviction_policy="evict_first")
-        pooled_C += tl.sum(weight_P[:, None] * feat_PC.to(tl.float32), 0)
-    tl.store(pooled + c, pooled_C, mask=c < C)
+    for channel in tl.static_range(FOLD):
+        # The pixels of one of the folded channels, and so many before and after them that no load of V is cut. These
+        # weigh nothing: if they are not finite, no pooled value of the image is.
+        own = channel * S
+        start = own // V * V
+        end = min((own + S + V - 1) // V * V, FOLD * S)
+        pooled_C = tl.zeros([BC], tl.float32)
+        for first in range(start, end, BP // FOLD):
+            p = first + tl.arange(0, BP // FOLD)
+            weight_P = scale * tl.load(mask + p - own, mask=(p >= own) & (p < own + S), other=0.0)
+            within = (p < end)[:, None] & (c < C)[None, :]
+            # Nobody reads them again: these lines may leave the cache first.
+            offsets_PC = _offsets(p, c, LAYOUT, FOLD)
+            feat_PC = tl.load(features + offsets_PC, mask=within, other=0.0, eviction_policy="evict_first")
+            pooled_C += tl.sum(weight_P[:, None] * feat_PC.to(tl.float32), 0)
+        tl.store(pooled + c * FOLD + channel, pooled_C, mask=c < C)
 
 
 @triton.jit
@@ -154,21 +168,21 @@ def _find_mask(
     companion,
     labels,
     theta,
-    splits: tl.constexpr,
+    rows: tl.constexpr,
     LAYOUT: tl.constexpr,
     LARGEST: tl.constexpr,
     COMPANION: tl.constexpr,
 ):
-    """Equations 1 to 4 for one image."""
+    """Equations 1 to 4 for one image, from the rows of its partial sums."""
     S: tl.constexpr = LAYOUT[1]
     SP: tl.constexpr = triton.next_power_of_2(S)
-    R: tl.constexpr = min(triton.next_power_of_2(splits), max(1, 4096 // SP))
+    R: tl.constexpr = min(triton.next_power_of_2(rows), max(1, 4096 // SP))
     p = tl.arange(0, SP)
     sum_RP = tl.zeros([R, SP], tl.float32)
-    for first in range(0, splits, R):
+    for first in range(0, rows, R):
         r = first + tl.arange(0, R)
         sum_RP += tl.load(
-            partial + (r * S)[:, None] + p[None, :], mask=(r < splits)[:, None] & (p < S)[None, :], other=0.0
+            partial + (r * S)[:, None] + p[None, :], mask=(r < rows)[:, None] & (p < S)[None, :], other=0.0
         )
     sum_P = tl.sum(sum_RP, 0)
     mean = _over(tl.sum(sum_P, 0), S)
@@ -229,13 +243,13 @@ def _largest_region(inside_P, label, size, S: tl.constexpr, W: tl.constexpr, SP:
 
 
 @triton.jit
-def _offsets(p, c, LAYOUT: tl.constexpr):
-    """Where pixels p and channels c of an image lie, [P, C]."""
+def _offsets(p, c, LAYOUT: tl.constexpr, FOLD: tl.constexpr):
+    """Where pixels p and channels c of an image lie, [P, C]; of folded channels p runs on through FOLD of them."""
     W: tl.constexpr = LAYOUT[2]
     stride_h: tl.constexpr = LAYOUT[4]
     stride_w: tl.constexpr = LAYOUT[5]
     pixel_P = p * stride_w if stride_h == W * stride_w else p // W * stride_h + p % W * stride_w
-    return pixel_P[:, None] + (c * LAYOUT[3])[None, :]
+    return pixel_P[:, None] + (c * (LAYOUT[3] * FOLD))[None, :]
 
 
 @triton.jit
@@ -266,35 +280,33 @@ def _run(
             ((batch, 2, pixels) if largest else (0,), torch.int32),
         ]
     )
-    layout = _layout(features)
+    view = plan.view(features)
 
     def run(config: dict[str, int]) -> None:
-        splits = triton.cdiv(channels, config["BC"])
-        lag = min(_lag(features.device, splits, config["num_warps"]), batch) if pool else batch
-        partial = features.new_empty(batch, splits, pixels, dtype=torch.float32)
-        counts_2B = features.new_zeros(2, batch, dtype=torch.int32)
+        splits = view.splits(config)
+        # Without a lag the first launch finds all masks, and the second one pools all images.
+        lag = plan.lag(view, config, features.device) if pool else None
+        lag = min(lag or batch, batch)
+        partial = features.new_empty(batch, splits, view.fold, pixels, dtype=torch.float32)
+        counts = features.new_zeros(1 + batch, dtype=torch.int32)
+        queue = features.new_empty((batch - lag) * splits, dtype=torch.int32)
+        constants = {"LAYOUT": view.layout, "FOLD": view.fold, **config}
         launch(
             _mask_kernel,
             (batch * splits,),
-            *(features, partial, *counts_2B, mask_BHW, area_B, *(companion or (mask_BHW, area_B)), labels_B2S),
-            *(pooled_BC, theta, batch, lag, features.stride(0)),
-            LAYOUT=layout,
+            *(features, partial, counts, queue, mask_BHW, area_B, *(companion or (mask_BHW, area_B)), labels_B2S),
+            *(pooled_BC, theta, lag, features.stride(0)),
             LARGEST=largest,
             COMPANION=companion is not None,
-            **config,
+            **constants,
         )
         if pool:
-            arguments = (features, mask_BHW, area_B, pooled_BC, batch - lag, features.stride(0))
-            launch(_pool_kernel, (lag * splits,), *arguments, LAYOUT=layout, **config)
+            arguments = (features, counts, queue, mask_BHW, area_B, pooled_BC, batch - lag, features.stride(0))
+            launch(_pool_kernel, (lag * splits,), *arguments, **constants)
 
-    key = ("masked_pool", features.dtype, triton.next_power_of_2(batch), layout)
-    choose((*key, largest, pool), _configurations(features), run)
+    key = ("masked_pool", features.dtype, triton.next_power_of_2(batch), view.layout)
+    choose((*key, largest, pool), plan.forward_configurations(view, features.device), run)
     return pooled_BC, mask_BHW, area_B
-
-
-def _lag(device: torch.device, splits: int, warps: int) -> int:
-    """How many images later an image is pooled."""
-    return triton.cdiv(multiprocessors(device) * _LAG_WARPS // warps, splits)
 
 
 def backward(
@@ -306,7 +318,7 @@ def backward(
         (batch, channels, height, width), tuple(order), dtype=dtype, device=mask_BHW.device
     )
     grad_pooled_BC, pixels = grad_pooled_BC.contiguous(), height * width
-    layout = _layout(grad_BCHW)
+    view = plan.view(grad_BCHW)._replace(fold=1)
 
     def run(config: dict[str, int]) -> None:
         tiles = triton.cdiv(channels, config["BC"]) * triton.cdiv(pixels, config["BP"])
@@ -314,35 +326,10 @@ def backward(
             _backward_kernel,
             (batch * tiles,),
             *(grad_pooled_BC, mask_BHW, area_B, grad_BCHW, grad_BCHW.stride(0)),
-            LAYOUT=layout,
+            LAYOUT=view.layout,
             **config,
         )
 
-    key = ("masked_pool_backward", dtype, triton.next_power_of_2(batch), layout)
-    choose(key, _configurations(grad_BCHW), run)
+    key = ("masked_pool_backward", dtype, triton.next_power_of_2(batch), view.layout)
+    choose(key, plan.configurations(view), run)
     return grad_BCHW
-
-
-def _layout(tensor: Tensor) -> tuple[int, ...]:
-    """C, S, W and the strides of channels, rows and columns: constants, so that the compiler knows their alignment."""
-    _, channels, height, width = tensor.shape
-    return channels, height * width, width, *tensor.stride()[1:]
-
-
-def _configurations(tensor: Tensor) -> list[dict[str, int]]:
-    """Tiles of [BP pixels, BC channels] for a tensor's size and dtype, the known-good one first."""
-    _, channels, height, width = tensor.shape
-    pixels = triton.next_power_of_2(height * width)
-    # One program finds the mask of a whole image, in registers.
-    warps = max(4, pixels // 256)
-    table = []
-    for tile_bytes, rows, num_warps in [
-        (_TILE_BYTES, 256, warps),
-        (_TILE_BYTES, 256, 2 * warps),
-        (_TILE_BYTES, 128, warps),
-        (_TILE_BYTES // 2, 256, warps),
-    ]:
-        BP = min(rows, pixels)
-        BC = min(tile_bytes // (BP * tensor.element_size()), triton.next_power_of_2(channels), 1024)
-        table.append({"BP": BP, "BC": BC, "num_warps": num_warps})
-    return table
