@@ -201,7 +201,8 @@ def predict(channels: int, width: int) -> list[dict[str, Any]]:
     return show_prediction(
         sections,
         f"C {channels}, D {width}, forward + backward. Dense products: 12 N C D + 6 N (K - 1) C D FLOPs, as fused "
-        "multiply-adds or, beside float16, in TF32. Scores stay in the L2. PyTorch's elementwise launches between are not in it.",
+        "multiply-adds or, beside float16, in TF32. Scores stay in the L2. PyTorch's elementwise launches between are "
+        "not in it.",
     )
 
 
