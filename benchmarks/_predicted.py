@@ -11,6 +11,7 @@ so these are estimates from below, and no measurement.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,15 +81,15 @@ class Work(NamedTuple):
         return max(self.bounds.values()) + self.launches * LAUNCH_SECONDS
 
 
-def compile_all(records: Iterable[LaunchRecord]) -> list[Launch]:
-    """Compiled for sm_90, each specialisation once."""
+def compile_all(records: Iterable[LaunchRecord], arch: int = ARCH) -> list[Launch]:
+    """Compiled for a GPU of compute capability ``arch`` (90: 9.0), each specialisation once."""
     compiled: dict[tuple[str, str], Compiled] = {}
     launches = []
     for record in records:
-        source, options = specialize(record, ARCH)
+        source, options = specialize(record, arch)
         key = source.hash(), str(options)
         if key not in compiled:
-            compiled[key] = compile_launch(record, ARCH)
+            compiled[key] = compile_launch(record, arch)
         kernel, grid, arguments, constants = record
         launches.append(Launch(compiled[key], grid, dict(zip(kernel.arg_names, arguments, strict=False)) | constants))
     return launches
@@ -151,6 +152,14 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int, rou
         instructions, flops = (launch.programs * launch.per_program(kind, trips) for kind in (None, "matrix flops"))
         works.append(Work(launch.code.kernel, 1, _pair_bytes(launch.arguments), instructions, flops))
     return works
+
+
+def pair_instructions(records: Iterable[LaunchRecord], pairs: int, width: int, arch: int) -> dict[str, float]:
+    """Instructions of a thread for each pair and hidden unit of one side, by kernel, of its recorded launches."""
+    totals: Counter[str] = Counter()
+    for launch in compile_all(records, arch):
+        totals[launch.code.kernel] += launch.programs * launch.per_program(trips=_pair_trips(launch)) * 32
+    return {kernel: total / pairs / width for kernel, total in totals.items()}
 
 
 def _pair_trips(launch: Launch) -> list[float]:

@@ -215,6 +215,9 @@ class TrainConfig(Schema):
     """Parts that a rank cuts its share of a batch into to save memory; the contrast still spans the whole batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network: float32, or bfloat16 autocast."""
+    matmul: Literal["highest", "high"] | None = None
+    """Products of float32 matrices: in float32 (highest), or in TF32 and, in the kernels of the contrast, in float16
+    (high); null: high with bf16 on GPUs from Ampere on, else highest."""
     channels_last: bool = False
     """Keep images and weights in NHWC memory order (faster on GPUs with tensor cores)."""
     compile: bool = False

@@ -18,6 +18,7 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import MetricsLogger
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
+from fpcn_dist.runtime.products import default_matmul, multiplying
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
@@ -72,6 +73,11 @@ class TrainingRun:
 
     def train(self, batch: Batch, step: int, waited: float) -> None:
         """The update that ``step`` makes; ``waited`` are the seconds that its batch was waited for."""
+        config = self.recipe.train
+        with multiplying(config.matmul or default_matmul(config.precision, self.ranks.device)):
+            self._train(batch, step, waited)
+
+    def _train(self, batch: Batch, step: int, waited: float) -> None:
         if step == self.schedule.frozen and step > self.first_step:
             # The backbone thaws: a new engine takes the state over.
             state = self.engine.state(step)

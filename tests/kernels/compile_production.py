@@ -21,6 +21,7 @@ from fpcn_kernels.pooling import backend_triton as pooling_triton
 from fpcn_kernels.pooling import plan
 
 from benchmarks._compile import compile_launch, specialize
+from benchmarks._predicted import pair_instructions
 
 DEVICE = torch.device("meta")
 
@@ -104,6 +105,16 @@ def distinct(records: list[LaunchRecord], arch: int) -> Iterator[LaunchRecord]:
             yield record
 
 
+def instructions(arch: int) -> dict[str, dict[str, float]]:
+    """Instructions for each pair and unit of a side, by precision and kernel, at N = 4,096, K = 3, D = 512."""
+    counts = {}
+    for name, rounded in (("float32", False), ("float16", True)):
+        with recording() as records:
+            run_pair_contrast(4096, 3, rounded=rounded)
+        counts[name] = pair_instructions(records, 4096**2, 512, arch)
+    return counts
+
+
 def main() -> None:
     arch = int(sys.argv[1])
     needs = []
@@ -114,7 +125,7 @@ def main() -> None:
             {"kernel": name, **{field: getattr(compiled, field) for field in ("registers", "stack_bytes")}}
             | {field: getattr(compiled, field) for field in ("local_accesses", "shared_bytes")}
         )
-    print(json.dumps(needs))
+    print(json.dumps({"needs": needs, "instructions": instructions(arch)}))
 
 
 if __name__ == "__main__":
