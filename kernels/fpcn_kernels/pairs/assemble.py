@@ -18,7 +18,10 @@ _BLOCK_BYTES = {"cpu": 2**25, "accelerator": 2**28}
 
 
 def is_cheaper_listed(count: int, images: int, channels: int, classes: int) -> bool:
-    """Multiply-adds of ``count`` fused vectors against those of G for every image and of logits for every pair."""
+    """Multiply-adds of ``count`` fused vectors against those of G for every image and of logits for every pair.
+
+    ``classes`` are those that have logits: all but the first.
+    """
     return count * channels < classes * images * (channels + 2 * images)
 
 

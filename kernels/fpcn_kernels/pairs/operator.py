@@ -4,7 +4,7 @@
     logits_a = W_cls (x_a * X_f) + b_cls,  logits_b likewise from x_b      (8, 9)
     loss = mean over the chosen ordered pairs (a, b) of (CE(logits_a, y_a) + CE(logits_b, y_b)) / 2
 
-Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair costs 4 K D and no tensor has N^2 rows:
+Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair costs 4 (K - 1) D and no tensor has N^2 rows:
 
     W_in [x_a; x_b] = W_a x_a + W_b x_b = u_a + v_b
     logits_a = G_a f(u_a + v_b) + g_a  with  G_a = (W_cls * x_a) W_out,  g_a = W_cls (x_a * b_out) + b_cls
@@ -201,7 +201,7 @@ def _summed_loss(
     classes, channels = problem.cls_weight_KC.shape
     random = pairs if isinstance(pairs, RandomPairs) else None
     loss = torch.zeros((), dtype=torch.float64, device=uv_B2D.device)
-    if pairs is not None and (random is None or is_cheaper_listed(random.count, shards.total, channels, classes)):
+    if pairs is not None and (random is None or is_cheaper_listed(random.count, shards.total, channels, classes - 1)):
         exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=False)
         for everyone in exchange:
             loss += listed_pairs(problem, everyone, pairs, gradients)
