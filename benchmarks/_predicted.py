@@ -11,7 +11,7 @@ so these are estimates from below, and no measurement.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -156,7 +156,7 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int, rou
 
 def pair_instructions(records: Iterable[LaunchRecord], pairs: int, width: int, arch: int) -> dict[str, float]:
     """Instructions of a thread for each pair and hidden unit of one side, by kernel, of its recorded launches."""
-    totals: Counter[str] = Counter()
+    totals: dict[str, float] = defaultdict(float)
     for launch in compile_all(records, arch):
         totals[launch.code.kernel] += launch.programs * launch.per_program(trips=_pair_trips(launch)) * 32
     return {kernel: total / pairs / width for kernel, total in totals.items()}

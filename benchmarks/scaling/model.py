@@ -201,7 +201,7 @@ def _pairs(inputs: Inputs, gpus: int) -> float:
         return everything
     count = inputs.pairs_per_image * images
     # As pair_contrast decides it. A rank computes the pairs of which at least one image is its own.
-    if count * channels >= classes * images * (channels + 2 * images):
+    if count * channels >= (classes - 1) * images * (channels + 2 * images):
         return everything
     touched = count * (1 - (1 - 1 / gpus) ** 2)
     flops = touched * (6 * channels * width + 12 * classes * channels) + own * 12 * channels * width

@@ -146,10 +146,12 @@ class ModelConfig(Schema):
 class ContrastConfig(Schema):
     """Which pairs are contrasted, and the centre loss."""
 
-    pairs: Literal["all", "random", "hardest"] = "all"
-    """Ordered pairs of the global batch: all N^2, a random choice, or the nearest same- and other-class images."""
+    pairs: Literal["all", "random", "shifts", "hardest"] = "all"
+    """Ordered pairs of the global batch: all N^2, a random choice, those of random shifts (every image with the one s
+    places after it, for each shift s), or the nearest same- and other-class images."""
     num_pairs: PositiveInt | None = None
-    """Pairs per global batch for random (required) and hardest (null: 2 N); of PCA-Net, a multiple of N (null: N)."""
+    """Pairs per global batch for random and shifts (required; of shifts a multiple of N) and hardest (null: 2 N); of
+    PCA-Net, a multiple of N (null: N)."""
     center_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Lambda of eq. 12."""
     center_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -325,9 +327,10 @@ class Recipe(Schema):
 
 
 def _check_pairs_are_counted(recipe: Recipe) -> None:
-    if recipe.contrast.pairs == "random" and recipe.contrast.num_pairs is None:
+    if recipe.contrast.pairs in ("random", "shifts") and recipe.contrast.num_pairs is None:
         raise ValueError(
-            "contrast.pairs 'random' needs contrast.num_pairs; set it to the number of pairs per global batch"
+            f"contrast.pairs {recipe.contrast.pairs!r} needs contrast.num_pairs; set it to the number of pairs per "
+            "global batch"
         )
 
 

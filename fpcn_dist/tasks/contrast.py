@@ -9,7 +9,8 @@ from torch import Tensor
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import FPCN
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runtime.collectives import all_gather
+from fpcn_dist.runtime.collectives import all_gather, world_size
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
 from fpcn_dist.tasks.base import Setting, Task, TaskOutput
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
@@ -58,7 +59,19 @@ class Contrast(Task):
         if config.head == "gated":
             assert isinstance(pairs, Tensor), "the recipe says so"
             return gated_contrast_loss(pooled, labels, head, pairs=pairs, margin=self.config.margin, **options)
+        if self.config.pairs == "shifts":
+            return pair_contrast(pooled, labels, head, shifts=self._shifts(len(pooled)), **options)
         return pair_contrast(pooled, labels, head, pairs=pairs, **options)
+
+    def _shifts(self, images: int) -> int:
+        """How many shifts make the pairs of the recipe out of a batch of which this rank holds so many images."""
+        total, pairs = images * world_size(self.group), self.config.num_pairs
+        assert pairs is not None, "the recipe says so"
+        if pairs % total or pairs > total**2:
+            near = min(max(round(pairs / total), 1), total) * total
+            reason = f"each shift pairs all {total} images of a batch"
+            raise UserError("contrast.num_pairs", pairs, reason, f"use a multiple of {total}, such as {near}")
+        return pairs // total
 
     @torch.no_grad()
     def _hardest_pairs(self, pooled: Tensor, labels: Tensor) -> Tensor:

@@ -55,13 +55,16 @@ def pair_contrast(
     dropout: float = 0.0,
     seed: int = 0,
     pairs: int | Tensor | None = None,
+    shifts: int | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the chosen pairs of images, both sides; see :func:`fpcn_kernels.pair_contrast`."""
     operands = (pooled, *head)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
     x_NC, in_weight, in_bias, out_weight, out_bias, cls_weight, cls_bias = (t.to(dtype) for t in operands)
     images = len(x_NC)
-    if pairs is None:
+    if shifts is not None:
+        chosen = [(a, (a + shift) % images) for shift in random_shifts(shifts, seed, images) for a in range(images)]
+    elif pairs is None:
         chosen = [(a, b) for a in range(images) for b in range(images)]
     elif isinstance(pairs, int):
         chosen = [random_pair(index, seed, images) for index in range(pairs)]
@@ -105,6 +108,11 @@ def random_pair(index: int, seed: int, images: int) -> tuple[int, int]:
         word = mix(mix(_key(seed, 4) ^ step) ^ b)
         a, b = b, (a + (word * images >> 32)) % images
     return a, b
+
+
+def random_shifts(count: int, seed: int, images: int) -> list[int]:
+    """The shifts whose words are the smallest."""
+    return sorted(range(images), key=lambda shift: mix(_key(seed, 5) ^ shift))[:count]
 
 
 def _key(seed: int, domain: int) -> int:

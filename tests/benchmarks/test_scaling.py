@@ -158,7 +158,7 @@ def test_the_counted_inputs_are_what_is_counted():
 
 
 def test_flops_of_pairs_are_those_of_the_derivation():
-    """docs/kernels.md: 12 K D a pair and 6 K C D an image; without u and v, which come before."""
+    """docs/kernels.md: 12 L D a pair and 6 L C D an image, L = K - 1; without u and v, which come before."""
     images, channels, width, classes = 8, 16, 12, 5
     draw = torch.randn
     problem = PairProblem(
@@ -173,6 +173,7 @@ def test_flops_of_pairs_are_those_of_the_derivation():
         True,
         None,
         torch.ones(()),
+        False,
     )
     others = PassingRows(0, problem.uv_B2D, torch.zeros_like(problem.uv_B2D))
 
@@ -182,8 +183,10 @@ def test_flops_of_pairs_are_those_of_the_derivation():
     in_place = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         all_pairs(problem, others, None, Gradients.zeros(problem), side_loss)
-    derived = images**2 * 12 * classes * width + images * 6 * classes * channels * width
-    assert derived <= counter.get_total_flops() <= derived + images * 6 * classes * channels  # products with a vector
+    computed = classes - 1
+    derived = images**2 * 12 * computed * width + images * 6 * computed * channels * width
+    with_vectors = images * computed * (6 * channels + 4 * width)
+    assert derived <= counter.get_total_flops() <= derived + with_vectors
 
 
 def test_the_command_prints_tables_and_one_line_of_figures(capsys):

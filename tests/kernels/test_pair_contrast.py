@@ -6,7 +6,7 @@ import pytest
 import torch
 from fpcn_kernels import PairHead, pair_contrast, reference
 from fpcn_kernels.pairs import assemble, backend_torch
-from fpcn_kernels.pairs.random import PairDropout, RandomPairs, mix
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs, RandomShifts, mix
 
 from tests.helpers.pair_problems import (
     LISTED,
@@ -66,6 +66,51 @@ def test_both_ways_of_random_pairs(monkeypatch, count, listed):
     expected = pair_contrast(**problem, pairs=count, dropout=0.2, backend="reference")
     _list_or_tiles(monkeypatch, listed)
     assert_same(problem, pair_contrast(**problem, pairs=count, dropout=0.2), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.4}, {"activation": "identity"}])
+@pytest.mark.parametrize("shifts", [1, 4, 9])
+def test_shifts_match_the_reference(monkeypatch, shifts, options):
+    problem = make_problem(9, 7, 12, 3)
+    options = {"shifts": shifts, "seed": -5, **options}
+    for tile, scores in ((2**20, 2**26), (5 * 8 * 12, 8 * 9 * 3 * 2)):
+        monkeypatch.setitem(backend_torch._TILE_BYTES, "cpu", tile)
+        monkeypatch.setattr(backend_torch, "_SCORES_BYTES", scores)
+        expected = pair_contrast(**problem, **options, backend="reference")
+        assert_same(problem, pair_contrast(**problem, **options), expected)
+
+
+def test_shifts_are_unbiased(monkeypatch):
+    """The mean of loss and gradients over all single shifts is that of all pairs; and no shift is preferred."""
+    problem = make_problem(7, 5, 4, 3)
+    assert_same(problem, pair_contrast(**problem, shifts=7), pair_contrast(**problem))
+    losses = []
+    for shift in range(7):
+        monkeypatch.setattr(
+            RandomShifts, "partners", lambda self, own, cols, *, own_is_a, s=shift: (own + (s if own_is_a else -s)) % 7
+        )
+        losses.append(pair_contrast(**problem, shifts=1))
+    monkeypatch.undo()
+    assert_same(problem, torch.stack(losses).mean(), pair_contrast(**problem))
+    chosen = torch.stack([RandomShifts(2, torch.tensor(seed), 7).shift_J for seed in range(2000)])
+    assert (chosen[:, 0] != chosen[:, 1]).all()
+    frequency = chosen.flatten().bincount(minlength=7) / 2000
+    # Five standard deviations of a share of 2 / 7 in 2,000 draws.
+    assert (frequency - 2 / 7).abs().max() < 5 * (2 / 7 * 5 / 7 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"shifts": 0}, ValueError, "shifts must be at least 1, got 0"),
+        ({"shifts": 2.0}, TypeError, "shifts must be None or an int, got float"),
+        ({"shifts": 6}, ValueError, "shifts 6 exceeds the 5 images of the batch"),
+        ({"shifts": 2, "pairs": 3}, ValueError, "pairs and shifts exclude each other"),
+    ],
+)
+def test_shifts_that_there_are_not(options, error, message):
+    with pytest.raises(error, match=message):
+        pair_contrast(**make_problem(5, 4, 3, 2), **options)
 
 
 def test_all_random_pairs_are_all_pairs():
@@ -163,6 +208,7 @@ def test_operator_contract(pairs):
         seed,
         listed,
         count,
+        None,
         True,
         0.2,
         "auto",

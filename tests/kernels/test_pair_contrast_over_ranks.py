@@ -24,6 +24,8 @@ OPTIONS = {
     "random": {"pairs": 9, "seed": -2},
     "random, many": {"pairs": 100, "seed": 3, "dropout": 0.3},
     "listed": {"pairs": LISTED},
+    "shifts, dropout": {"shifts": 4, "seed": 3, "dropout": 0.3},
+    "ring, shifts": {"ring": True, "shifts": 4},
     "listed, dropout": {"pairs": LISTED, "dropout": 0.5, "seed": 8},
 }
 

@@ -70,8 +70,8 @@ def test_many_classes():
 def test_products_in_float16(dense, sizes, options):
     """Up to eight columns of classes, more, and more units than a program of the former takes.
 
-    A float16 has 11 bits. A slope on the wrong side of the relu, which only the rows of float32 exclude, would add
-    to the gradients of the first layer.
+    A float16 has 11 bits; what is wrong in kind is wrong by more than the bounds. Those of the first layer are wide, as
+    in problems as small as these a single unit near zero, on the other side of the relu, makes a percent of a sum.
     """
     problem = _narrow(sizes)
     pairs = {"pairs": min(options["pairs"], sizes[0] ** 2)} if "pairs" in options else {}
@@ -82,7 +82,10 @@ def test_products_in_float16(dense, sizes, options):
     got, expected = gradients_of(got, problem), gradients_of(expected, wide)
     for name, value in expected.items():
         error = (got[name].double() - value).norm() / value.norm()
-        assert 1e-7 < error < 1e-2, (name, float(error))
+        assert 1e-7 < error < (3e-2 if name in ("pooled", "fuse_in_weight", "fuse_in_bias") else 2e-3), (
+            name,
+            float(error),
+        )
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e6])
@@ -193,6 +196,7 @@ def test_operator_contract(classes):
         *operands(problem).values(),
         problem["labels"],
         seed,
+        None,
         None,
         None,
         True,

@@ -46,8 +46,9 @@ _LOOKS = {
     "all": _Look("o", SERIES[0]),
     "random": _Look("s", SERIES[1]),
     "hardest": _Look("^", SERIES[2]),
+    "shifts": _Look("D", SERIES[3]),
 }
-"""How each kind is drawn: a field has only one, the pairs of a batch have three."""
+"""How each kind is drawn: a field has only one, the pairs of a batch have four."""
 
 
 def bare(results: SearchResults, name: str) -> str:

@@ -23,7 +23,7 @@ PAIRS, NUM_PAIRS = "contrast.pairs", "contrast.num_pairs"
 DEFAULTS: dict[str, dict[str, Dimension]] = {
     "teacher": {
         "contrast.center_weight": Dimension(low=1e-4, high=10, log=True, also=[0.0]),
-        PAIRS: Dimension(choices=["all", "random", "hardest"]),
+        PAIRS: Dimension(choices=["all", "random", "shifts", "hardest"]),
         NUM_PAIRS: Dimension(log=True),
     },
     "student": {
@@ -95,7 +95,7 @@ class Space:
     def _try(self, name: str, value: Any) -> None:
         """Refuse at once a value that the recipe refuses whatever the other fields are."""
         settings = {name: value}
-        if name == PAIRS and value == "random":
+        if name == PAIRS and value in ("random", "shifts"):
             settings[NUM_PAIRS] = self.common.contrast.num_pairs or 1
         try:
             self.recipe(settings)
@@ -188,11 +188,12 @@ class Space:
         return self._fitting(trial.suggest_int(NUM_PAIRS, round(low), round(high), log=dimension.log), settings)
 
     def _fitting(self, count: int, settings: Settings) -> int:
-        """The number nearest to ``count`` that there is: the hardest pairs come in multiples of 2 N."""
-        if self._pairs(settings) != "hardest":
+        """The number nearest to ``count`` that there is: shifts come in multiples of N, the hardest pairs of 2 N."""
+        images, kind = self.batch_size(settings), self._pairs(settings)
+        if kind not in ("shifts", "hardest"):
             return count
-        images = self.batch_size(settings)
-        return 2 * images * min(max(1, round(count / (2 * images))), max(1, images // 2))
+        step, most = (images, images) if kind == "shifts" else (2 * images, images // 2)
+        return step * min(max(1, round(count / step)), max(1, most))
 
 
 def _checked(name: str, dimension: Dimension, stage: str) -> Dimension:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpcn_kernels.pairs.backend_torch import cross_entropy, hidden_backward, hidden_vectors
 from fpcn_kernels.pairs.problem import Gradients, PairProblem, Side, SideGradients, SideLoss, ranges
-from fpcn_kernels.pairs.random import RandomPairs
+from fpcn_kernels.pairs.random import RandomPairs, RandomShifts
 from fpcn_kernels.shards import PassingRows
 
 # A block of images, or a chunk of listed pairs, that fills the matrix units.
@@ -28,7 +28,7 @@ def is_cheaper_listed(count: int, images: int, channels: int, classes: int) -> b
 def all_pairs(
     problem: PairProblem,
     others: PassingRows,
-    chosen: RandomPairs | None,
+    chosen: RandomPairs | RandomShifts | None,
     gradients: Gradients | None,
     side_loss: SideLoss,
 ) -> Tensor:

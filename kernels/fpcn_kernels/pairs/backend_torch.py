@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fpcn_kernels.pairs.problem import Side, SideGradients, ranges
-from fpcn_kernels.pairs.random import PairDropout
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs, RandomShifts
 
 # Hidden vectors that fit the cache of a core, or fill a device.
 _TILE_BYTES = {"cpu": 2**20, "accelerator": 2**26}
@@ -51,7 +51,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, scale: 
 def side_loss(side: Side) -> Tensor:
     """See :data:`fpcn_kernels.pairs.problem.SideLoss`."""
     loss = torch.zeros((), dtype=torch.float64, device=side.own_ID.device)
-    scores_of_image = side.own_ID.element_size() * len(side.others_JD) * (side.g_IL.shape[1] + 1)
+    scores_of_image = side.own_ID.element_size() * _columns(side) * (side.g_IL.shape[1] + 1)
     for images in ranges(len(side.own_ID), _SCORES_BYTES // max(1, scores_of_image)):
         loss += _block_loss(side, images)
     return loss
@@ -59,12 +59,12 @@ def side_loss(side: Side) -> Tensor:
 
 def _block_loss(side: Side, images: slice) -> Tensor:
     """The loss of some own images, whose scores are kept; hidden vectors are computed again for the gradients."""
-    count, others, classes = images.stop - images.start, len(side.others_JD), side.g_IL.shape[1] + 1
+    count, others, classes = images.stop - images.start, _columns(side), side.g_IL.shape[1] + 1
     logits_IJK = side.own_ID.new_zeros(count, others, classes)  # that of the first class is 0
     for rows, cols in _tiles(side, images):
         logits_IJK[_within(rows, images), cols, 1:] = _tile_scores(side, rows, cols)
     weight_IJ = None
-    if side.chosen is not None:
+    if isinstance(side.chosen, RandomPairs):
         weight_IJ = side.chosen.contain(*_indices(side, images, slice(0, others))).to(logits_IJK.dtype)
     loss, grad_IJK = cross_entropy(logits_IJK, side.labels_I[images, None], weight_IJ, side.scale)
     if side.gradients is not None:
@@ -79,10 +79,15 @@ def _tiles(side: Side, images: slice) -> Iterator[tuple[slice, slice]]:
     """The own images and the others of tiles, whose hidden vectors have a budget of bytes."""
     device = "cpu" if side.own_ID.device.type == "cpu" else "accelerator"
     vectors = _TILE_BYTES[device] // (side.own_ID.element_size() * side.own_ID.shape[1])
-    columns = max(1, min(len(side.others_JD), vectors))
+    columns = max(1, min(_columns(side), vectors))
     for rows in ranges(images.stop - images.start, vectors // columns):
-        for cols in ranges(len(side.others_JD), columns):
+        for cols in ranges(_columns(side), columns):
             yield slice(images.start + rows.start, images.start + rows.stop), cols
+
+
+def _columns(side: Side) -> int:
+    """How many others J each own image is paired with: all of them, or those that the shifts lead to."""
+    return len(side.chosen.shift_J) if isinstance(side.chosen, RandomShifts) else len(side.others_JD)
 
 
 def _within(rows: slice, images: slice) -> slice:
@@ -93,13 +98,24 @@ def _indices(side: Side, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
     """The global indices (a, b) of the pairs of a tile, which broadcast to [I, J]."""
     device = side.own_ID.device
     own_I1 = side.own_first + torch.arange(rows.start, rows.stop, device=device)[:, None]
-    other_1J = side.others_first + torch.arange(cols.start, cols.stop, device=device)
-    return (own_I1, other_1J) if side.own_is_a else (other_1J, own_I1)
+    if isinstance(side.chosen, RandomShifts):
+        others = side.chosen.partners(own_I1, cols, own_is_a=side.own_is_a)
+    else:
+        others = side.others_first + torch.arange(cols.start, cols.stop, device=device)
+    return (own_I1, others) if side.own_is_a else (others, own_I1)
+
+
+def _rows_of_others(side: Side, rows: slice, cols: slice) -> slice | Tensor:
+    """Where the others of a tile are among the rows of all: [J], or [I, J] where each own image has its own."""
+    if not isinstance(side.chosen, RandomShifts):
+        return cols
+    a, b = _indices(side, rows, cols)
+    return (b if side.own_is_a else a) - side.others_first
 
 
 def _tile_hidden(side: Side, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
     """Hidden vectors [I, J, D] of a tile, and their dropout multipliers."""
-    preactivation = side.own_ID[rows, None] + side.others_JD[cols]
+    preactivation = side.own_ID[rows, None] + side.others_JD[_rows_of_others(side, rows, cols)]
     return hidden_vectors(preactivation, side.relu, side.dropout, *_indices(side, rows, cols))
 
 
@@ -109,14 +125,10 @@ def _tile_scores(side: Side, rows: slice, cols: slice) -> Tensor:
     Without dropout relu(u + v) = max(v, -u) + u saves a pass over the tile: what the second term adds to the scores of
     an image is the same for all others.
     """
-    own_I1D, others_JD, G_ILD, g_I1L = (
-        side.own_ID[rows, None],
-        side.others_JD[cols],
-        side.G_ILD[rows],
-        side.g_IL[rows, None],
-    )
+    own_I1D, G_ILD, g_I1L = side.own_ID[rows, None], side.G_ILD[rows], side.g_IL[rows, None]
     if side.dropout is None and side.relu:
-        return torch.baddbmm(torch.baddbmm(g_I1L, own_I1D, G_ILD.mT), torch.maximum(others_JD, -own_I1D), G_ILD.mT)
+        others = side.others_JD[_rows_of_others(side, rows, cols)]
+        return torch.baddbmm(torch.baddbmm(g_I1L, own_I1D, G_ILD.mT), torch.maximum(others, -own_I1D), G_ILD.mT)
     return torch.baddbmm(g_I1L, _tile_hidden(side, rows, cols)[0], G_ILD.mT)
 
 
@@ -125,4 +137,8 @@ def _add_tile_gradients(side: Side, rows: slice, cols: slice, grad_IJL: Tensor, 
     gradients.G_ILD[rows].baddbmm_(grad_IJL.mT, hidden_IJD)
     grad_IJD = hidden_backward(grad_IJL @ side.G_ILD[rows], side.relu, hidden_IJD, kept_IJD)
     gradients.own_ID[rows] += grad_IJD.sum(1)
-    gradients.others_JD[cols] += grad_IJD.sum(0)
+    others = _rows_of_others(side, rows, cols)
+    if isinstance(others, slice):
+        gradients.others_JD[others] += grad_IJD.sum(0)
+    else:
+        gradients.others_JD.index_add_(0, others.flatten(), grad_IJD.flatten(0, 1))

@@ -4,7 +4,8 @@
     logits_a = W_cls (x_a * X_f) + b_cls,  logits_b likewise from x_b      (8, 9)
     loss = mean over the chosen ordered pairs (a, b) of (CE(logits_a, y_a) + CE(logits_b, y_b)) / 2
 
-Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair costs 4 (K - 1) D and no tensor has N^2 rows:
+Written out, N^2 pairs cost N^2 (6 C D + 4 K C) FLOPs. Re-associated, a pair costs 4 (K - 1) D and no tensor has
+N^2 rows:
 
     W_in [x_a; x_b] = W_a x_a + W_b x_b = u_a + v_b
     logits_a = G_a f(u_a + v_b) + g_a  with  G_a = (W_cls * x_a) W_out,  g_a = W_cls (x_a * b_out) + b_cls
@@ -13,6 +14,8 @@ The pass that computes the loss computes the gradients too; the backward only sc
 """
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -32,11 +35,13 @@ from fpcn_kernels.pairs import backend_torch
 from fpcn_kernels.pairs.assemble import all_pairs, is_cheaper_listed, listed_pairs
 from fpcn_kernels.pairs.head import PairHead
 from fpcn_kernels.pairs.problem import Gradients, PairProblem, SideLoss
-from fpcn_kernels.pairs.random import PairDropout, RandomPairs
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs, RandomShifts
 from fpcn_kernels.shards import RowExchange, RowShards
 
 # Of u and v of the global batch. Beyond it they pass from rank to rank instead of being gathered.
 _GATHERED_BYTES = 2**28
+Pairs = Tensor | RandomPairs | RandomShifts | None
+"""Which pairs count: a list, random ones, those of shifts, or all."""
 # What the operator differentiates: the pooled vectors and the head's parameters.
 _OPERANDS = 1 + len(PairHead._fields)
 
@@ -50,6 +55,7 @@ def pair_contrast(
     dropout: float = 0.0,
     seed: int | Tensor = 0,
     pairs: int | Tensor | None = None,
+    shifts: int | None = None,
     group: dist.ProcessGroup | None = None,
     matmul: str = "auto",
     backend: str = "auto",
@@ -75,6 +81,8 @@ def pair_contrast(
         seed: of dropout and random pairs: an int or a 0-dim int64 tensor, equal on all ranks.
         pairs: ``None`` for all N^2 ordered pairs of the global batch, self pairs included; an int n for n distinct
             random ones; or an int64 list [P, 2] of global indices, the whole list on every rank.
+        shifts: instead of ``pairs``: an int m for the pairs (a, a + s mod N) of all images a with m distinct random
+            shifts s, for m / N of the cost of all pairs.
         group: process group over whose ranks the global batch is split; ``None``: the batch is all there is.
         matmul: how the Triton kernels multiply hidden vectors. ``"highest"``: in float32, or nearly; ``"high"``: in
             float16 with float32 sums, the faster (docs/kernels.md has the errors of both); ``"auto"``: ``"high"`` where
@@ -92,6 +100,7 @@ def pair_contrast(
     check_choice("activation", activation, ("relu", "identity"))
     check_fraction("dropout", dropout)
     _check_pairs(pairs, pooled.device)
+    _check_shifts(shifts, pairs)
     seed = _seed_tensor(seed, pooled.device)
     check_choice("matmul", matmul, ("auto", "highest", "high"))
     check_choice("backend", backend, BACKENDS)
@@ -99,14 +108,14 @@ def pair_contrast(
         if group is not None:
             raise ValueError("backend 'reference' runs in a single process, got a group; use backend='torch'")
         return reference.pair_contrast(
-            pooled, labels, head, activation=activation, dropout=dropout, seed=int(seed), pairs=pairs
+            pooled, labels, head, activation=activation, dropout=dropout, seed=int(seed), pairs=pairs, shifts=shifts
         )
     with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *head))
     listed, count = (pairs, None) if isinstance(pairs, Tensor) else (None, pairs)
     group_name = None if group is None else group.group_name
     if matmul == "auto" and torch.is_autocast_enabled(pooled.device.type):
         matmul = "high"
-    choice = (labels, seed, listed, count, activation == "relu", float(dropout), matmul)
+    choice = (labels, seed, listed, count, shifts, activation == "relu", float(dropout), matmul)
     return _pair_contrast(pooled, *head, *choice, group_name, backend, with_gradients)[0]
 
 
@@ -123,6 +132,7 @@ def _pair_contrast(
     seed: Tensor,
     listed: Tensor | None,
     count: int | None,
+    shifts: int | None,
     relu: bool,
     dropout: float,
     matmul: str,
@@ -141,12 +151,14 @@ def _pair_contrast(
         x_BC, head = pooled.to(dtype), PairHead(*(t.to(dtype) for t in head))
         shards = RowShards(len(x_BC), group, x_BC.device)
         classes, width = len(head.classifier_bias), len(head.fuse_in_bias)
-        _check_count(count, shards.total)
+        _check_count(count, shifts, shards.total)
         labels, poison = _in_bounds("labels", labels, classes)
         if listed is not None:
             listed, listed_poison = _in_bounds("pairs", listed, shards.total)
             poison = poison + listed_poison
-        pairs = listed if count is None else RandomPairs(count, seed, shards.total)
+        pairs: Pairs = listed if count is None else RandomPairs(count, seed, shards.total)
+        if shifts is not None:
+            pairs = RandomShifts(shifts, seed, shards.total)
         unit_dropout = PairDropout(dropout, seed, shards.total, width, dtype) if dropout else None
         scale = _scale(x_BC, head, shards, pairs) + poison
         rounded = matmul == "high" or (matmul == "auto" and rounds_products())
@@ -159,12 +171,12 @@ def _pair_contrast(
         return loss, *_operand_gradients(x_BC, head.fuse_in_weight, gradients, grad_uv_B2D)  # pyright: ignore
 
 
-def _scale(x_BC: Tensor, head: PairHead, shards: RowShards, pairs: Tensor | RandomPairs | None) -> Tensor:
+def _scale(x_BC: Tensor, head: PairHead, shards: RowShards, pairs: Pairs) -> Tensor:
     """The factor, 0-dim, of this rank's summed loss such that the mean over ranks is the mean over all sides of pairs.
 
     It is NaN where an operand is not finite, which a relu or a pair that is not chosen could hide.
     """
-    chosen = shards.total**2 if pairs is None else pairs.count if isinstance(pairs, RandomPairs) else len(pairs)
+    chosen = shards.total**2 if pairs is None else len(pairs) if isinstance(pairs, Tensor) else pairs.count
     # Multiplication by zero makes NaN of all that is not finite.
     poison = 0 * torch.nn.utils.get_total_norm([t for t in (x_BC, *head) if t.numel()], torch.inf)
     return len(shards.sizes) / (2 * chosen) + poison
@@ -189,7 +201,7 @@ def _problem(
 def _summed_loss(
     problem: PairProblem,
     shards: RowShards,
-    pairs: Tensor | RandomPairs | None,
+    pairs: Pairs,
     gradients: Gradients | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
@@ -199,21 +211,32 @@ def _summed_loss(
     """
     uv_B2D, with_gradients = problem.uv_B2D, gradients is not None
     classes, channels = problem.cls_weight_KC.shape
-    random = pairs if isinstance(pairs, RandomPairs) else None
+    random = None if isinstance(pairs, Tensor) else pairs
     loss = torch.zeros((), dtype=torch.float64, device=uv_B2D.device)
-    if pairs is not None and (random is None or is_cheaper_listed(random.count, shards.total, channels, classes - 1)):
+    if _are_listed(pairs, shards.total, channels, classes):
         exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=False)
         for everyone in exchange:
             loss += listed_pairs(problem, everyone, pairs, gradients)
     else:
-        side_loss = _side_loss(backend, uv_B2D.device, uv_B2D.dtype, classes, problem.out_weight_CD.shape[1])
+        by_shifts = isinstance(pairs, RandomShifts)
+        width = problem.out_weight_CD.shape[1]
+        side_loss = _side_loss("torch" if by_shifts else backend, uv_B2D.device, uv_B2D.dtype, classes, width)
         bytes_of_all = shards.total * uv_B2D.shape[1] * uv_B2D.element_size()
-        exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=bytes_of_all > _GATHERED_BYTES)
+        # Shifts lead from any image to any other.
+        ring = bytes_of_all > _GATHERED_BYTES and not by_shifts
+        exchange = RowExchange(shards, uv_B2D, with_gradients=with_gradients, ring=ring)
         for others in exchange:
             loss += all_pairs(problem, others, random, gradients, side_loss)
     if gradients is None or exchange.gradients is None:
         return loss, None
     return loss, gradients.uv_B2D + exchange.gradients
+
+
+def _are_listed(pairs: Pairs, images: int, channels: int, classes: int) -> TypeGuard[Tensor | RandomPairs]:
+    """Whether each pair has a fused vector of its own."""
+    if isinstance(pairs, RandomPairs):
+        return is_cheaper_listed(pairs.count, images, channels, classes - 1)
+    return isinstance(pairs, Tensor)
 
 
 def _operand_gradients(
@@ -328,12 +351,25 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _check_count(count: int | None, images: int) -> None:
+def _check_shifts(shifts: int | None, pairs: int | Tensor | None) -> None:
+    if shifts is None:
+        return
+    if pairs is not None:
+        raise ValueError("pairs and shifts exclude each other, got both")
+    if isinstance(shifts, bool) or not isinstance(shifts, int):
+        raise TypeError(f"shifts must be None or an int, got {_kind(shifts)}")
+    if shifts < 1:
+        raise ValueError(f"shifts must be at least 1, got {shifts}")
+
+
+def _check_count(count: int | None, shifts: int | None, images: int) -> None:
     """What only the size of the global batch tells."""
     if images == 0:
         raise ValueError("pooled [B, C] must hold at least one image over all ranks, got none")
     if count is not None and count > images**2:
         raise ValueError(f"pairs {count} exceeds the {images}^2 = {images**2} ordered pairs of the batch")
+    if shifts is not None and shifts > images:
+        raise ValueError(f"shifts {shifts} exceeds the {images} images of the batch")
 
 
 def _in_bounds(name: str, index: Tensor, end: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fpcn_kernels.pairs.random import PairDropout, RandomPairs
+from fpcn_kernels.pairs.random import PairDropout, RandomPairs, RandomShifts
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Side(NamedTuple):
     labels_I: Tensor
     relu: bool
     dropout: PairDropout | None
-    chosen: RandomPairs | None
+    chosen: RandomPairs | RandomShifts | None
     """Which pairs count; all if ``None``."""
     scale: Tensor
     rounded: bool

@@ -9,7 +9,7 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 # Domains keep the streams that share a seed apart.
-_FIRST_IMAGE, _SECOND_IMAGE, _UNIT, _PAIRS = 1, 2, 3, 4
+_FIRST_IMAGE, _SECOND_IMAGE, _UNIT, _PAIRS, _SHIFTS = 1, 2, 3, 4, 5
 
 
 def mix(word: Tensor) -> Tensor:
@@ -91,3 +91,29 @@ class RandomPairs:
         for shift_N in self.shift_RN.flip(0):
             a, b = (b - shift_N[a]) % self.images, a
         return a * self.images + b < self.count
+
+
+class RandomShifts:
+    """The pairs (a, a + s mod N) of all images a with ``shifts`` distinct shifts s, drawn by the seed.
+
+    Each ordered pair is as likely to be chosen as any other, and each image comes first, and second, equally often.
+
+    Args:
+        shifts: number of shifts, at most N.
+        seed: 0-dim int64 tensor.
+        images: number N of images in the global batch.
+
+    Attributes:
+        shift_J: the shifts.
+        count: number of pairs.
+    """
+
+    def __init__(self, shifts: int, seed: Tensor, images: int) -> None:
+        self.images, self.count = images, shifts * images
+        words = mix(_key(seed, _SHIFTS) ^ torch.arange(images, device=seed.device))
+        self.shift_J = words.argsort()[:shifts]  # no two words are equal
+
+    def partners(self, own_I1: Tensor, cols: slice, *, own_is_a: bool) -> Tensor:
+        """The global indices [I, J] of those that own images are paired with, as the first or as the second."""
+        shift_1J = self.shift_J[cols]
+        return (own_I1 + shift_1J if own_is_a else own_I1 - shift_1J) % self.images

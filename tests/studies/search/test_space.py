@@ -42,9 +42,11 @@ def test_teacher_stage_draws_lambda_kind_and_number_of_pairs():
             assert count is None and "contrast.num_pairs" not in settings
         elif made.contrast.pairs == "random":
             assert 12 <= count <= 144
+        elif made.contrast.pairs == "shifts":
+            assert count % 12 == 0 and 12 <= count <= 144
         else:
             assert count % 24 == 0 and 24 <= count <= 144
-    assert {settings["contrast.pairs"] for settings in trials} == {"all", "random", "hardest"}
+    assert {settings["contrast.pairs"] for settings in trials} == {"all", "random", "shifts", "hardest"}
 
 
 def test_student_stage_draws_temperature_and_alpha():
@@ -93,7 +95,7 @@ def test_perturbed_settings_stay_in_the_space():
         assert made.contrast.center_weight <= 10
         if made.contrast.pairs == "hardest":
             assert made.contrast.num_pairs is not None and made.contrast.num_pairs % 24 == 0
-    assert seen == {"all", "random", "hardest"}
+    assert seen == {"all", "random", "shifts", "hardest"}
 
 
 @pytest.mark.parametrize(
