@@ -64,6 +64,7 @@ def data(rocks: Path, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_a_machine_that_trains(data, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
@@ -80,6 +81,7 @@ def test_a_machine_that_trains(data, tmp_path):
         assert "masked_pool: PyTorch on cpu agrees" in output
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_used(tmp_path):
     output = doctor(tmp_path, "--output", "/proc/nowhere", "--data", str(tmp_path / "absent"), expect=1)
     (found,) = lines(output, "problem", "disk")
@@ -89,6 +91,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     assert "2 problem(s)" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_two_ranks(data, tmp_path):
     output = doctor(tmp_path, "--data", str(data), launcher="torchrun", expect=0)
     for check in ("rendezvous", *CHECKS, "data"):
@@ -99,6 +102,7 @@ def test_two_ranks(data, tmp_path):
     assert len(lines(output, "ok", "decoding")) == 1
 
 
+@pytest.mark.slow
 def test_a_problem_of_one_rank_fails_all(tmp_path):
     """Only the second rank has a wrong kernel; the first one prints that, and fails with it."""
     script = tmp_path / "second_rank_is_wrong.py"
@@ -119,6 +123,7 @@ def test_a_problem_of_one_rank_fails_all(tmp_path):
     assert lines(output, "ok", "pair_contrast") and "1 problem(s)" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ranks_out_of_reach(tmp_path):
     """The rendezvous fails, and the machine is looked at all the same."""
     with socket.socket() as holder:
@@ -139,6 +144,7 @@ def test_ranks_out_of_reach(tmp_path):
     assert lines(output, "ok", "decoding")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_two_nodes(tmp_path):
     with SlurmCluster(tmp_path / "cluster") as cluster:

@@ -20,6 +20,7 @@ from benchmarks import _compile
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 def test_no_kernel_spills_or_outgrows_the_multiprocessor(arch: int, tmp_path: Path) -> None:
     # A process of its own, as kernels that were imported for the interpreter cannot be compiled.

@@ -36,6 +36,7 @@ def test_every_row_of_the_papers_table_2_is_there():
     assert set(SYSTEMS) == set(LEARNING)
 
 
+@pytest.mark.slow
 def test_it_learns_and_every_parameter_gets_a_gradient(system, rocks):
     lr, steps = LEARNING[system]
     chosen = recipe(system, optim={"name": "adamw", "lr": lr, "weight_decay": 0.0})

@@ -30,6 +30,7 @@ with ranks.connect() as ranks, Preemption(ranks) as preemption:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "lost"), [(0, 1), (0, 2)])
 def test_survivors_do_not_wait_for_one_another(first, lost):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}

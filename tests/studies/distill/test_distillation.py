@@ -63,7 +63,7 @@ def command(tmp_path_factory, rocks) -> Command:
 @pytest.fixture(scope="module")
 def undisturbed(command) -> tuple[Path, str]:
     """Two students and their baselines on this machine alone, and what the command printed."""
-    process = command.start("undisturbed", "--students", "test_resnet,mobilenet_v2", "--baselines")
+    process = command.start("undisturbed", "--students", "test_resnet,test_efficientnet", "--baselines")
     return command.folder / "undisturbed", finish(process)
 
 
@@ -71,11 +71,11 @@ def test_one_command_trains_measures_and_exports(undisturbed, command):
     output, shown = undisturbed
     order = ["teacher", "Plan", "soft-label bank", "training", "finished"]
     assert [shown.index(word) for word in order] == sorted(shown.index(word) for word in order)
-    for name in ("test_resnet", "test_resnet-baseline", "mobilenet_v2", "mobilenet_v2-baseline"):
+    for name in ("test_resnet", "test_resnet-baseline", "test_efficientnet", "test_efficientnet-baseline"):
         assert RunFolder(output / name).read_outcome() == ("finished", None)
         assert len(losses(output / name)) == 12
         assert Evaluation.load(output / name) is not None
-    assert (output / "test_resnet/model.onnx").is_file() and (output / "mobilenet_v2/model.onnx").is_file()
+    assert (output / "test_resnet/model.onnx").is_file() and (output / "test_efficientnet/model.onnx").is_file()
     assert (output / "report.html").is_file() and (output / "distillation.json").is_file()
     # A baseline has no teacher: its loss is the cross-entropy.
     steps = [line for line in read_metrics(output / "test_resnet-baseline") if line["kind"] == "step"]
@@ -85,37 +85,37 @@ def test_one_command_trains_measures_and_exports(undisturbed, command):
 def test_the_same_command_again_skips_what_is_finished(undisturbed, command):
     output, _ = undisturbed
     before = (output / "test_resnet/metrics.jsonl").read_bytes()
-    again = command.start("undisturbed", "--students", "test_resnet,mobilenet_v2", "--baselines")
+    again = command.start("undisturbed", "--students", "test_resnet,test_efficientnet", "--baselines")
     assert "4 run(s) at their end already" in finish(again)
     assert (output / "test_resnet/metrics.jsonl").read_bytes() == before
 
 
 def test_a_killed_driver_goes_on_from_the_checkpoints(undisturbed, command):
-    output, options = command.folder / "killed", ["--students", "test_resnet,mobilenet_v2"]
+    output, options = command.folder / "killed", ["--students", "test_resnet,test_efficientnet"]
     process = command.start("killed", *options)
-    wait_for((output / "test_resnet/checkpoints/step-00000004.safetensors").is_file, process)
+    wait_for((output / "test_resnet/checkpoints/step-00000002.safetensors").is_file, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     finish(command.start("killed", *options))
     (log,) = (output / "logs").glob("*+*.log")
     assert "resuming from step" in log.read_text()
-    for name in ("test_resnet", "mobilenet_v2"):
+    for name in ("test_resnet", "test_efficientnet"):
         assert losses(output / name) == losses(undisturbed[0] / name)
 
 
 def test_a_student_that_raises_is_retried_alone(undisturbed, command):
     output = command.folder / "raising"
-    run = RunFolder(output / "mobilenet_v2")
-    process = command.start("raising", "--students", "test_resnet,mobilenet_v2")
+    run = RunFolder(output / "test_efficientnet")
+    process = command.start("raising", "--students", "test_resnet,test_efficientnet")
     wait_for(run.recipe.is_file, process)
     run.checkpoints.touch()  # a file where its checkpoints should be
     wait_for(run.outcome.is_file, process)
     assert run.read_outcome()[0] == "failed"
     run.checkpoints.unlink()
     assert "waiting to try again" in finish(process)
-    assert (output / "logs/mobilenet_v2-rank0.log").is_file()
+    assert (output / "logs/test_efficientnet-rank0.log").is_file()
     assert not (output / "logs/test_resnet-rank0.log").is_file()
-    for name in ("test_resnet", "mobilenet_v2"):
+    for name in ("test_resnet", "test_efficientnet"):
         assert losses(output / name) == losses(undisturbed[0] / name)
 
 

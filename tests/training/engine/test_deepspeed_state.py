@@ -13,6 +13,8 @@ from fpcn_dist.training.engine import build_engine, forward_backward
 from tests.helpers.forked import start_ranks
 from tests.training.engine.test_engine import MODEL, batch, frozen_norms, recipe
 
+pytestmark = pytest.mark.slow
+
 
 def check(_: int, optim: dict) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"

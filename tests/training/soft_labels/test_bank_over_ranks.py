@@ -110,6 +110,7 @@ def test_a_loss_that_runs_away_stops_its_student_on_both(ranks, folder):
     assert RunFolder(folder / "together/wild").read_outcome() == ("diverged", ranks[0][1]["wild"])
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process_and_those_among_others(runs, ranks, folder, teacher, single):
     """The real command."""
     overrides = ["--task", "distill", "--distill.teacher", str(teacher), "--views", "2", "--train.epochs", "2"]
