@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
-from fpcn_dist.data.backends import has_dali
-
+_HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 BACKENDS = [
-    pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI")),
+    pytest.param("dali", marks=pytest.mark.skipif(not _HAS_DALI, reason="needs DALI")),
     "torchvision",
 ]
 

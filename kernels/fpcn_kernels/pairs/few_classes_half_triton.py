@@ -166,9 +166,9 @@ def own_kernel(
 
 def own_gradients(block: Block, q_ILJ: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of own images [S, I, D] and of G [S, I, L, D], in shares S of their sums over the others."""
-    group = 1 if block.has_dropout else 4  # whose hashes take registers
+    group, rows = (1, 16) if block.has_dropout else (4, 32)  # the hashes of dropout take registers
     table = [
-        {"BI": group, "BJ": 32, "BD": 64, "num_warps": 1},
+        {"BI": group, "BJ": rows, "BD": 64, "num_warps": 1},
         {"BI": max(1, group // 2), "BJ": 64, "BD": 64, "num_warps": 1},
         {"BI": group, "BJ": 64, "BD": 64, "num_warps": 2},
     ]
