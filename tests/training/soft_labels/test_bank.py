@@ -102,6 +102,7 @@ def test_any_number_of_writers_leave_the_same_bytes(tmp_path, chosen, manifest, 
     assert content(bank) == content(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_is_resumed_by_others_and_nothing_is_computed_twice(
     tmp_path, rocks, chosen, manifest, teacher, whole
 ):
