@@ -3,7 +3,8 @@ hold all classes. docs/kernels.md has the plan of the kernels and their errors. 
 
 A program is one warp: nothing waits for other warps, and the compiler takes the matrix instructions that every
 supported GPU has. Hidden vectors are a matrix unit's first operand, which they reach in registers: own images pass by
-while the others stay. Grids count images in groups of BI, others in tiles of BJ, hidden units in tiles of BD.
+while the others stay. The gradients of the others are computed as those of many classes. Grids count images in groups
+of BI, others in tiles of BJ, hidden units in tiles of BD.
 """
 
 from __future__ import annotations
@@ -14,17 +15,8 @@ from torch import Tensor
 
 from fpcn_kernels._launch import launch
 from fpcn_kernels.pairs.block_triton import Block, Config
-from fpcn_kernels.pairs.hidden_triton import (
-    active,
-    add_product_where_active,
-    dropout,
-    half_activation,
-    keeps,
-    kept_scale,
-    load_row,
-    load_rows,
-    store_or_add,
-)
+from fpcn_kernels.pairs.many_classes_triton import others_kernel
+from fpcn_kernels.pairs.tiles_triton import active, half_activation, keeps, kept_scale, load_row, load_rows
 
 
 @triton.jit
@@ -185,58 +177,11 @@ def own_gradients(block: Block, q_ILJ: Tensor) -> tuple[Tensor, Tensor]:
     return grad_own, grad_G
 
 
-@triton.jit
-def others_kernel(
-    own,
-    own_stride,
-    others_rows,
-    others_stride,
-    G,
-    unscale,
-    own_words,
-    others_words,
-    unit_words,
-    class_grad,
-    pitch,
-    grad_others,
-    grad_stride,
-    scale,
-    images,
-    others,
-    share,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    RELU: tl.constexpr,
-    DROPPED: tl.constexpr,
-    PTX: tl.constexpr,
-    ADDED: tl.constexpr,
-    BJ: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """grad_others[s, j] = sum over share s of the images of (sum_k q_ijk G_ik) * slope_ij; the slopes are float32's."""
-    j = tl.program_id(0) * BJ + tl.arange(0, BJ)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    k = tl.arange(0, 16)
-    others_JD = load_rows(others_rows, others_stride, j, d, others, D)
-    sum_JD = tl.zeros([BJ, BD], tl.float32)
-    first = tl.program_id(2) * share
-    for i in range(first, tl.minimum(first + share, images)):
-        q_JL = tl.load(class_grad + (i * L + k[None, :]) * pitch + j[:, None], mask=(k < L)[None, :], other=0.0)
-        G_mask = (k < L)[:, None] & (d < D)[None, :]
-        G_LD = tl.load(G + (i * L + k[:, None]) * D + d[None, :], mask=G_mask, other=0.0)
-        grad_JD = tl.dot(q_JL.to(tl.float16), G_LD)
-        own_1D = load_row(own + i * own_stride, d, D, BD)
-        if DROPPED > 0:
-            grad_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
-        sum_JD = add_product_where_active(own_1D, others_JD, 1.0, grad_JD, sum_JD, RELU, PTX)
-    store_or_add(grad_others, grad_stride, scale, sum_JD * tl.load(unscale + 1), j, d, others, D, ADDED)
-
-
 def add_others_gradients(block: Block, q_ILJ: Tensor, total_JD: Tensor) -> None:
     """Add the gradients of the others to ``total_JD``."""
     table = [
-        {"BJ": 16 if block.has_dropout else 32, "BD": 64, "num_warps": 1},
-        {"BJ": 32, "BD": 128, "num_warps": 2},
-        {"BJ": 64, "BD": 128, "num_warps": 4},
+        {"BJ": 16 if block.has_dropout else 32, "BD": 64, "BL": 16, "num_warps": 1},
+        {"BJ": 32, "BD": 128, "BL": 16, "num_warps": 2},
+        {"BJ": 64, "BD": 128, "BL": 16, "num_warps": 4},
     ]
-    block.add_others_gradients(others_kernel, table, block.factors, q_ILJ, total_JD)
+    block.add_others_gradients(others_kernel, table, block.factors, q_ILJ, total_JD, HALF=True)

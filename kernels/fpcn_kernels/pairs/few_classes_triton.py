@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpcn_kernels._launch import launch
 from fpcn_kernels.pairs.block_triton import Block, Config
-from fpcn_kernels.pairs.hidden_triton import (
+from fpcn_kernels.pairs.tiles_triton import (
     activation,
     add_product_where_active,
     add_where_active,

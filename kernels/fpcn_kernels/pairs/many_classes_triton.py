@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fpcn_kernels._launch import launch
 from fpcn_kernels.pairs.block_triton import Block, Config
-from fpcn_kernels.pairs.hidden_triton import (
+from fpcn_kernels.pairs.tiles_triton import (
     activation,
     active,
+    add_product_where_active,
     dropout,
     half_activation,
     keeps,
@@ -73,19 +74,16 @@ def scores_kernel(
     tl.store(scores + (i * L + k[None, :]) * pitch + j[:, None], score_JL, mask=mask)
 
 
-def _parts(block: Block) -> int:
-    """In how many parts a product keeps each operand: three products keep two, twice the registers of a tile."""
-    return 1 if block.is_half else 2
-
-
 def _class_tile(block: Block, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(block.classes)))
 
 
 def scores(block: Block, scores_ILJ: Tensor) -> None:
     """Write the block's scores."""
+    # Three products keep each operand in two parts: twice the registers of a tile.
+    warps = 4 if block.is_half else 8
     table = [
-        {"BJ": 64, "BD": 32, "BL": _class_tile(block, 128), "num_warps": 4 * _parts(block), "num_stages": 3},
+        {"BJ": 64, "BD": 32, "BL": _class_tile(block, 128), "num_warps": warps, "num_stages": 3},
         {"BJ": 64, "BD": 32, "BL": _class_tile(block, 64), "num_warps": 4, "num_stages": 3},
         {"BJ": 128, "BD": 32, "BL": _class_tile(block, 128), "num_warps": 8, "num_stages": 3},
     ]
@@ -161,7 +159,7 @@ def own_kernel(
 
 def own_gradients(block: Block, q_ILJ: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of own images [T, I, D], in tiles T of their sum over the classes, and of G [1, I, L, D]."""
-    class_tile, size = _class_tile(block, 64), 2 // _parts(block)
+    class_tile, size = _class_tile(block, 64), 2 if block.is_half else 1
     table = [
         {"BJ": 32 * size, "BD": 32 * size, "BL": class_tile, "num_warps": 4 * size, "num_stages": 2},
         {"BJ": 32, "BD": 128, "BL": class_tile, "num_warps": 8, "num_stages": 2},
@@ -210,7 +208,7 @@ def others_kernel(
     BD: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """grad_others[s, j] = sum over share s of the images of (sum_k q_ijk G_ik) * slope_ij."""
+    """grad_others[s, j] = sum over share s of the images of (sum_k q_ijk G_ik) * slope_ij; the slopes are float32's."""
     j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     others_JD = load_rows(others_rows, others_stride, j, d, others, D)
@@ -221,16 +219,14 @@ def others_kernel(
         for start in range(0, L, BL):
             k = start + tl.arange(0, BL)
             q_offsets = (i * L + k[None, :]) * pitch + j[:, None]
-            q_JL = tl.load(class_grad + q_offsets, mask=(k < L)[None, :] & (j < others)[:, None], other=0.0)
+            q_JL = tl.load(class_grad + q_offsets, mask=(k < L)[None, :], other=0.0)
             G_offsets = (i * L + k[:, None]) * D + d[None, :]
             G_LD = tl.load(G + G_offsets, mask=(k < L)[:, None] & (d < D)[None, :], other=0.0)
             grad_JD = tl.dot(q_JL.to(G_LD.dtype), G_LD, grad_JD, input_precision="tf32x3")
-        if RELU:
-            own_1D = load_row(own + i * own_stride, d, D, BD)
-            grad_JD = tl.where(own_1D + others_JD > 0, grad_JD, 0.0)
         if DROPPED > 0:
             grad_JD *= dropout(own_words, others_words, unit_words, i, j, d, others, D, DROPPED)
-        sum_JD += grad_JD
+        own_1D = load_row(own + i * own_stride, d, D, BD)
+        sum_JD = add_product_where_active(own_1D, others_JD, 1.0, grad_JD, sum_JD, RELU, PTX)
     if HALF:
         sum_JD *= tl.load(unscale + 1)
     store_or_add(grad_others, grad_stride, scale, sum_JD, j, d, others, D, ADDED)

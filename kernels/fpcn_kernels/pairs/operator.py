@@ -23,15 +23,9 @@ from torch import Tensor
 
 from fpcn_kernels import reference
 from fpcn_kernels._launch import rounds_products, use_triton
-from fpcn_kernels._validate import (
-    BACKENDS,
-    accumulation_dtype,
-    check_choice,
-    check_floating,
-    check_fraction,
-    check_shape,
-)
+from fpcn_kernels._validate import BACKENDS, accumulation_dtype, check_choice, check_fraction
 from fpcn_kernels.pairs import backend_torch
+from fpcn_kernels.pairs.arguments import check_count, check_operands, check_pairs, check_shifts, in_bounds, seed_tensor
 from fpcn_kernels.pairs.assemble import all_pairs, is_cheaper_listed, listed_pairs
 from fpcn_kernels.pairs.head import PairHead
 from fpcn_kernels.pairs.problem import Gradients, PairProblem, SideLoss
@@ -96,12 +90,12 @@ def pair_contrast(
         TypeError, ValueError: an argument has the wrong type, shape or value.
         RuntimeError: the backend is not available.
     """
-    _check_operands(pooled, labels, head)
+    check_operands(pooled, labels, head)
     check_choice("activation", activation, ("relu", "identity"))
     check_fraction("dropout", dropout)
-    _check_pairs(pairs, pooled.device)
-    _check_shifts(shifts, pairs)
-    seed = _seed_tensor(seed, pooled.device)
+    check_pairs(pairs, pooled.device)
+    check_shifts(shifts, pairs)
+    seed = seed_tensor(seed, pooled.device)
     check_choice("matmul", matmul, ("auto", "highest", "high"))
     check_choice("backend", backend, BACKENDS)
     if backend == "reference":
@@ -151,10 +145,10 @@ def _pair_contrast(
         x_BC, head = pooled.to(dtype), PairHead(*(t.to(dtype) for t in head))
         shards = RowShards(len(x_BC), group, x_BC.device)
         classes, width = len(head.classifier_bias), len(head.fuse_in_bias)
-        _check_count(count, shifts, shards.total)
-        labels, poison = _in_bounds("labels", labels, classes)
+        check_count(count, shifts, shards.total)
+        labels, poison = in_bounds("labels", labels, classes)
         if listed is not None:
-            listed, listed_poison = _in_bounds("pairs", listed, shards.total)
+            listed, listed_poison = in_bounds("pairs", listed, shards.total)
             poison = poison + listed_poison
         pairs: Pairs = listed if count is None else RandomPairs(count, seed, shards.total)
         if shifts is not None:
@@ -294,99 +288,3 @@ def _backward(ctx, grad_loss, *_):
 
 
 _pair_contrast.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check_operands(pooled: Tensor, labels: Tensor, head: PairHead) -> None:
-    if not isinstance(head, PairHead):
-        raise TypeError(f"head must be a PairHead, got {_kind(head)}")
-    check_floating("pooled", pooled, "[B, C]")
-    check_floating("fuse_in_weight", head.fuse_in_weight, "[D, 2C]")
-    check_floating("classifier_weight", head.classifier_weight, "[K, C]")
-    (batch, channels), width, classes = pooled.shape, len(head.fuse_in_weight), len(head.classifier_weight)
-    expected = [
-        ("[D, 2C]", (width, 2 * channels)),
-        ("[D]", (width,)),
-        ("[C, D]", (channels, width)),
-        ("[C]", (channels,)),
-        ("[K, C]", (classes, channels)),
-        ("[K]", (classes,)),
-    ]
-    for (name, tensor), (legend, shape) in zip(head._asdict().items(), expected, strict=True):
-        check_floating(name, tensor, legend)
-        check_shape(name, tensor, legend, shape, pooled.device)
-    for name, size in (("C", channels), ("D", width), ("K", classes)):
-        if size == 0:
-            raise ValueError(
-                f"{name} must be at least 1, got pooled {list(pooled.shape)}, fuse_in_weight "
-                f"{list(head.fuse_in_weight.shape)}, classifier_weight {list(head.classifier_weight.shape)}"
-            )
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be an int64 tensor [B], got {_kind(labels)}")
-    check_shape("labels", labels, "[B]", (batch,), pooled.device)
-
-
-def _check_pairs(pairs: int | Tensor | None, device: torch.device) -> None:
-    if pairs is None:
-        return
-    if isinstance(pairs, Tensor) and pairs.dtype == torch.int64:
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
-            raise ValueError(f"pairs must be a list [P, 2] of at least one pair, got {list(pairs.shape)}")
-        check_shape("pairs", pairs, "[P, 2]", pairs.shape, device)
-    elif isinstance(pairs, bool) or not isinstance(pairs, int):
-        raise TypeError(f"pairs must be None, an int or an int64 tensor [P, 2], got {_kind(pairs)}")
-    elif pairs < 1:
-        raise ValueError(f"pairs must be at least 1, got {pairs}")
-
-
-def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    if isinstance(seed, Tensor) and seed.dtype == torch.int64:
-        if seed.ndim:
-            raise ValueError(f"seed must have no dimension, got {list(seed.shape)}")
-        return seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or a 0-dim int64 tensor, got {_kind(seed)}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    # Filled on the device: a copy from the host could not be captured in a CUDA graph.
-    return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def _check_shifts(shifts: int | None, pairs: int | Tensor | None) -> None:
-    if shifts is None:
-        return
-    if pairs is not None:
-        raise ValueError("pairs and shifts exclude each other, got both")
-    if isinstance(shifts, bool) or not isinstance(shifts, int):
-        raise TypeError(f"shifts must be None or an int, got {_kind(shifts)}")
-    if shifts < 1:
-        raise ValueError(f"shifts must be at least 1, got {shifts}")
-
-
-def _check_count(count: int | None, shifts: int | None, images: int) -> None:
-    """What only the size of the global batch tells."""
-    if images == 0:
-        raise ValueError("pooled [B, C] must hold at least one image over all ranks, got none")
-    if count is not None and count > images**2:
-        raise ValueError(f"pairs {count} exceeds the {images}^2 = {images**2} ordered pairs of the batch")
-    if shifts is not None and shifts > images:
-        raise ValueError(f"shifts {shifts} exceeds the {images} images of the batch")
-
-
-def _in_bounds(name: str, index: Tensor, end: int) -> tuple[Tensor, Tensor]:
-    """``index`` within [0, end), and a summand of the scale: NaN if it was not, else 0.
-
-    On the CPU it raises ValueError instead. Reading the values of an accelerator would wait for it in every step.
-    """
-    if index.numel() == 0:
-        return index, torch.zeros((), device=index.device)
-    low, high = index.aminmax()
-    if index.device.type == "cpu" and not (low >= 0 and high < end):
-        bounds = f"got values from {int(low)} to {int(high)}"
-        raise ValueError(f"{name} {list(index.shape)} must lie in [0, {end}), {bounds}")
-    return index.clamp(0, end - 1), torch.where((low < 0) | (high >= end), torch.nan, 0.0)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__

@@ -1,4 +1,5 @@
-"""The hidden vectors of pairs inside a kernel, dropout included. Legend: pairs/problem.py."""
+"""What the kernels do with a tile of pairs: hidden vectors, dropout, sums over active units, loads. Legend:
+pairs/problem.py."""
 
 from __future__ import annotations
 
