@@ -48,13 +48,20 @@ class Spread(NamedTuple):
         return f"{self.median_ms:.{digits}f} ({self.min_ms:.{digits}f} - {self.max_ms:.{digits}f})"
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def arguments(parser: argparse.ArgumentParser, name: str, repeats: int) -> argparse.Namespace:
     """Parses the command line with what every benchmark takes; sets the number of threads.
 
     Adds ``device``; ``json`` is where :func:`write_json` will write.
     """
-    parser.add_argument("--repeats", type=int, default=repeats, help=f"of each measurement (default {repeats})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--repeats", type=positive, default=repeats, help=f"of each measurement (default {repeats})")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks") / f"{name}.json", help="figures go here")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)

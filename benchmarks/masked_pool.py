@@ -32,6 +32,7 @@ from benchmarks._harness import (
     compiled,
     copy_bandwidth,
     machine,
+    positive,
     show,
     timings,
     write_json,
@@ -185,9 +186,9 @@ def model(batch: int, channels: int, size: int) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time masked_pool beside its written-out form.")
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 42] if on_gpu else [42, 16])
-    parser.add_argument("--channels", type=int, default=2048)
-    parser.add_argument("--size", type=int, default=14, help="height and width of the map")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[256, 42] if on_gpu else [42, 16])
+    parser.add_argument("--channels", type=positive, default=2048)
+    parser.add_argument("--size", type=positive, default=14, help="height and width of the map")
     parser.add_argument("--model", action="store_true", help="simulate 256 images on an H200 instead of measuring")
     options = arguments(parser, "masked_pool", repeats=50 if on_gpu else 9)
     if options.model:

@@ -6,8 +6,8 @@ The loss and all gradients are first checked against the reference in float64 at
 the written-out form at the smallest timed batch (the PyTorch backend in float64, the others in float32). Rows: the
 equations as one would write them in PyTorch, the same under torch.compile (both left out where they would not fit into
 memory), the PyTorch backend and, on a GPU, the Triton kernels. The floor is the multiply-adds of the re-associated form
-(docs/kernels.md), those that remain once every product is shared, at the measured float32 rate of a large product (TF32
-with --tf32, where classes are many enough for the matrix units): with L = K - 1 classes 12 L D for a pair,
+(docs/kernels.md), those that remain once every product is shared, at the measured float32 rate of a large product (in
+TF32 with --high): with L = K - 1 classes 12 L D for a pair,
 12 C D + 6 L C D for an image;
 relu, softmax and memory are not in it. Peak memory above the inputs is measured in a process each. Without a GPU a
 prediction follows: see _predicted.py.
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from fpcn_kernels import PairHead, pair_contrast
 from torch import Tensor
 
-from benchmarks._harness import MODES, arguments, compiled, machine, matmul_rate, show, timings, write_json
+from benchmarks._harness import MODES, arguments, compiled, machine, matmul_rate, positive, show, timings, write_json
 
 MIB = 2**20
 Loss = Callable[..., Tensor]
@@ -233,19 +233,19 @@ def measure(options: argparse.Namespace, images: int, rate: float) -> list[dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pair_contrast beside its written-out form.")
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--images", type=int, nargs="+", default=[336, 4096, 16384] if on_gpu else [84, 336, 2048])
+    parser.add_argument("--images", type=positive, nargs="+", default=[336, 4096, 16384] if on_gpu else [84, 336, 2048])
     parser.add_argument("--huge", action="store_true", help="65536 images too")
-    parser.add_argument("--channels", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=512, help="hidden units")
-    parser.add_argument("--classes", type=int, default=3)
-    parser.add_argument("--tf32", action="store_true", help="let every side multiply in TF32")
+    parser.add_argument("--channels", type=positive, default=2048)
+    parser.add_argument("--width", type=positive, default=512, help="hidden units")
+    parser.add_argument("--classes", type=positive, default=3)
+    parser.add_argument("--high", action="store_true", help="let PyTorch multiply in TF32, and the kernels in float16")
     options = arguments(parser, "pair_contrast", repeats=50 if on_gpu else 9)
     sizes = options.channels, options.width, options.classes
-    if options.tf32:
+    if options.high:
         torch.set_float32_matmul_precision("high")
     agreement = check(sizes, min(84, *options.images), options.device)
     print(f"Loss and gradients, largest relative difference: {agreement}")
-    rate = matmul_rate(options.device, tf32=options.tf32 and options.classes > 8)
+    rate = matmul_rate(options.device, tf32=options.high)
     rows = [row for images in [*options.images, *[65536] * options.huge] for row in measure(options, images, rate)]
     written = {row["images"]: row["median_ms"] for row in rows if row["side"] == WRITTEN_OUT and "median_ms" in row}
     cells = []
@@ -256,7 +256,7 @@ def main() -> None:
         memory = f"{row['peak_mib']:.0f}" if row.get("peak_mib") is not None else "-"
         repeats = str(row.get("repeats", "-"))
         cells.append([str(images), row["side"], row.get("text") or row["missing"], repeats, speed_up, share, memory])
-    shape = f"C {sizes[0]}, D {sizes[1]}, K {sizes[2]}, float32" + (" in TF32" if options.tf32 else "")
+    shape = f"C {sizes[0]}, D {sizes[1]}, K {sizes[2]}, float32" + (", high precision" if options.high else "")
     show(
         f"All-pairs contrast, forward + backward: {shape}; repeats interleaved\n{machine(options.device)}",
         ["images", "side", "ms (min - max)", "repeats", "speed-up", "of floor", "peak MiB above inputs"],

@@ -19,7 +19,7 @@ import torch
 from fpcn_kernels import PairHead, reference
 from torch import Tensor
 
-from benchmarks._harness import Spread, arguments, machine, milliseconds, show, write_json
+from benchmarks._harness import Spread, arguments, machine, milliseconds, positive, show, write_json
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import FPCN, build_model
 from fpcn_dist.models.cost import datasheet_flops, model_flops
@@ -134,8 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time FPCN's training step beside the plain classifier's.")
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--backbone", default="resnet101" if on_gpu else "resnet18")
-    parser.add_argument("--crop", type=int, default=448 if on_gpu else 96, help="side of the images in pixels")
-    parser.add_argument("--batches", type=int, nargs="+", default=[42, 128] if on_gpu else [42])
+    parser.add_argument("--crop", type=positive, default=448 if on_gpu else 96, help="side of the images in pixels")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[42, 128] if on_gpu else [42])
     options = arguments(parser, "step", repeats=50 if on_gpu else 15)
     setting = Setting(options.backbone, options.crop, options.device)
     error = check(setting)

@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU even where there is a GPU")
     options = parser.parse_args()
+    if not options.minutes > 0:
+        parser.error(f"argument --minutes: {options.minutes:g} leaves no time; give some above 0")
     deadline = time.monotonic() + 60 * options.minutes
     rehearsal = options.rehearse or not torch.cuda.is_available()
     if rehearsal:

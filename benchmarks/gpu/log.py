@@ -66,11 +66,13 @@ class Log:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of the file, if it is there; without one that was being written when the power went."""
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            yield json.loads(line)
+            values = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(values, dict) and values.keys() >= {"part", "name", "settings", "code", "device"}:
+            yield values
 
 
 def _key(line: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Show the measurements of a file of `python -m benchmarks gpu`.")
     parser.add_argument("file", type=Path)
     path = parser.parse_args().file
-    if not list(read(path)):
-        sys.exit(f"error: {path}: there are no measurements in it; name a file of benchmarks/results/")
+    if not path.is_file() or not list(read(path)):
+        reason = "there are no measurements in it" if path.is_file() else "there is no such file"
+        parser.error(f"{path}: {reason}; name a file of `python -m benchmarks gpu`, in benchmarks/results/")
     render(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import statistics
 import tempfile
 import time
@@ -78,7 +77,9 @@ def measure_convergence(bench: Bench, seeds: int, steps: int) -> dict[str, Any]:
 
 def measure_loader(bench: Bench, where: str) -> dict[str, Any]:
     """Images a second that DALI decodes, resizes and crops, from a folder of drawn photographs."""
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+    from fpcn_dist.data.backends import has_dali
+
+    if not has_dali():
         return {"skipped": "DALI is not installed"}
     from fpcn_dist.data.loader import TrainLoader
     from fpcn_dist.data.manifest import build_manifest

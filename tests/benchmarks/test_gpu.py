@@ -76,9 +76,22 @@ def test_rehearsal_and_table(tmp_path: Path, tools: Path) -> None:
     assert "issue_slots_busy_percent" in table and "1755" in table
 
 
-def test_nothing_to_show(tmp_path: Path) -> None:
-    run = _run(tmp_path, "table", "missing.jsonl")
-    assert run.returncode == 1 and run.stderr.startswith("error: missing.jsonl: there are no measurements in it")
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["table", "missing"], "missing: there is no such file"),
+        (["table", "."], ".: there is no such file"),
+        (["table", "binary"], "binary: there are no measurements in it"),
+        (["table", "foreign"], "foreign: there are no measurements in it"),
+        (["gpu", "--minutes", "-1"], "--minutes: -1 leaves no time"),
+        (["masked_pool", "--batches", "0"], "--batches: '0' is not a whole number above 0"),
+    ],
+)
+def test_bad_input(tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "foreign").write_text('{"a": 1}\n[1]\n')
+    run = _run(tmp_path, *words)
+    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
 
 
 def test_clocks(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
