@@ -33,9 +33,9 @@ class Inputs:
     """D: hidden units."""
     classes: int = 3
     """K; parameters, pair_ns and image_us go with it."""
-    pair_ns: float = 1.03
+    pair_ns: float = 0.60
     """Nanoseconds of a pair, both sides, forward and backward; predicted for an H200 at K = 3."""
-    image_us: float = 0.53
+    image_us: float = 0.42
     """Microseconds of the contrast's dense products for an image; predicted for an H200 at K = 3."""
     pairs_per_image: float | None = None
     """Random pairs of the global batch over N; None takes all N^2."""

@@ -133,7 +133,7 @@ def test_slow_nodes_host_and_feed_bind():
 
 
 def test_random_pairs_are_listed_where_that_is_cheaper():
-    all_of_them, listed = (replace(Inputs(), classes=200, pair_ns=22.4, pairs_per_image=n) for n in (None, 20))
+    all_of_them, listed = (replace(Inputs(), classes=200, pair_ns=22.6, pairs_per_image=n) for n in (None, 20))
     assert predict(listed, 1024).pairs < predict(all_of_them, 1024).pairs / 50
     assert predict(listed, 1024).exchange == predict(all_of_them, 1024).exchange
     many = replace(all_of_them, pairs_per_image=1e6)
