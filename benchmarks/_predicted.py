@@ -1,6 +1,6 @@
 """What an H200 would need, from the machine code that it would run; for a machine without a GPU.
 
-For each launch:    time = max(bytes / bandwidth, instructions / issue rate, matrix FLOPs / TF32 rate) + launch
+For each launch:    time = max(bytes / bandwidth, instructions / issue rate, matrix FLOPs / their rate) + launch
     instructions = programs * warps * sum over loops(trips * instructions of one iteration)
 
 with the instructions counted in the compiled code (sm_90), trips from the launch's grid and constants, and bytes those
@@ -33,7 +33,8 @@ ARCH = 90
 BANDWIDTH = 4.3e12
 # Four schedulers of each multiprocessor start an instruction of a warp per clock.
 ISSUE_RATE = 132 * 4 * 1.755e9
-TF32_RATE = 494.7e12
+# Of the matrix units, dense.
+TF32_RATE, HALF_RATE = 494.7e12, 989.5e12
 LAUNCH_SECONDS = 2e-6
 # A warp's fused multiply-add.
 FMA_FLOPS = 64
@@ -65,7 +66,7 @@ class Work(NamedTuple):
     launches: int
     bytes: float
     instructions: float
-    matrix_flops: float = 0.0
+    matrix_seconds: float = 0.0
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -73,7 +74,7 @@ class Work(NamedTuple):
         return {
             "memory": self.bytes / BANDWIDTH,
             "instructions": self.instructions / ISSUE_RATE,
-            "matrix units": self.matrix_flops / TF32_RATE,
+            "matrix units": self.matrix_seconds,
         }
 
     @property
@@ -144,13 +145,14 @@ def pair_contrast_work(images: int, classes: int, channels: int, width: int, rou
     with recording() as records:
         all_pairs(problem, others, None, Gradients.zeros(problem), pairs_triton.side_loss)
     dense = images * channels * width * (12 + 6 * (classes - 1))
-    products = (0.0, dense) if rounded else (dense / FMA_FLOPS, 0.0)
+    products = (0.0, dense / TF32_RATE) if rounded else (dense / FMA_FLOPS, 0.0)
     # Weights and their gradients once; ten products.
     works = [Work("dense products", 10, 24 * channels * width, *products)]
     for launch in compile_all(records):
         trips = _pair_trips(launch)
         instructions, flops = (launch.programs * launch.per_program(kind, trips) for kind in (None, "matrix flops"))
-        works.append(Work(launch.code.kernel, 1, _pair_bytes(launch.arguments), instructions, flops))
+        seconds = flops / (HALF_RATE if rounded else TF32_RATE)
+        works.append(Work(launch.code.kernel, 1, _pair_bytes(launch.arguments), instructions, seconds))
     return works
 
 
@@ -188,7 +190,7 @@ def show_prediction(sections: dict[str, list[Work]], notes: str) -> list[dict[st
             bound = max(work.bounds, key=work.bounds.__getitem__)
             rows.append(
                 [section, work.kernel, str(work.launches), f"{work.bytes / 1e6:.1f}", f"{work.instructions / 1e6:.2f}"]
-                + [f"{work.matrix_flops / 1e9:.1f}", bound, f"{work.seconds * 1e6:.1f}"]
+                + [f"{work.matrix_seconds * 1e6:.1f}", bound, f"{work.seconds * 1e6:.1f}"]
             )
             figures.append({"section": section, **work._asdict(), "bound": bound, "us": work.seconds * 1e6})
         total = sum(work.seconds for work in works)
@@ -196,8 +198,8 @@ def show_prediction(sections: dict[str, list[Work]], notes: str) -> list[dict[st
     print("\nPredicted for an H200 (not measured)")
     show(
         f"time = max(bytes / {BANDWIDTH / 1e12} TB/s, warp instructions / (132 * 4 * 1.755 GHz), matrix FLOPs / "
-        f"{TF32_RATE / 1e12} TFLOP/s) + {LAUNCH_SECONDS * 1e6:.0f} us a launch",
-        ["what", "kernel", "launches", "MB", "M instr.", "GFLOP matrix", "bound by", "us"],
+        f"{TF32_RATE / 1e12} or, in float16, {HALF_RATE / 1e12} TFLOP/s) + {LAUNCH_SECONDS * 1e6:.0f} us a launch",
+        ["what", "kernel", "launches", "MB", "M instr.", "us matrix", "bound by", "us"],
         rows,
         left=2,
         caption="MB: that must travel from or to device memory once; instructions of a warp, as compiled for "
