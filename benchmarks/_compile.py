@@ -107,7 +107,7 @@ def compile_launch(record: LaunchRecord, arch: int) -> Compiled:
     """
     source, options = specialize(record, arch)
     binary = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, sass = _disassemble(binary.asm["cubin"])
+    sass = _disassemble(binary.asm["cubin"])
     straight, bodies = _loops([_Instruction(int(at, 16), *rest) for at, *rest in _INSTRUCTION.findall(sass)])
     _, source_bodies = _loops(_ptx_instructions(binary.asm["ptx"]))
     loops = []
@@ -118,8 +118,8 @@ def compile_launch(record: LaunchRecord, arch: int) -> Compiled:
     return Compiled(
         binary.metadata.name,
         arch,
-        _usage(usage, "REG"),
-        _usage(usage, "STACK"),
+        _usage(sass, "REG"),
+        _usage(sass, "STACK"),
         sum(counts["local"] for counts in [_count(straight), *(loop.counts for loop in loops)]),
         binary.metadata.shared,
         binary.metadata.num_warps,
@@ -129,7 +129,7 @@ def compile_launch(record: LaunchRecord, arch: int) -> Compiled:
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+def _disassemble(cubin: bytes) -> str:
     """Resource usage and machine code, as the CUDA tools inside Triton's package print them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -137,11 +137,8 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         # These tools find each other by PATH.
         tool = knobs.nvidia.cuobjdump.path
         environment = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(tool), os.environ.get("PATH", "")])}
-        usage, sass = (
-            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True, env=environment)
-            for option in ("-res-usage", "-sass")
-        )
-    return usage.stdout, sass.stdout
+        command = [tool, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def _usage(usage: str, resource: str) -> int:

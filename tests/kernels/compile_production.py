@@ -89,8 +89,6 @@ def launches() -> list[LaunchRecord]:
             run_pair_contrast(336, 3, rounded=rounded, dropout=0.5, random=True)
             run_pair_contrast(336, 200, rounded=rounded, dropout=0.5)
             run_pair_contrast(336, 3, rounded=rounded, width=2048)
-        run_pair_contrast(336, 2)
-        run_pair_contrast(336, 1000)
     return records
 
 
