@@ -10,8 +10,8 @@ from torch import Tensor
 from fpcn_kernels.pairs.problem import Side, SideGradients, ranges
 from fpcn_kernels.pairs.random import PairDropout, RandomPairs, RandomShifts
 
-# Hidden vectors that fit the cache of a core, or fill a device.
-_TILE_BYTES = {"cpu": 2**20, "accelerator": 2**26}
+# Hidden vectors that fit the cache, or fill a device.
+_TILE_BYTES = {"cpu": 2**22, "accelerator": 2**26}
 # Scores of a block of images, and later their gradients.
 _SCORES_BYTES = 2**26
 
@@ -28,9 +28,9 @@ def hidden_vectors(
 
 
 def hidden_backward(grad_hidden: Tensor, relu: bool, hidden: Tensor, kept: Tensor | None) -> Tensor:
-    """Gradient of the preactivation. A dropped unit needs no slope, so the hidden vector itself tells relu's."""
+    """Gradient of the preactivation, in place. A dropped unit needs no slope, so the hidden vector tells relu's."""
     if relu:
-        grad_hidden = torch.ops.aten.threshold_backward(grad_hidden, hidden, 0)
+        torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
     return grad_hidden if kept is None else grad_hidden.mul_(kept)
 
 
