@@ -180,7 +180,9 @@ def own_gradients(block: Block, q_ILJ: Tensor) -> tuple[Tensor, Tensor]:
 def add_others_gradients(block: Block, q_ILJ: Tensor, total_JD: Tensor) -> None:
     """Add the gradients of the others to ``total_JD``."""
     table = [
-        {"BJ": 16 if block.has_dropout else 32, "BD": 64, "BL": 16, "num_warps": 1},
+        {"BJ": 16, "BD": 64, "BL": 16, "num_warps": 1, "num_stages": 2}
+        if block.has_dropout
+        else {"BJ": 32, "BD": 64, "BL": 16, "num_warps": 1},
         {"BJ": 32, "BD": 128, "BL": 16, "num_warps": 2},
         {"BJ": 64, "BD": 128, "BL": 16, "num_warps": 4},
     ]

@@ -234,9 +234,9 @@ def others_kernel(
 
 def add_others_gradients(block: Block, q_ILJ: Tensor, total_JD: Tensor) -> None:
     """Add the gradients of the others to ``total_JD``."""
-    side = 32 if block.has_dropout else 64  # the hashes of dropout take registers
+    side, warps = (32, 4) if block.has_dropout else (64, 8)  # the hashes of dropout take registers
     table = [
-        {"BJ": side, "BD": side, "BL": 16, "num_warps": 4, "num_stages": 3},
+        {"BJ": side, "BD": side, "BL": 16, "num_warps": warps, "num_stages": 3},
         {"BJ": 64, "BD": 64, "BL": _class_tile(block, 32), "num_warps": 8, "num_stages": 2},
         {"BJ": 64, "BD": 128, "BL": 16, "num_warps": 8, "num_stages": 3},
     ]
