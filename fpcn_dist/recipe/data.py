@@ -1,0 +1,61 @@
+"""Section ``data`` of a recipe: the images, and what becomes of them before a network sees them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import Field, model_validator
+
+from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
+
+DecodingBackend = Literal["auto", "dali", "torchvision"]
+
+
+class DataConfig(Schema):
+    """Who decodes images, where they are cut, how batches are composed, what happens to bad files."""
+
+    backend: DecodingBackend = "auto"
+    """What decodes images: NVIDIA DALI, torchvision (anywhere, on the CPU), or DALI where it is installed. Batches are
+    the same within one grey level, so that a run may go on with the other one."""
+    resize: PositiveInt = 512
+    """Side in pixels that every image is resized to; the aspect ratio is not kept (section 4.1)."""
+    crop: PositiveInt = 448
+    """Side in pixels of the crop that the network sees: random in training, centred in evaluation."""
+    flip: bool = True
+    """Mirror half of the training views left to right."""
+    views: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--views",))] = None
+    """Different views of each training image, shown in turn; null draws a new one each time."""
+    classes_per_batch: PositiveInt | None = 3
+    """Classes in a global batch; null takes all classes of the data."""
+    images_per_class: PositiveInt = 14
+    """Images of each of these classes in a global batch; their product is the global batch size."""
+    eval_batch_size: PositiveInt = 64
+    """Images per rank and step in evaluation and prediction."""
+    val_fraction: Fraction = 0.1
+    """Share of each class that is split off for validation where the folder has no val/."""
+    test_fraction: Fraction = 0.1
+    """Share of each class that is split off for testing where the folder has no train/ at all."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of the split; null: the recipe's. Set it to train with several seeds on the same images."""
+    on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
+    """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
+    max_pixels: PositiveInt = 100_000_000
+    """Images with more pixels than this in their header are refused before anything is decoded."""
+    max_bad_images: Annotated[int, Field(ge=0)] = 10
+    """How many files may turn unreadable while the run is under way before it stops."""
+    threads: PositiveInt | None = None
+    """CPU threads per rank of the data pipeline and, without a GPU, of the network; null shares the machine's cores
+    between its ranks."""
+
+    def batch_size(self, num_classes: int) -> int:
+        """Images of a global batch of data with ``num_classes`` classes."""
+        return (self.classes_per_batch or num_classes) * self.images_per_class
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize")
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise ValueError("val_fraction + test_fraction leave nothing to train on; lower one of them")
+        return self

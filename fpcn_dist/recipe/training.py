@@ -1,0 +1,73 @@
+"""Sections ``optim``, ``train`` and ``engine`` of a recipe: how its losses are minimised."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
+
+
+class OptimConfig(Schema):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer."""
+    lr: Annotated[float, Field(gt=0.0)] = 0.01
+    """Peak learning rate, for the global batch as given."""
+    momentum: Fraction = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
+    """Weight decay; not applied to biases and normalisation layers by AdamW."""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    """Epochs of linear warm-up before the cosine."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Learning rate at the end of the cosine."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest global gradient norm; null clips nothing."""
+    freeze_backbone_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the start in which only the head learns (the released code: 8)."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay per step of an exponential moving average of the weights, which is then what is evaluated."""
+
+
+class TrainConfig(Schema):
+    """Length, precision and cadence of the run."""
+
+    epochs: PositiveInt = 100
+    """Epochs; one epoch is (training images) // (global batch size) steps, at least one."""
+    micro_batches: PositiveInt = 1
+    """Parts that a rank cuts its share of a batch into to save memory; the contrast still spans the whole batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network: float32, or bfloat16 autocast."""
+    matmul: Literal["highest", "high"] | None = None
+    """Products of float32 matrices: in float32 (highest), or in TF32 and, in the kernels of the contrast, in float16
+    (high); null: high with bf16 on GPUs from Ampere on, else highest."""
+    channels_last: bool = False
+    """Keep images and weights in NHWC memory order (faster on GPUs with tensor cores)."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    eval_every: PositiveInt = 1
+    """Epochs between evaluations on the validation images."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; null writes one after each epoch."""
+    keep_checkpoints: PositiveInt = 3
+    """Checkpoints kept beside the best one."""
+    log_every: PositiveInt = 10
+    """Steps between log points, the only places where the host waits for the GPU."""
+
+
+class EngineConfig(Schema):
+    """Who moves gradients between ranks."""
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    """PyTorch's DistributedDataParallel, or DeepSpeed."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed's ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and weights)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.name == "ddp" and self.zero_stage:
+            raise ValueError(f"zero_stage {self.zero_stage} needs name 'deepspeed'; set it or use zero_stage 0")
+        return self
