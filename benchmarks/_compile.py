@@ -31,7 +31,6 @@ _CLASSES = [
     ("mufu", r"MUFU$"),
     ("global load", r"(LDG|LDGSTS|LD|UBLKCP|UTMALDG)$"),
     ("global store", r"(STG|ST|RED|REDG|ATOM|ATOMG)$"),
-    ("local", r"(LDL|STL)$"),
     ("shared", r"(LDS|STS|LDSM|STSM|ATOMS)$"),
     ("shuffle", r"SHFL$"),
 ]
@@ -60,18 +59,24 @@ class Loop(NamedTuple):
     ``global bytes``, ``matrix flops``. Divided by ``unrolled`` they are those of an iteration of the source."""
 
 
-class Compiled(NamedTuple):
+class Needs(NamedTuple):
+    """What a program of a kernel takes of a multiprocessor."""
+
     kernel: str
-    arch: int
     registers: int
     """Registers of a thread."""
     stack_bytes: int
-    """The stack of a thread, where spilled registers lie."""
-    local_accesses: int
-    """Loads and stores of local memory in the code."""
+    """The stack of a thread, where registers that were spilled lie."""
     shared_bytes: int
     """Shared memory of a program."""
+
+
+class Code(NamedTuple):
+    """What the machine code of a kernel does."""
+
+    kernel: str
     warps: int
+    """Of a program."""
     straight: dict[str, int]
     """Counts as in :class:`Loop` of the code outside of all loops."""
     loops: tuple[Loop, ...]
@@ -99,15 +104,25 @@ def specialize(record: LaunchRecord, arch: int) -> tuple[ASTSource, dict[str, An
     return ASTSource(kernel, signature, constexprs, attributes), dict(options.__dict__)  # pyright: ignore
 
 
-def compile_launch(record: LaunchRecord, arch: int) -> Compiled:
-    """Compile a recorded launch for a GPU of compute capability ``arch`` (90: 9.0).
+def compile_needs(record: LaunchRecord, arch: int) -> Needs:
+    """What a recorded launch needs on a GPU of compute capability ``arch`` (90: 9.0).
 
     Raises:
         RuntimeError: see :func:`specialize`.
     """
-    source, options = specialize(record, arch)
-    binary = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    sass = _disassemble(binary.asm["cubin"])
+    binary = _compile(record, arch)
+    usage = _cuda_tool("-res-usage", cubin=binary.asm["cubin"])
+    return Needs(binary.metadata.name, _usage(usage, "REG"), _usage(usage, "STACK"), binary.metadata.shared)
+
+
+def compile_code(record: LaunchRecord, arch: int) -> Code:
+    """The machine code of a recorded launch on a GPU of compute capability ``arch`` (90: 9.0).
+
+    Raises:
+        RuntimeError: see :func:`specialize`.
+    """
+    binary = _compile(record, arch)
+    sass = _cuda_tool("-sass", cubin=binary.asm["cubin"])
     straight, bodies = _loops([_Instruction(int(at, 16), *rest) for at, *rest in _INSTRUCTION.findall(sass)])
     _, source_bodies = _loops(_ptx_instructions(binary.asm["ptx"]))
     loops = []
@@ -115,29 +130,23 @@ def compile_launch(record: LaunchRecord, arch: int) -> Compiled:
         accesses = _accesses(body)
         fitting = [n for other, ptx in source_bodies if other == depth and (n := _accesses(ptx)) and accesses % n == 0]
         loops.append(Loop(depth, accesses // max(fitting) if accesses and fitting else 1, _count(body)))
-    return Compiled(
-        binary.metadata.name,
-        arch,
-        _usage(sass, "REG"),
-        _usage(sass, "STACK"),
-        sum(counts["local"] for counts in [_count(straight), *(loop.counts for loop in loops)]),
-        binary.metadata.shared,
-        binary.metadata.num_warps,
-        _count(straight),
-        tuple(loops),
-        sass,
-    )
+    return Code(binary.metadata.name, binary.metadata.num_warps, _count(straight), tuple(loops), sass)
 
 
-def _disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code, as the CUDA tools inside Triton's package print them."""
+def _compile(record: LaunchRecord, arch: int) -> Any:
+    source, options = specialize(record, arch)
+    return triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _cuda_tool(what: str, *, cubin: bytes) -> str:
+    """What the CUDA tools inside Triton's package print of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         # These tools find each other by PATH.
         tool = knobs.nvidia.cuobjdump.path
         environment = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(tool), os.environ.get("PATH", "")])}
-        command = [tool, "-res-usage", "-sass", file.name]
+        command = [tool, what, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 

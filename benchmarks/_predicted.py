@@ -25,7 +25,7 @@ from fpcn_kernels.pooling import backend_triton as pooling_triton
 from fpcn_kernels.shards import PassingRows
 from torch import Tensor
 
-from benchmarks._compile import Compiled, compile_launch, specialize
+from benchmarks._compile import Code, compile_code, specialize
 from benchmarks._harness import show
 
 ARCH = 90
@@ -41,7 +41,7 @@ FMA_FLOPS = 64
 
 
 class Launch(NamedTuple):
-    code: Compiled
+    code: Code
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     """What the kernel was given, by name, constants included."""
@@ -84,13 +84,13 @@ class Work(NamedTuple):
 
 def compile_all(records: Iterable[LaunchRecord], arch: int = ARCH) -> list[Launch]:
     """Compiled for a GPU of compute capability ``arch`` (90: 9.0), each specialisation once."""
-    compiled: dict[tuple[str, str], Compiled] = {}
+    compiled: dict[tuple[str, str], Code] = {}
     launches = []
     for record in records:
         source, options = specialize(record, arch)
         key = source.hash(), str(options)
         if key not in compiled:
-            compiled[key] = compile_launch(record, arch)
+            compiled[key] = compile_code(record, arch)
         kernel, grid, arguments, constants = record
         launches.append(Launch(compiled[key], grid, dict(zip(kernel.arg_names, arguments, strict=False)) | constants))
     return launches

@@ -14,7 +14,7 @@ import torch
 from fpcn_kernels._launch import LaunchRecord, recording
 from fpcn_kernels.pooling import backend_triton, plan
 
-from benchmarks._compile import compile_launch, specialize
+from benchmarks._compile import compile_code, specialize
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 BATCHES = (1, 40, 41, 42, 43, 256)
@@ -51,7 +51,7 @@ def loads(arch: int) -> dict[str, dict[str, dict[int, int]]]:
     for layout, memory_format in LAYOUTS.items():
         features = torch.empty(42, 2048, 14, 14, dtype=torch.bfloat16, device="meta").to(memory_format=memory_format)
         widths[layout] = {
-            record[0].__name__: feature_loads(compile_launch(record, arch).sass) for record in launches(features)[:2]
+            record[0].__name__: feature_loads(compile_code(record, arch).sass) for record in launches(features)[:2]
         }
         widths[layout]["fold"] = plan.view(features).fold
     return widths

@@ -20,7 +20,7 @@ from fpcn_kernels.pairs.random import PairDropout, RandomPairs
 from fpcn_kernels.pooling import backend_triton as pooling_triton
 from fpcn_kernels.pooling import plan
 
-from benchmarks._compile import compile_launch, specialize
+from benchmarks._compile import compile_needs, specialize
 from benchmarks._predicted import pair_instructions
 
 DEVICE = torch.device("meta")
@@ -117,12 +117,8 @@ def main() -> None:
     arch = int(sys.argv[1])
     needs = []
     for record in distinct(launches(), arch):
-        compiled = compile_launch(record, arch)
-        name = f"{compiled.kernel} {json.dumps(record[3])}"
-        needs.append(
-            {"kernel": name, **{field: getattr(compiled, field) for field in ("registers", "stack_bytes")}}
-            | {field: getattr(compiled, field) for field in ("local_accesses", "shared_bytes")}
-        )
+        found = compile_needs(record, arch)._asdict()
+        needs.append({**found, "kernel": f"{found['kernel']} {json.dumps(record[3])}"})
     print(json.dumps({"needs": needs, "instructions": instructions(arch)}))
 
 

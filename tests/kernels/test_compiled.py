@@ -33,7 +33,7 @@ def test_no_kernel_spills_or_outgrows_the_multiprocessor(arch: int, tmp_path: Pa
     needs = answer["needs"]
     assert len(needs) > 20
     for need in needs:
-        assert need["local_accesses"] == need["stack_bytes"] == 0, need
+        assert need["stack_bytes"] == 0, need
         assert need["registers"] <= 255, need
         assert need["shared_bytes"] <= _compile.SHARED_LIMITS[arch], need
     # What docs/kernels.md says; float32 cannot do with less than 4 K - 1 = 11.
@@ -49,4 +49,4 @@ def test_interpreted_kernel_cannot_be_compiled() -> None:
     with recording() as records:
         backend_triton.forward(torch.empty(1, 3, 2, 2, device="meta"), None, 0.0, False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        _compile.compile_launch(records[0], 90)
+        _compile.compile_needs(records[0], 90)
