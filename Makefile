@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # DeepSpeed is built from its sources, with a page of warnings that nobody here can do anything about.
 PIP := PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt
+WHOLE_FILES := --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-fast lint benchmark gpu oldest clean
 
@@ -28,13 +29,14 @@ lint: setup
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright
 
-# More tests at a time than a small machine has cores: many wait for a cluster.
+# More tests at a time than a small machine has cores: many wait for a cluster. A file stays together, as what its tests
+# share is made once for each worker.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 4 $(WHOLE_FILES)
 
 # The inner loop: without clusters, launchers, and tests that train until something is learnt.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(WHOLE_FILES) -m "not slow"
 
 benchmark: setup
 	$(PY) -m benchmarks masked_pool
