@@ -32,7 +32,7 @@ lint: setup
 # More tests at a time than a small machine has cores: many wait for a cluster. A file stays together, as what its tests
 # share is made once for each worker.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 4 $(WHOLE_FILES)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 $(WHOLE_FILES)
 
 # The inner loop: without clusters, launchers, and tests that train until something is learnt.
 test-fast: setup

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,21 +120,21 @@ def _no_process_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 _SLOW = {"launch", "slurm"}
 """Folders of tests that start the real commands, or clusters. Slow tests elsewhere are marked where they stand."""
-_FIRST = ("slurm", "studies", "launch", "benchmarks", "kernels")
-"""Folders whose files take longest, and often wait: begun last, they would leave the other workers idle at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long; mark as slow what starts commands, before tests are chosen by ``-m "not slow"``.
+    """Mark as slow what starts commands, before tests are chosen by ``-m "not slow"``; begin with what takes long.
+
+    Files of slow tests often wait. Begun last, they would leave the other workers idle at the end.
 
     Tests marked ``gpu`` need a CUDA device; ``pytest -m gpu`` runs them alone.
     """
-    folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
-    items.sort(key=lambda item: _FIRST.index(folders[item]) if folders[item] in _FIRST else len(_FIRST))
     for item in items:
-        if folders[item] in _SLOW:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in _SLOW:
             item.add_marker(pytest.mark.slow)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fpcn_dist.data.backends import has_dali
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +18,7 @@ def _run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_table_of_all_loaders(rocks: Path) -> None:
     sizes = ("--config.resize", "64", "--config.crop", "56")
     run = _run("loader", "--data", str(rocks), "--images", "80", "--repeats", "1", *sizes)
@@ -25,6 +28,7 @@ def test_table_of_all_loaders(rocks: Path) -> None:
     assert len(rows) == 3 + has_dali()
 
 
+@pytest.mark.slow
 def test_folder_without_images(tmp_path: Path) -> None:
     run = _run("loader", "--data", str(tmp_path))
     assert run.returncode == 2

@@ -50,6 +50,7 @@ def two_ranks() -> Traffic:
     return measure_traffic(2, IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_bytes_of_two_ranks_are_those_of_the_formulas(two_ranks, ring):
     (exchange,) = (exchange for exchange in two_ranks.exchanges if exchange.ring == ring)
@@ -71,6 +72,7 @@ def test_the_interface_saw_what_was_counted(two_ranks):
         assert exchange.sent_by_gloo() <= exchange.interface < 1.02 * exchange.sent_by_gloo()
 
 
+@pytest.mark.slow
 def test_a_single_rank_sends_nothing():
     traffic = measure_traffic(1, IMAGES)
     (exchange,) = traffic.exchanges
@@ -78,6 +80,7 @@ def test_a_single_rank_sends_nothing():
     assert exchange.interface in (None, 0)
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_with_the_global_batch(two_ranks):
     totals = 2048, 4096, 8192
     rows = 2 * WIDTH * 4

@@ -155,6 +155,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path: Path) 
     assert check_images(_write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), 10**8, tmp_path / "file" / "cache.json")[0].ok
 
 
+@pytest.mark.slow
 def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"

@@ -316,6 +316,7 @@ def test_a_file_that_was_away_for_a_moment_is_read_again(fragile: Manifest) -> N
     assert loader._retried_step == 3  # or the file was not missed at all
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_the_pipeline_works(rocks: Path, backend: str) -> None:
     script = (
         "import sys, torch; from pathlib import Path\n"

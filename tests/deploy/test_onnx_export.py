@@ -132,6 +132,7 @@ def test_the_region_is_that_of_the_kernels(channels: int) -> None:
     assert torch.equal(inside, masked_pool(features).mask == 1)
 
 
+@pytest.mark.slow
 def test_what_is_written_and_printed(exported: tuple[Path, str], rocks: Path) -> None:
     folder, text = exported
     assert sorted(path.name for path in folder.iterdir()) == ["model-int8.onnx", "model.onnx"]
@@ -237,6 +238,7 @@ def test_a_cell_that_rounding_decides_is_compared_over_the_same_region() -> None
         onnx_export._reference(exportable, features, flipped, Path("run"))
 
 
+@pytest.mark.slow
 def test_without_photographs_generated_images_show_the_parity(bare: Path) -> None:
     (path,), text = _export(bare)
     assert path == bare / "model.onnx" and path.is_file()

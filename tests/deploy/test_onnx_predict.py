@@ -29,6 +29,8 @@ from fpcn_dist.runs.model_folder import load_model, save_model
 from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("basalt", "dolomite", "marble")
 
 

@@ -54,6 +54,7 @@ def _pytest(*words: str) -> str:
     return child.stdout
 
 
+@pytest.mark.slow
 def test_gpu_tests_of_the_kernels_are_collected() -> None:
     shown = _pytest("tests/kernels", "--collect-only", "-m", "gpu")
     assert "test_on_gpu.py" in shown and "error" not in shown and "is not installed" not in shown

@@ -235,6 +235,7 @@ def test_deterministic(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", WIDEST)
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**31))
@@ -245,6 +246,7 @@ def test_largest_region_of_any_map(backend, height, width, density, seed):
     assert torch.equal(got.mask, masked_pool(features, region="largest", backend="reference").mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", WIDEST)
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0, 0.99), st.permutations(range(3)), st.sampled_from(sorted(VARIANTS)), st.integers(0, 2**31))

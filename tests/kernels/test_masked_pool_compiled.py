@@ -36,6 +36,7 @@ def test_no_batch_size_compiles_anew(tmp_path: Path) -> None:
         assert all(other == keys[0] for other in keys), call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_features_are_loaded_16_bytes_a_thread(arch: int, tmp_path: Path) -> None:
     found = _compiled(tmp_path, "loads", str(arch))

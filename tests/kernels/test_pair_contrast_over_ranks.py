@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fpcn_kernels import PairHead, pair_contrast
 
+pytestmark = pytest.mark.slow
+
 SIZES = {1: (11,), 2: (4, 7), 3: (5, 1, 5), 4: (3, 4, 0, 4)}
 IMAGES, CHANNELS, WIDTH, CLASSES = 11, 6, 5, 3
 LISTED = torch.randint(IMAGES, (14, 2), generator=torch.Generator().manual_seed(1))

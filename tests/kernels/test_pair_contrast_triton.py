@@ -56,6 +56,7 @@ def test_matches_reference(dense, sizes, pairs, activation):
     _assert_matches(_narrow(sizes), expected_backend="reference", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(21, 5, 7, 2), (21, 33, 10, 17)])
 def test_odd_batch(sizes):
     _assert_matches(_narrow(sizes))
@@ -144,6 +145,7 @@ def test_low_precision_accumulates_in_float32(dtype, classes):
     _assert_matches(_narrow((6, 33, 12, classes), dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [3, 17])
 def test_blocks_and_pieces_do_not_matter(dense, monkeypatch, classes):
     """Also that images and hidden units keep their global indices in every piece."""
@@ -188,6 +190,7 @@ def test_non_finite_in_the_hidden_layer_reaches_the_loss():
         assert backend_triton.side_loss(side).isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 @pytest.mark.parametrize("classes", [3, 17])
 def test_operator_contract(classes):
@@ -253,6 +256,7 @@ def _side(own, others, width, classes, relu, own_first=0, others_first=0, images
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.sampled_from([2, 9]), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_pairs_with_two_disjoint_batches_add_up(classes, own, first, second, relu):
@@ -277,6 +281,7 @@ def test_pairs_with_two_disjoint_batches_add_up(classes, own, first, second, rel
         torch.testing.assert_close(got, value, **close)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.permutations(range(4)), st.sampled_from([2, 9]), st.integers(0, 2**31))
 def test_permuting_the_images_permutes_their_gradients(order, classes, seed):

@@ -210,6 +210,7 @@ def _rank(rank: int, world_size: int, root: Path, count: int, output: Path) -> N
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "count"), [(2, 23), (3, 2)])
 def test_ranks_agree_with_one_process(rocks: Path, tmp_path: Path, world_size: int, count: int) -> None:
     """Uneven shares, even none at all on a rank; the same result everywhere, the same samples, and an honest count."""

@@ -15,6 +15,8 @@ from fpcn_dist.runtime.collectives import Group, all_gather, all_gather_unlike, 
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 from tests.helpers.forked import start_ranks
 
+pytestmark = pytest.mark.slow
+
 IMAGES, PIXELS, CHANNELS, HIDDEN, CLASSES = 7, 10, 6, 5, 3
 LABELS = torch.tensor([0, 1, 1, 0, 0, 1, 0])
 SPLITS = [(4, 3), (2, 0, 5)]

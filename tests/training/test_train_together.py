@@ -23,6 +23,8 @@ from fpcn_dist.training.loop import train, train_together
 from tests.helpers.distilling import ALONE, make_teacher, recipe
 from tests.helpers.launching import losses
 
+pytestmark = pytest.mark.slow
+
 SAVED_BY_STEP_3 = {"step-00000002.safetensors", "step-00000003.safetensors", "best.safetensors"}
 
 

@@ -20,6 +20,8 @@ from tests.helpers.distilling import ALONE, make_teacher, recipe
 from tests.helpers.forked import start_ranks
 from tests.helpers.launching import free_port, losses
 
+pytestmark = pytest.mark.slow
+
 WILD = {"lr": 1e30, "warmup_epochs": 0}
 
 
