@@ -47,7 +47,8 @@ def _fpcn(config: ModelConfig, num_classes: int) -> FPCN:
 
 
 def _classifier(config: ModelConfig, num_classes: int) -> Classifier:
-    return Classifier(config.backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+    own = config.model_dump(include={"pretrained", "norm", "drop_path"})
+    return Classifier(config.backbone, num_classes, **own)
 
 
 NETWORKS: dict[str, Network] = {

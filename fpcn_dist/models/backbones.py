@@ -8,9 +8,13 @@ Legend: B images, C channels and H x W cells of the feature map.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import itertools
+import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from fpcn_dist.models import weights
 from fpcn_dist.models.base import Backbone
 from fpcn_dist.models.lenet import LeNet
+from fpcn_dist.models.sizes import REFUSALS, explain_refusal
 from fpcn_dist.runtime.errors import UserError, nearest
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -30,10 +35,18 @@ ALIASES = {"mobilenet_v1": "mobilenetv1_100"}
 _TORCHVISION = "torchvision/"
 """Before a name: torchvision's network, though timm has one of the same name."""
 
+Way = Callable[[Any, Tensor], Tensor]
+"""How a network of timm turns images [B, 3, H', W'] into features [B, C, H, W]."""
+
 _IMAGENET_CLASSES = 1000
 
+_TORCHVISION_SIDE = 224
+"""Side in pixels of the images that its networks take as they are built here."""
 
-def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "batch") -> Backbone:
+
+def build_backbone(
+    name: str, *, pretrained: bool | str = False, norm: str = "batch", drop_path: float | None = None
+) -> Backbone:
     """The backbone called ``name``.
 
     Args:
@@ -56,21 +69,21 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
             "pretrained weights were trained with BatchNorm and mean nothing with GroupNorm",
             "set model.pretrained to false, or use batch, sync_batch or frozen_batch",
         )
-    if name in RESNETS:
-        return ResNet(name, pretrained, norm)
-    if name == "lenet":
-        return LeNet(pretrained, norm)
+    if name in (*RESNETS, "lenet"):
+        if drop_path is not None:
+            raise no_drop_path(name, drop_path)
+        return LeNet(pretrained, norm) if name == "lenet" else ResNet(name, pretrained, norm)
     import timm
     import torchvision
 
     timm_name = ALIASES.get(name, name)
     timms = {*timm.list_models(), *timm.list_pretrained()}
     if timm_name in timms:
-        return TimmNet(timm_name, pretrained, norm)
+        return TimmNet(timm_name, pretrained, norm, drop_path)
     torchvisions = torchvision.models.list_models(module=torchvision.models)
     short = name.removeprefix(_TORCHVISION)
     if short in torchvisions:
-        return TorchvisionNet(short, pretrained, norm)
+        return TorchvisionNet(short, pretrained, norm, drop_path)
     close = difflib.get_close_matches(short, [*RESNETS, *ALIASES, "lenet", *torchvisions, *timms], n=1)
     reason = "there is no such network in torchvision or timm"
     raise UserError("model.backbone", name, reason, nearest(short, close or RESNETS))
@@ -119,7 +132,7 @@ class TorchvisionNet(Backbone):
     Where that layer's input is more than the pooled feature map, it is the features, [B, C, 1, 1].
     """
 
-    def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
+    def __init__(self, name: str, pretrained: bool | str, norm: str, drop_path: float | None) -> None:
         from torchvision import models
 
         # Of the networks that timm lacks, this one has auxiliary classifiers, normalises images in its own way, and
@@ -128,6 +141,8 @@ class TorchvisionNet(Backbone):
         own = {"aux_logits": False, "transform_input": True, "init_weights": True}
         options = own if name == "googlenet" else {}
         net = models.get_model(name, weights=None, **options)
+        if drop_path is not None:
+            _drop_paths(name, net, drop_path)
         linears = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
         classifiers = [(key, layer) for key, layer in linears if layer.out_features == _IMAGENET_CLASSES]
         if not classifiers:
@@ -157,41 +172,145 @@ class TorchvisionNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, C, H, W], or [B, C, 1, 1]."""
         self._check_device(images.device)
-        features = self.net(images)
+        try:
+            features = self.net(images)
+        except REFUSALS as error:
+            explain_refusal(self.net, nn.Module.__call__, images, _TORCHVISION_SIDE, error)
+            raise
         return features if features.ndim == 4 else features[:, :, None, None]
 
 
+def _drop_paths(name: str, net: nn.Module, drop_path: float) -> None:
+    """Let the residual blocks of a network of torchvision drop out with a rate that rises linearly to ``drop_path``."""
+    from torchvision.ops import StochasticDepth
+
+    layers = [module for module in net.modules() if isinstance(module, StochasticDepth)]
+    if not layers:
+        raise no_drop_path(name, drop_path)
+    for index, layer in enumerate(layers):
+        layer.p = drop_path * index / max(1, len(layers) - 1)
+
+
 class TimmNet(Backbone):
-    """Any network of timm. Of one that ends in tokens the features are its class token, or their mean without one."""
+    """Any network of timm. Patch tokens are the cells of a map; class and register tokens are left out of it.
+
+    Of a network without any layout the features are its class token, or the mean of its tokens without one.
+
+    Attributes:
+        ends_in_tokens: whether the map is made of tokens.
+    """
 
     net: Any
 
-    def __init__(self, name: str, pretrained: bool | str, norm: str) -> None:
-        net = weights.timm_model(name, published_weights=pretrained is True)
-        features = _probe(net)
-        has_map = features.ndim == 4
-        if not has_map:
-            features = _one_token(net, features)
-        channels_last = has_map and getattr(net, "output_fmt", "NCHW") == "NHWC"
+    def __init__(self, name: str, pretrained: bool | str, norm: str, drop_path: float | None) -> None:
+        net = _create(name, pretrained is True, drop_path)
+        _norm_before_pooling(net)
+        way, features = _way(name, net)
         removed = _remove_unused(net, features)
         if isinstance(pretrained, str):
-            weights.load_file(net, pretrained, ignored=[*_classifiers(net), *removed])
-        super().__init__(net, features.shape[-1 if channels_last else 1], norm, has_map=has_map)
-        self.channels_last = channels_last
+            ignored = [*_classifiers(net), *removed, *_lacking(name, net)]
+            weights.load_file(net, pretrained, ignored, functools.partial(_adapted, net))
+        super().__init__(net, features.shape[1], norm, has_map=way is not _vector)
+        self.published_side: int = net.pretrained_cfg["input_size"][-1]
+        self.ends_in_tokens = way in (_tokens, _raw_tokens)
+        self._way = way
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features [B, C, H, W], or [B, C, 1, 1]."""
         self._check_device(images.device)
-        features = self.net.forward_features(images)
-        if not self.has_map:
-            return _one_token(self.net, features)[:, :, None, None]
-        return features.permute(0, 3, 1, 2) if self.channels_last else features
+        try:
+            return self._way(self.net, images)
+        except REFUSALS as error:
+            explain_refusal(self.net, self._way, images, self.published_side, error)
+            raise
+
+
+def _create(name: str, published_weights: bool, drop_path: float | None) -> Any:
+    """The network, for images of any size where it has a way to take them."""
+    rates = {} if drop_path is None else {"drop_path_rate": drop_path}
+    ways: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+    for sizes in ways:
+        try:
+            net = weights.timm_model(name, published_weights=published_weights, **sizes, **rates)
+        except TypeError as error:
+            if "drop_path_rate" in str(error):
+                raise no_drop_path(name, drop_path) from None
+            if not sizes:
+                raise
+        else:
+            break
+    if drop_path and not any("droppath" in type(module).__name__.lower() for module in net.modules()):
+        raise no_drop_path(name, drop_path)
+    return net
+
+
+def no_drop_path(name: str, drop_path: float | None) -> UserError:
+    """The error of a network without stochastic depth that is asked for it."""
+    reason = f"{name} has no stochastic depth"
+    return UserError(
+        "model.drop_path", drop_path, reason, "set it to null, or use another network, such as convnext_tiny"
+    )
+
+
+def _norm_before_pooling(net: Any) -> None:
+    """Normalise every token where the published network normalises their mean, as pooling is not the network's here."""
+    if isinstance(getattr(net, "norm", None), nn.Identity) and any(True for _ in _parameters(net, "fc_norm")):
+        net.norm, net.fc_norm = net.fc_norm, nn.Identity()
+
+
+def _parameters(net: Any, name: str) -> Iterable[nn.Parameter]:
+    module = getattr(net, name, None)
+    return module.parameters() if isinstance(module, nn.Module) else ()
+
+
+def _way(name: str, net: Any) -> tuple[Way, Tensor]:
+    """How the features come out of ``net``, and those of a blank image of the size that it was published for, with
+    their autograd graph."""
+    net.eval()
+    blank = torch.zeros(1, *net.pretrained_cfg["input_size"])
+    try:
+        features = net.forward_features(blank)
+        if not isinstance(features, Tensor):
+            reason = "its features are several tensors, of which none is the map"
+            raise UserError("model.backbone", name, reason, "use another network (docs/backbones.md lists them)")
+        if features.ndim == 4:
+            nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
+            return (_last_channels, features.permute(0, 3, 1, 2)) if nhwc else (_map, features)
+        # timm knows of each network whether its tokens lie on a grid, and in which order.
+        if features.ndim == 3 and hasattr(net, "forward_intermediates"):
+            with contextlib.suppress(AssertionError):  # of Hiera, which normalises after the pooling alone
+                return _tokens, _tokens(net, blank)
+            return _raw_tokens, _raw_tokens(net, blank)
+        return _vector, _one_token(net, features)
+    finally:
+        net.train()
+
+
+def _map(net: Any, images: Tensor) -> Tensor:
+    return net.forward_features(images)
+
+
+def _last_channels(net: Any, images: Tensor) -> Tensor:
+    return net.forward_features(images).permute(0, 3, 1, 2)
+
+
+def _tokens(net: Any, images: Tensor) -> Tensor:
+    return net.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[-1]
+
+
+def _raw_tokens(net: Any, images: Tensor) -> Tensor:
+    return net.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)[-1]
+
+
+def _vector(net: Any, images: Tensor) -> Tensor:
+    return _one_token(net, net.forward_features(images))
 
 
 def _one_token(net: Any, features: Tensor) -> Tensor:
-    """[B, N, C] or [B, C] to [B, C]."""
-    if features.ndim == 2:
-        return features
-    return features[:, 0] if getattr(net, "num_prefix_tokens", 0) else features.mean(1)
+    """[B, N, C] or [B, C] to [B, C, 1, 1]."""
+    if features.ndim == 3:
+        features = features[:, 0] if getattr(net, "num_prefix_tokens", 0) else features.mean(1)
+    return features[:, :, None, None]
 
 
 def _classifiers(net: Any) -> list[str]:
@@ -199,19 +318,38 @@ def _classifiers(net: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _probe(net: Any) -> Tensor:
-    """Features of one blank image of the size that ``net`` was published for, with their autograd graph."""
-    net.eval()
-    features = net.forward_features(torch.zeros(1, *net.pretrained_cfg["input_size"]))
-    net.train()
-    return features
+def _lacking(name: str, net: nn.Module) -> list[str]:
+    """Modules of the published network called ``name`` that ``net`` does without."""
+    import timm
+
+    with torch.device("meta"):
+        published = timm.create_model(name).state_dict()
+    return sorted({key.rpartition(".")[0] for key in published.keys() - net.state_dict().keys()})
+
+
+def _adapted(net: Any, read: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the same network in its authors' names or for other image sizes, as timm reads published ones.
+
+    timm would also make patches of another size fit, which are another network's.
+    """
+    if "norm.weight" in net.state_dict() and "norm.weight" not in read:
+        read = {key.replace("fc_norm.", "norm.") if key.startswith("fc_norm.") else key: t for key, t in read.items()}
+    adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if adapt is None:
+        return read
+    try:
+        adapted = adapt(dict(read), net)
+    except Exception:  # the weights of another network can raise anything
+        return read
+    reshaped = [key for key in adapted.keys() & read.keys() if adapted[key].shape != read[key].shape]
+    return adapted if all("pos" in key for key in reshaped) else read
 
 
 def _remove_unused(net: nn.Module, features: Tensor) -> list[str]:
     """Take out of ``net`` the modules whose parameters ``features`` do not depend on; returns their names.
 
     Some networks normalise or project after the pooling, which is ours. Parameters that never get a gradient would
-    make data-parallel training fail.
+    make data-parallel training fail; of a module that is used for others they stay as buffers.
     """
     used, visited = set(), set()
     nodes: list[Any] = [features.grad_fn]
@@ -229,4 +367,9 @@ def _remove_unused(net: nn.Module, features: Tensor) -> list[str]:
         if parameters and not inside_removed and not any(id(parameter) in used for parameter in parameters):
             net.set_submodule(name, nn.Identity())
             removed.append(name)
+    for module in net.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and id(parameter) not in used:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
     return removed

@@ -16,7 +16,8 @@ class Classifier(nn.Module):
     """Backbone, global average pooling, one linear layer.
 
     Args:
-        backbone: the network, or its name for :func:`build_backbone`, as for ``pretrained`` and ``norm``.
+        backbone: the network, or its name for :func:`build_backbone`, as for ``pretrained``, ``norm`` and
+            ``drop_path``.
         num_classes: K.
         features: width of the pooled vectors; ``None``: the backbone's channels.
     """
@@ -30,11 +31,12 @@ class Classifier(nn.Module):
         *,
         pretrained: bool | str = False,
         norm: str = "batch",
+        drop_path: float | None = None,
         features: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(backbone, str):
-            backbone = build_backbone(backbone, pretrained=pretrained, norm=norm)
+            backbone = build_backbone(backbone, pretrained=pretrained, norm=norm, drop_path=drop_path)
         self.backbone = backbone
         self.classifier = nn.Linear(features or backbone.channels, num_classes)
 

@@ -37,7 +37,8 @@ class FPCN(Classifier):
 
     def __init__(self, backbone: str = "resnet101", num_classes: int = 200, **options: Any) -> None:
         config = ModelConfig(backbone=backbone, **{"pretrained": False, **options})
-        super().__init__(backbone, num_classes, pretrained=config.pretrained, norm=config.norm)
+        own = config.model_dump(include={"pretrained", "norm", "drop_path"})
+        super().__init__(backbone, num_classes, **own)
         if config.companion and not isinstance(self.backbone, ResNet):
             raise UserError(
                 "model.companion",
@@ -50,7 +51,7 @@ class FPCN(Classifier):
                 "model.backbone",
                 backbone,
                 "it gives no feature map in which a region could be found",
-                "use a network that keeps the image's layout (ResNets, swin, ...), or set model.region to 'none'",
+                "use a network that keeps the image's layout (docs/backbones.md), or set model.region to 'none'",
             )
         self.config = config
         channels = self.backbone.channels

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import safetensors.torch
@@ -16,33 +17,37 @@ from torch import Tensor, nn
 
 from fpcn_dist.runtime.errors import UserError
 
+Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Turns a state dict into one of other names or shapes."""
+
 NETWORK_TIMEOUT = 5.0
 """Seconds that a hub may take to answer before it counts as out of reach."""
 
 _WAYS_OUT = "give the path of a .pth or .safetensors file, or false to train from scratch"
 
 
-def load_file(net: nn.Module, path: str | Path, ignored: Sequence[str] = ()) -> None:
+def load_file(
+    net: nn.Module, path: str | Path, ignored: Sequence[str] = (), adapt: Adapt = lambda weights: weights
+) -> None:
     """Load a weights file into ``net``: torchvision's, timm's, or the model.safetensors of a run of this project.
 
     Args:
         net: whose state dict the file must match, but for counters of BatchNorm batches.
         path: .safetensors, or anything that ``torch.load`` reads without running code from it.
         ignored: names of modules (a classifier) that the file may hold and ``net`` lacks.
+        adapt: makes weights fit that do not as they are: of the same network for other image sizes, or in the names
+            of its authors.
 
     Raises:
         UserError: no such file, not a weights file, or the weights of another network.
     """
     path = Path(path).expanduser()
-    weights = _own_backbone(_read(path))
-    foreign = tuple(f"{name}." for name in ignored)
-    weights = {key: value for key, value in weights.items() if not key.startswith(foreign)}
-    expected = net.state_dict()
-    problems = {
-        "missing": [key for key in expected.keys() - weights.keys() if not key.endswith("num_batches_tracked")],
-        "unexpected": list(weights.keys() - expected.keys()),
-        "reshaped": [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape],
-    }
+    read, expected = _own_backbone(_read(path)), net.state_dict()
+    weights = _without(ignored, read)
+    problems = _problems(expected, weights)
+    if any(problems.values()):
+        weights = _without(ignored, adapt(read))
+        problems = _problems(expected, weights)
     if any(problems.values()):
         found = [f"{len(keys)} {kind} (such as {min(keys)})" for kind, keys in problems.items() if keys]
         raise UserError(
@@ -52,6 +57,19 @@ def load_file(net: nn.Module, path: str | Path, ignored: Sequence[str] = ()) -> 
             "give a file of this backbone, or set model.backbone to the one that the file was made for",
         )
     net.load_state_dict(weights, strict=False)
+
+
+def _without(modules: Sequence[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    foreign = tuple(f"{name}." for name in modules)
+    return {key: value for key, value in weights.items() if not key.startswith(foreign)}
+
+
+def _problems(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, list[str]]:
+    return {
+        "missing": [key for key in expected.keys() - weights.keys() if not key.endswith("num_batches_tracked")],
+        "unexpected": list(weights.keys() - expected.keys()),
+        "reshaped": [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape],
+    }
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -99,15 +117,21 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
 
 
-def timm_model(name: str, *, published_weights: bool) -> nn.Module:
+def timm_model(name: str, *, published_weights: bool, **options: Any) -> nn.Module:
     """A timm model without its classifier; with its published weights, from timm's cache or the hub, if asked for.
+
+    Args:
+        name: of timm.
+        published_weights: whether it starts from them.
+        **options: of its constructor.
 
     Raises:
         UserError: nobody published weights, or they are not in the cache and the hub is out of reach.
+        TypeError: its constructor has no such option.
     """
     import timm
 
-    create = functools.partial(timm.create_model, name, num_classes=0, global_pool="")
+    create = functools.partial(timm.create_model, name, num_classes=0, **options)
     if not published_weights:
         return create()
     published = timm.get_pretrained_cfg(name)

@@ -19,6 +19,9 @@ class ModelConfig(Schema):
     """true: ImageNet weights from the hub or its cache; a path: a weights file; false: from scratch."""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
     """Normalisation layers: as published, synchronised across GPUs, frozen statistics, or GroupNorm."""
+    drop_path: Fraction | None = None
+    """Stochastic depth: how often the last residual block is left out in training, the ones before it less often down
+    to never; null: as the network was published."""
     region: Literal["threshold", "largest", "none"] = "threshold"
     """Eq. 3's region: all cells above the mean, the largest connected part of them, or no mask at all."""
     companion: bool = False

@@ -11,7 +11,7 @@ from fpcn_kernels import MaskedPool
 from torch import Tensor, nn
 
 from fpcn_dist.models import weights
-from fpcn_dist.models.backbones import build_backbone
+from fpcn_dist.models.backbones import build_backbone, no_drop_path
 from fpcn_dist.models.base import Backbone
 from fpcn_dist.models.classifier import Classifier, whole_image
 from fpcn_dist.recipe.schema import ModelConfig
@@ -35,9 +35,13 @@ class BilinearCNN(Classifier):
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         if config.backbone == "vgg16":
+            if config.drop_path is not None:
+                raise no_drop_path("vgg16", config.drop_path)
             backbone: Backbone = VGG16(config.pretrained, config.norm)
         else:
-            backbone = build_backbone(config.backbone, pretrained=config.pretrained, norm=config.norm)
+            backbone = build_backbone(
+                config.backbone, pretrained=config.pretrained, norm=config.norm, drop_path=config.drop_path
+            )
         if not backbone.has_map:
             reason = "it gives no feature map whose channels could be multiplied"
             raise UserError("model.backbone", config.backbone, reason, "use vgg16, or another network with a map")

@@ -64,7 +64,9 @@ class MMALNet(Classifier):
     backbone: ResNet
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
-        backbone = build_backbone(config.backbone, pretrained=config.pretrained, norm=config.norm)
+        backbone = build_backbone(
+            config.backbone, pretrained=config.pretrained, norm=config.norm, drop_path=config.drop_path
+        )
         if not isinstance(backbone, ResNet):
             reason = f"it is not known which block of {config.backbone} comes before the last, which MMAL-Net needs"
             raise UserError("model.backbone", config.backbone, reason, "use resnet18, resnet34, resnet50 or resnet101")

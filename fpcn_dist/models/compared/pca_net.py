@@ -41,7 +41,9 @@ class PCANet(Classifier):
         if config.backbone not in ("resnet50", "resnet101"):
             reason = "PCA-Net reads its maps from inside a bottleneck block of torchvision's ResNets"
             raise UserError("model.backbone", config.backbone, reason, "use resnet50 or resnet101")
-        backbone = _cut(build_backbone(config.backbone, pretrained=config.pretrained, norm=config.norm))
+        backbone = _cut(
+            build_backbone(config.backbone, pretrained=config.pretrained, norm=config.norm, drop_path=config.drop_path)
+        )
         super().__init__(backbone, num_classes, features=FEATURES * ATTENTION)
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:

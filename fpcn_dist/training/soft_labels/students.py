@@ -52,6 +52,7 @@ def _require_seeing(student: str, recipe: Recipe) -> None:
     try:
         with torch.inference_mode():
             backbone(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = f"it cannot see images of {size} px ({' '.join(str(error).split())[:200]})"
+    except (UserError, RuntimeError, AssertionError, ValueError) as error:
+        why = f"{error.reason}; {error.hint}" if isinstance(error, UserError) else " ".join(str(error).split())[:200]
+        reason = f"it cannot see images of {size} px ({why})"
         raise UserError("--students", student, reason, "leave it out, or change data.crop, the teacher's too") from None

@@ -109,7 +109,7 @@ def test_moving_average_follows_the_weights():
 
 def test_a_frozen_backbone_stays_and_thaws():
     chosen = recipe()
-    frozen = engine_for(chosen, frozen_backbone=True)
+    frozen = engine_for(chosen, freeze="backbone")
     before = frozen.state(0).weights
     steps(frozen, 0, 2)
     state = frozen.state(2)
@@ -125,12 +125,12 @@ def test_a_frozen_backbone_stays_and_thaws():
     assert isinstance(after, TrainingState) and set(state.optimizer) < set(after.optimizer)
 
 
-@pytest.mark.parametrize("frozen_backbone", [False, True])
-def test_frozen_norms_never_learn(frozen_backbone):
+@pytest.mark.parametrize("freeze", ["none", "stem", "backbone"])
+def test_frozen_norms_never_learn(freeze):
     """Their scales and shifts neither, whether the backbone learns from the start or thaws."""
     chosen = recipe(model=MODEL | {"norm": "frozen_batch"})
-    engine = engine_for(chosen, frozen_backbone=frozen_backbone)
-    if frozen_backbone:
+    engine = engine_for(chosen, freeze=freeze)
+    if freeze != "none":
         engine = engine_for(chosen, state=engine.state(0))
     before = engine.state(0).weights
     steps(engine, 0, 2)
