@@ -19,7 +19,7 @@ from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.images import check_images
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.data.normalisation import STD
+from fpcn_dist.recipe.preprocessing import IMAGENET, Interpolation
 from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
 from fpcn_dist.runtime.errors import UserError
 
@@ -72,17 +72,19 @@ def _photographs(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 @needs_dali
-@pytest.mark.parametrize(("resize", "crop"), [(104, 96), (300, 120)])
-def test_backends_give_the_same_images_in_every_form(tmp_path: Path, resize: int, crop: int) -> None:
+@pytest.mark.parametrize(("resize", "crop", "interpolation"), [(104, 96, "bilinear"), (300, 120, "bicubic")])
+def test_backends_give_the_same_images_in_every_form(
+    tmp_path: Path, resize: int, crop: int, interpolation: Interpolation
+) -> None:
     plain, deep = _photographs(tmp_path)
     paths = plain + deep
     rng = np.random.default_rng(2)
     crops = np.stack([*rng.integers(0, resize - crop + 1, (2, len(paths))), rng.integers(0, 2, len(paths))], axis=1)
-    config = DataConfig(resize=resize, crop=crop)
+    config = DataConfig(resize=resize, crop=crop, interpolation=interpolation)
     dali, ours = (_decoded(paths, crops, config.changed(backend=name)) for name in ("dali", "torchvision"))
     assert dali.shape == ours.shape == (len(paths), 3, crop, crop) and ours.is_contiguous()
     for path, one, other in zip(paths, dali, ours, strict=True):
-        difference = ((one - other).abs() * torch.tensor(STD).view(3, 1, 1)).max()
+        difference = ((one - other).abs() * torch.tensor(IMAGENET.std).view(3, 1, 1)).max()
         assert difference < (LEVEL if path in deep else 1e-6), path.name
     for name in ("dali", "torchvision"):
         assert all(check.ok for check in check_images(paths, 10**8, backend=name))
@@ -125,7 +127,7 @@ def test_backends_give_the_same_batches(rocks: Path) -> None:
     assert manifests[0] == manifests[1] and len(batches[0]) == len(batches[1]) > 3
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.image_ids, other.image_ids) and torch.equal(one.crops, other.crops)
-        assert (one.images - other.images).abs().max() < LEVEL / max(STD)
+        assert (one.images - other.images).abs().max() < LEVEL / max(IMAGENET.std)
 
 
 @pytest.fixture

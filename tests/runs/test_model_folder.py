@@ -104,6 +104,7 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
         "crop": 64,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
+        "interpolation": "bilinear",
     }
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
@@ -153,7 +154,7 @@ def test_a_missing_file_is_named(damaged: Path, name: str) -> None:
         ("{", "is not JSON"),
         ("[]", "was not written by fpcn_dist"),
         ('{"architectures": ["BertModel"], "hidden_size": 768}', "was not written by fpcn_dist"),
-        ('{"fpcn_dist_version": "9.0", "format": 2}', r"has format 2 \(fpcn_dist 9.0\).*install fpcn_dist 9.0"),
+        ('{"fpcn_dist_version": "9.0", "format": 3}', r"has format 3 \(fpcn_dist 9.0\).*install fpcn_dist 9.0"),
         ('{"fpcn_dist_version": "0.1.0", "format": 1}', "is damaged"),
     ],
 )
@@ -169,7 +170,9 @@ def test_a_foreign_config_is_refused(damaged: Path, text: str, message: str) -> 
         (("model", "hidden"), "wide"),
         (("model", "unknown_field"), 1),
         (("id2label",), {"0": "a", "2": "b"}),
-        (("preprocessing", "mean"), [0.5, 0.5, 0.5]),
+        (("preprocessing", "mean"), [0.5, 0.5]),
+        (("preprocessing", "std"), [0.5, 0.5, 0.0]),
+        (("preprocessing", "interpolation"), "lanczos"),
         (("preprocessing", "crop"), 100),
         (("task",), "segment"),
         (("model",), None),
