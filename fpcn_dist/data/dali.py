@@ -7,7 +7,8 @@ The image is resized to ``resize`` x ``resize``, without keeping its aspect rati
 CPU the resizing is PyTorch's inside DALI's pipeline: the same filter, vectorised for uint8, in a fraction of the time
 that DALI's takes.
 The two differ by at most one grey level, save in the outermost pixels of the whole resized image, beyond which DALI
-repeats the last pixel of the source where PyTorch and Pillow see none.
+repeats the last pixel of the source where PyTorch and Pillow see none; and where the cubic filter overshoots black or
+white, which PyTorch and Pillow clip after each of their two passes and DALI once: by up to ten, in a pixel of 2,000.
 """
 # DALI and nvImageCodec make their operators and types at import, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -90,25 +91,44 @@ def test_backends_give_the_same_images_in_every_form(
         assert all(check.ok for check in check_images(paths, 10**8, backend=name))
 
 
-@needs_dali
-@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
-def test_both_resizers_agree(rocks: Path, resize: int, crop: int) -> None:
-    """The GPU's resizer, here on the CPU, against the CPU's: one grey level, away from the edge of the whole image."""
+def _by_both_resizers(sources: list[np.ndarray], corners: np.ndarray, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """[B, crop, crop, 3] grey levels by the GPU's resizer, here on the CPU, and by the CPU's."""
     from nvidia.dali import Pipeline, fn
 
     from fpcn_dist.data.dali import resize_by_dali, resize_by_torch
 
-    config = DataConfig(resize=resize, crop=crop)
-    sources = [np.asarray(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
-    rng = np.random.default_rng(1)
-    corners = rng.integers(1, resize - crop, size=(len(sources), 2), dtype=np.int32)
     pipeline = Pipeline(batch_size=len(sources), num_threads=1, device_id=None)
     with pipeline:
         decoded, corner = fn.external_source(source=[(sources, corners)], num_outputs=2, layout=["HWC", None])
         pipeline.set_outputs(resize_by_dali(decoded, corner, config), resize_by_torch(decoded, corner, config, 1))
     dali, ours = (torch.from_dlpack(out.as_tensor()).int() for out in pipeline.run())
-    assert dali.shape == ours.shape == (len(sources), crop, crop, 3)
+    assert dali.shape == ours.shape == (len(sources), config.crop, config.crop, 3)
+    return dali, ours
+
+
+@needs_dali
+@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
+def test_both_resizers_agree(rocks: Path, resize: int, crop: int) -> None:
+    """One grey level, away from the edge of the whole image."""
+    sources = [np.asarray(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    corners = np.random.default_rng(1).integers(1, resize - crop, size=(len(sources), 2), dtype=np.int32)
+    dali, ours = _by_both_resizers(sources, corners, DataConfig(resize=resize, crop=crop))
     assert (dali - ours).abs().max() <= 1
+
+
+@needs_dali
+@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
+def test_both_resizers_agree_on_the_cubic_filter_but_where_it_overshoots(rocks: Path, resize: int, crop: int) -> None:
+    """The CPU's clips after each of its two passes, as Pillow's does; the GPU's once, as arithmetic has it."""
+    sources = [np.array(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    start = (resize - crop) // 2
+    corners = np.full((len(sources), 2), start, dtype=np.int32)
+    dali, ours = _by_both_resizers(sources, corners, DataConfig(resize=resize, crop=crop, interpolation="bicubic"))
+    whole = [torch.from_numpy(source).permute(2, 0, 1)[None].double() for source in sources]
+    whole = [F.interpolate(image, (resize, resize), mode="bicubic", antialias=True) for image in whole]
+    exact = torch.cat(whole).clamp(0, 255).permute(0, 2, 3, 1)[:, start : start + crop, start : start + crop]
+    assert (dali - exact).abs().max() < 0.6
+    assert ((dali - ours).abs() > 1).double().mean() < 1e-3
 
 
 @needs_dali

@@ -14,6 +14,7 @@ from torch import nn
 
 from fpcn_dist import __version__
 from fpcn_dist.models import build_model
+from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.evaluation import AreaScore, ClassScore, Evaluation
 from fpcn_dist.runs.model_folder import load_model, save_model, write_card
@@ -107,6 +108,13 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
         "interpolation": "bilinear",
     }
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_model_of_before_others_were_known_was_shown_images_as_for_imagenet(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text()) | {"format": 1}
+    del config["preprocessing"]["interpolation"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert load_model(damaged)[1].preprocessing.preprocessing == IMAGENET
 
 
 def test_loading_asks_no_network_for_pretrained_weights(damaged: Path) -> None:
