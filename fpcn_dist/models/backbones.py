@@ -9,7 +9,6 @@ Legend: B images, C channels and H x W cells of the feature map.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import itertools
 import sys
@@ -23,17 +22,10 @@ from torch import Tensor, nn
 from fpcn_dist.models import weights
 from fpcn_dist.models.base import Backbone
 from fpcn_dist.models.lenet import LeNet
+from fpcn_dist.models.packaged import PACKAGED, packaged_file
+from fpcn_dist.models.published import RESNETS, find_network
 from fpcn_dist.models.sizes import REFUSALS, explain_refusal
-from fpcn_dist.runtime.errors import UserError, nearest
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-"""torchvision's, though timm has networks of the same names."""
-
-ALIASES = {"mobilenet_v1": "mobilenetv1_100"}
-"""Names of this project for networks of timm."""
-
-_TORCHVISION = "torchvision/"
-"""Before a name: torchvision's network, though timm has one of the same name."""
+from fpcn_dist.runtime.errors import UserError
 
 Way = Callable[[Any, Tensor], Tensor]
 """How a network of timm turns images [B, 3, H', W'] into features [B, C, H, W]."""
@@ -50,10 +42,10 @@ def build_backbone(
     """The backbone called ``name``.
 
     Args:
-        name: one of :data:`RESNETS` or :data:`ALIASES`; "lenet"; a model of timm, with or without a tag; a classifier
-            of torchvision whose name timm does not have, or any with "torchvision/" before its name.
-        pretrained: ``True``: ImageNet weights from the hub or its cache; a path: a weights file of this network, its
-            classifier included or not; ``False``: freshly initialised.
+        name: see :func:`fpcn_dist.models.published.find_network`.
+        pretrained: ``True``: ImageNet weights from the hub or its cache; "packaged": those of an installed package; a
+            path: a weights file of this network, its classifier included or not, or a model or checkpoint of this
+            project with this backbone; ``False``: freshly initialised.
         norm: ``"batch"``: normalisation as published; ``"sync_batch"``: BatchNorm over all ranks; ``"frozen_batch"``:
             BatchNorm with its statistics and affine parameters as they were loaded; ``"group"``: GroupNorm instead.
 
@@ -69,24 +61,16 @@ def build_backbone(
             "pretrained weights were trained with BatchNorm and mean nothing with GroupNorm",
             "set model.pretrained to false, or use batch, sync_batch or frozen_batch",
         )
-    if name in (*RESNETS, "lenet"):
-        if drop_path is not None:
-            raise no_drop_path(name, drop_path)
-        return LeNet(pretrained, norm) if name == "lenet" else ResNet(name, pretrained, norm)
-    import timm
-    import torchvision
-
-    timm_name = ALIASES.get(name, name)
-    timms = {*timm.list_models(), *timm.list_pretrained()}
-    if timm_name in timms:
-        return TimmNet(timm_name, pretrained, norm, drop_path)
-    torchvisions = torchvision.models.list_models(module=torchvision.models)
-    short = name.removeprefix(_TORCHVISION)
-    if short in torchvisions:
-        return TorchvisionNet(short, pretrained, norm, drop_path)
-    close = difflib.get_close_matches(short, [*RESNETS, *ALIASES, "lenet", *torchvisions, *timms], n=1)
-    reason = "there is no such network in torchvision or timm"
-    raise UserError("model.backbone", name, reason, nearest(short, close or RESNETS))
+    network = find_network(name)
+    if pretrained == PACKAGED:
+        pretrained = str(packaged_file(network))
+    if network.library == "timm":
+        return TimmNet(network.name, pretrained, norm, drop_path)
+    if network.library == "torchvision" and name not in RESNETS:
+        return TorchvisionNet(network.name, pretrained, norm, drop_path)
+    if drop_path is not None:
+        raise no_drop_path(name, drop_path)
+    return LeNet(pretrained, norm) if network.library == "own" else ResNet(name, pretrained, norm)
 
 
 class ResNet(Backbone):

@@ -146,7 +146,8 @@ def test_what_is_written_and_printed(exported: tuple[Path, str], rocks: Path) ->
         assert (metadata["resize"], metadata["crop"], metadata["task"]) == ("104", "96", "contrast")
         assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
         assert json.loads(metadata["std"]) == [0.229, 0.224, 0.225]
-        assert metadata["format"] == "1" and metadata["fpcn_dist_version"]
+        assert metadata["interpolation"] == "bilinear"
+        assert metadata["format"] == "2" and metadata["fpcn_dist_version"]
         (line,) = [line for line in text.splitlines() if line.startswith("│ " + name + " ")]
         assert f"{path.stat().st_size / 1e6:.1f} MB" in line and line.count("%") == 1
         content = path.read_bytes()
@@ -162,7 +163,7 @@ def test_only_the_backbone_is_quantised_and_the_logits_survive(exported: tuple[P
     for node in graph.node:
         quantised = all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
         assert node.op_type not in ("Conv", "Gemm") or quantised == (node.op_type == "Conv"), node.name
-    pixels = [onnx_predict.read_image(path, 104, 96) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    pixels = [onnx_predict.read_image(path, 104, 96, "bilinear") for path in sorted(rocks.rglob("*.jpg"))[::6]]
     expected, _ = fp32.run(fp32.normalise(pixels))
     found, _ = int8.run(int8.normalise(pixels))
     error = found - expected

@@ -28,6 +28,7 @@ from rich.progress import track
 
 from fpcn_dist.data.loader import ViewLoader
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.recipe.preprocessing import Interpolation, Mean, Preprocessing, Std
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import write_text
@@ -52,6 +53,9 @@ class BankKey:
     crop: int
     flip: bool
     precision: str
+    mean: Mean
+    std: Std
+    interpolation: Interpolation
 
     @classmethod
     def of(cls, recipe: Recipe, manifest: Manifest) -> BankKey:
@@ -67,6 +71,7 @@ class BankKey:
             data.crop,
             data.flip,
             recipe.train.precision,
+            **data.preprocessing.model_dump(),
         )
 
 
@@ -231,7 +236,7 @@ def _read(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / META).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not isinstance(values.get("chunk"), int):
             raise ValueError("a field is missing")
-        return values
+        return values | Preprocessing.recorded(values).model_dump()
     except (ValueError, OSError) as error:
         raise UserError("bank", folder / META, f"is not the description of a bank ({error})", "remove it") from None
 
@@ -239,5 +244,5 @@ def _read(folder: Path) -> dict[str, Any]:
 def _differences(found: dict, wanted: dict) -> Iterator[str]:
     for name, value in wanted.items():
         if found.get(name) != value:
-            before, now = (str(v)[:16] for v in (found.get(name), value))
+            before, now = (v[:16] if isinstance(v, str) else v for v in (found.get(name), value))
             yield f"{name} {before} instead of {now}"
