@@ -20,6 +20,7 @@ class Backbone(nn.Module):
         net: the network itself, under the names of its library, less what follows the feature map.
         channels: C.
         has_map: whether the features still have places, or are one vector [B, C, 1, 1].
+        frozen: whether nothing of it learns. It is then a constant function: it stays in evaluation mode.
     """
 
     net: nn.Module
@@ -30,10 +31,11 @@ class Backbone(nn.Module):
         self.channels = channels
         self.has_map = has_map
         self.norm = norm
+        self.frozen = False
         self.train()
 
     def train(self, mode: bool = True) -> Backbone:
-        super().train(mode)
+        super().train(mode and not self.frozen)
         if self.norm == "frozen_batch":
             for layer in batch_norms(self.net):
                 layer.eval()
@@ -42,6 +44,8 @@ class Backbone(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Backbone:
         """Freeze or thaw the network, less the norms that ``model.norm`` keeps frozen whatever happens."""
         super().requires_grad_(requires_grad)
+        self.frozen = not requires_grad
+        self.train(self.training)
         if self.norm == "frozen_batch":
             freeze(self.net)
         return self

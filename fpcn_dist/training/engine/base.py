@@ -50,7 +50,10 @@ class Engine(Protocol):
 
 
 def prepare_task(task: Task, recipe: Recipe, ranks: Ranks, frozen_backbone: bool, state: TrainingState | None) -> Task:
-    """Place the task on its device, trainable as wanted, with the weights of ``state`` if there is one."""
+    """Place the task on its device, trainable as wanted, with the weights of ``state`` if there is one.
+
+    A frozen backbone stays in evaluation mode: it is a constant function, whose statistics do not move either.
+    """
     if state is not None:
         task.load_state_dict(state.weights)
     task = task.to(ranks.device)

@@ -108,14 +108,20 @@ def test_moving_average_follows_the_weights():
 
 
 def test_a_frozen_backbone_stays_and_thaws():
-    chosen = recipe()
+    """Its BatchNorm statistics, too: it is a constant function."""
+    chosen = recipe(model=MODEL | {"norm": "batch"})
     frozen = engine_for(chosen, frozen_backbone=True)
     before = frozen.state(0).weights
+    frozen.task.eval()
+    first = frozen.encode(batch(), 0)
+    frozen.task.train()
+    assert torch.equal(frozen.encode(batch(), 0), first)
     steps(frozen, 0, 2)
     state = frozen.state(2)
     changed = {name for name in before if not torch.equal(before[name], state.weights[name])}
     assert changed and not any(name.startswith("model.backbone") for name in changed)
     thawed = engine_for(chosen, state=state)
+    assert all(module.training for module in thawed.task.modules())
     steps(thawed, 2, 1)
     after = thawed.state(3)
     assert any(
