@@ -48,7 +48,9 @@ def survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[
 
 def _what_counts(recipe: Recipe) -> Recipe:
     """``recipe`` without the fields that may differ on another cluster, or after a folder has moved."""
-    return recipe.changed(**{"data.threads": None, "distill.teacher": None, "distill.bank": None})
+    return recipe.changed(
+        **{"data.threads": None, "distill.teacher": None, "distill.bank": None, "train.feature_bank": True}
+    )
 
 
 def measure_steps(

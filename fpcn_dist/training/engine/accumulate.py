@@ -41,6 +41,10 @@ def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int
 
 
 def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> TaskOutput:
+    if batch.pooled is not None:
+        output = engine.forward(batch, step)
+        engine.backward(output.loss)
+        return output
     with torch.no_grad(), _running_statistics_kept(engine.task):
         features = [engine.encode(part, step) for part in parts]
     pooled = torch.cat(features).requires_grad_()
