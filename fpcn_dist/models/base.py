@@ -5,11 +5,15 @@ Legend: B images, C channels and H x W cells of the feature map.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fpcn_dist.models.depth import layer_depths
 from fpcn_dist.models.norms import batch_norms, freeze, replace_norms
+from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -20,7 +24,7 @@ class Backbone(nn.Module):
         net: the network itself, under the names of its library, less what follows the feature map.
         channels: C.
         has_map: whether the features still have places, or are one vector [B, C, 1, 1].
-        frozen: whether nothing of it learns. It is then a constant function: it stays in evaluation mode.
+        frozen: how deep the network is frozen; see :meth:`freeze`.
     """
 
     net: nn.Module
@@ -31,21 +35,48 @@ class Backbone(nn.Module):
         self.channels = channels
         self.has_map = has_map
         self.norm = norm
-        self.frozen = False
+        self.frozen: Depth = "none"
         self.train()
 
+    def freeze(self, depth: Depth) -> None:
+        """Let nothing, the stem (the first layer group), or the whole network be a constant function of the images.
+
+        What is frozen does not learn, and stays in evaluation mode in training too: its BatchNorm normalises by the
+        statistics that it has, and nothing in it is dropped.
+        """
+        self.frozen = depth
+        self.requires_grad_()
+        frozen = self._frozen_parameters()
+        for name, parameter in self.net.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def _frozen_parameters(self) -> set[str]:
+        """Names in ``net``."""
+        if self.frozen == "none":
+            return set()
+        deepest = 0 if self.frozen == "stem" else math.inf
+        return {name for name, depth in layer_depths(self.net)[0].items() if depth <= deepest}
+
     def train(self, mode: bool = True) -> Backbone:
-        super().train(mode and not self.frozen)
+        super().train(mode)
         if self.norm == "frozen_batch":
             for layer in batch_norms(self.net):
                 layer.eval()
+        if self.frozen == "backbone":
+            self.net.eval()
+        elif self.frozen == "stem":
+            frozen = self._frozen_parameters()
+            for prefix, module in self.net.named_modules():
+                inside = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+                if inside and frozen.issuperset(inside):
+                    module.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Backbone:
         """Freeze or thaw the network, less the norms that ``model.norm`` keeps frozen whatever happens."""
         super().requires_grad_(requires_grad)
-        self.frozen = not requires_grad
-        self.train(self.training)
         if self.norm == "frozen_batch":
             freeze(self.net)
         return self

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema, truth
 
+Depth = Literal["none", "stem", "backbone"]
+
 
 class OptimConfig(Schema):
     """Optimizer and learning-rate schedule."""
@@ -26,10 +28,23 @@ class OptimConfig(Schema):
     """Learning rate at the end of the cosine."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Largest global gradient norm; null clips nothing."""
-    freeze_backbone_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the start in which only the head learns (the released code: 8)."""
+    freeze: Depth = "none"
+    """What of the network stays as it is: nothing, its first layers, or the whole backbone, so that only the head
+    learns."""
+    freeze_epochs: PositiveInt | None = None
+    """Epochs at the start for which it does (the released code: the backbone for 8); null: for ever."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay per step of an exponential moving average of the weights, which is then what is evaluated."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, values: Any) -> Any:
+        """Older recipes, and the checkpoints of their runs, have ``freeze_backbone_epochs`` for both fields."""
+        if not isinstance(values, dict) or "freeze_backbone_epochs" not in values:
+            return values
+        epochs = values["freeze_backbone_epochs"]
+        now = {"freeze": "none"} if epochs == 0 else {"freeze": "backbone", "freeze_epochs": epochs}
+        return {name: value for name, value in values.items() if name != "freeze_backbone_epochs"} | now
 
 
 class TrainConfig(Schema):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -249,8 +250,7 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
     Raises:
         UserError: naming each field that changed, with both values.
     """
-    # What an older version did not know was as it is by default.
-    before, now = _flat(Recipe().model_dump()) | _flat(info.recipe), _flat(recipe.model_dump())
+    before, now = _flat(_in_todays_fields(info.recipe)), _flat(recipe.model_dump())
     fields = sorted(before.keys() | now.keys())
     changed = [f"{f} {before.get(f)!r} -> {now.get(f)!r}" for f in fields if before.get(f) != now.get(f)]
     changed = [line for line in changed if not _harmless(line.split(" ", 1)[0])]
@@ -258,6 +258,14 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
         what = "of another model" if any(line.startswith("model.") for line in changed) else "of another recipe"
         hint = "use the recipe that the run started with (recipe.yaml in its folder), or another --output"
         raise UserError("checkpoint", path, f"is {what}: {', '.join(changed)}", hint)
+
+
+def _in_todays_fields(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of any version: what an older one did not know was as it is by default."""
+    try:
+        return Recipe.model_validate(recipe).model_dump()
+    except ValidationError:  # of a newer version, whose fields are to be named
+        return recipe
 
 
 def _harmless(field: str) -> bool:

@@ -13,6 +13,7 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.models.cost import peak_flops
+from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState
 from fpcn_dist.runs.evaluation import Evaluation, Evaluator
 from fpcn_dist.runs.folder import RunFolder
@@ -54,7 +55,7 @@ class TrainingRun:
         self.first_step, self.best = start.step, start.best
         self.failure: str | None = None
         self.replaced: list[Replacement] = []
-        self._build(start.state, frozen_backbone=start.step < schedule.frozen)
+        self._build(start.state, recipe.optim.freeze if start.step < schedule.thaw else "none")
         self.features: StoredFeatures | None = None
         if start.step < schedule.frozen:
             self.features = attach_features(recipe, self.engine.task, manifest, ranks, schedule, run.path)
@@ -75,12 +76,12 @@ class TrainingRun:
         flops = 3 * forward_flops(self.engine.task, self.recipe.data.crop, self.schedule.total)
         return flops / peak / self.ranks.world_size
 
-    def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
+    def _build(self, state: TrainingState | None, freeze: Depth = "none") -> None:
         # A state replaces pretrained weights, which may not even be reachable any more.
         recipe = self.recipe if state is None else self.recipe.changed(**{"model.pretrained": False})
         classes, per_epoch = len(self.manifest.classes), self.schedule.per_epoch
         task = build_task(recipe, classes, self.ranks.group, steps_per_epoch=per_epoch)
-        self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
+        self.engine = build_engine(self.recipe, task, self.ranks, freeze=freeze, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:
         """The update that ``step`` makes; ``waited`` are the seconds that its batch was waited for."""
@@ -89,8 +90,8 @@ class TrainingRun:
             self._train(batch, step, waited)
 
     def _train(self, batch: Batch, step: int, waited: float) -> None:
-        if step == self.schedule.frozen and step > self.first_step:
-            # The backbone thaws: a new engine takes the state over.
+        if step == self.schedule.thaw and step > self.first_step:
+            # What was frozen thaws: a new engine takes the state over.
             state = self.engine.state(step)
             self.engine.close()
             self._build(state)

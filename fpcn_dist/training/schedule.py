@@ -14,7 +14,8 @@ class Schedule(NamedTuple):
         batch_size: images of the global batch.
         per_epoch: steps of an epoch.
         total: steps of the run.
-        frozen: steps at the start, in which the backbone does not learn.
+        frozen: steps at the start in which the backbone does not learn; all of them where it never thaws.
+        thaw: the step from which on nothing is frozen; ``total`` where what is frozen never thaws.
         log_every, save_every, eval_every: steps between two log points, checkpoints, evaluations.
     """
 
@@ -22,6 +23,7 @@ class Schedule(NamedTuple):
     per_epoch: int
     total: int
     frozen: int
+    thaw: int
     log_every: int
     save_every: int
     eval_every: int
@@ -29,12 +31,15 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, recipe: Recipe, batch_size: int, per_epoch: int) -> Schedule:
         """The steps of a recipe whose epochs have ``per_epoch`` steps of ``batch_size`` images."""
-        train = recipe.train
+        train, optim = recipe.train, recipe.optim
+        epochs = train.epochs if optim.freeze_epochs is None else min(optim.freeze_epochs, train.epochs)
+        thaw = 0 if optim.freeze == "none" else epochs * per_epoch
         return cls(
             batch_size,
             per_epoch,
             total=train.epochs * per_epoch,
-            frozen=recipe.optim.freeze_backbone_epochs * per_epoch,
+            frozen=thaw if optim.freeze == "backbone" else 0,
+            thaw=thaw,
             log_every=train.log_every,
             save_every=train.checkpoint_every or per_epoch,
             eval_every=train.eval_every * per_epoch,

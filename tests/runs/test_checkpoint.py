@@ -135,12 +135,24 @@ def test_a_checkpoint_of_before_a_field_was_known_resumes(tmp_path):
     """What an older version did not know was as the default is now."""
     older = Recipe().model_dump()
     del older["distill"], older["data"]["views"], older["data"]["backend"]
+    del older["optim"]["freeze"], older["optim"]["freeze_epochs"]
+    older["optim"]["freeze_backbone_epochs"] = 2
     write_checkpoint(tmp_path / "x", state(), CheckpointInfo(3, older, "hash", ("a", "b")))
     said = read_checkpoint(tmp_path / "x")[1]
     assert said.recipe == older
-    require_same_recipe(Recipe(), said, tmp_path)
+    frozen = {"optim": {"freeze": "backbone", "freeze_epochs": 2}}
+    require_same_recipe(Recipe.model_validate(frozen), said, tmp_path)
+    changed = Recipe.model_validate(frozen | {"data": {"views": 4}, "distill": {"alpha": 0.9}})
     with pytest.raises(UserError, match=r"of another recipe: data\.views None -> 4, distill\.alpha 0\.5 -> 0\.9;"):
-        require_same_recipe(Recipe.model_validate({"data": {"views": 4}, "distill": {"alpha": 0.9}}), said, tmp_path)
+        require_same_recipe(changed, said, tmp_path)
+
+
+def test_a_checkpoint_with_a_field_that_nobody_knows_is_of_another_recipe(tmp_path):
+    newer = Recipe().model_dump()
+    newer["optim"]["tomorrow"] = 1
+    write_checkpoint(tmp_path / "x", state(), CheckpointInfo(3, newer, "hash", ("a", "b")))
+    with pytest.raises(UserError, match=r"of another recipe: optim\.tomorrow 1 -> None;"):
+        require_same_recipe(Recipe(), read_checkpoint(tmp_path / "x")[1], tmp_path)
 
 
 def test_a_field_that_this_version_does_not_know_is_refused(tmp_path):

@@ -27,7 +27,7 @@ def test_pretrained_weights_are_fetched_for_the_first_step_alone(tmp_path, rocks
     chosen = recipe(
         "classify",
         model={"pretrained": str(published)},
-        optim={"freeze_backbone_epochs": 1},
+        optim={"freeze": "backbone", "freeze_epochs": 1},
         train={"keep_checkpoints": 9},
     )
     fetched, fetch = [], weights.load_file

@@ -45,7 +45,7 @@ def students(source) -> dict[str, Recipe]:
         "strict": recipe(
             distill=source | {"alpha": 0.9, "temperature": 4.0},
             model={"norm": "batch"},
-            optim={"name": "adamw", "freeze_backbone_epochs": 1},
+            optim={"name": "adamw", "freeze": "backbone", "freeze_epochs": 1},
             train={"micro_batches": 2},
         ),
         "baseline": recipe("classify", train={"log_every": 2}),

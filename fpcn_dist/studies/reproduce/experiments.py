@@ -108,7 +108,7 @@ class Grid:
             "student",
             task="distill",
             data=data.model_dump(),
-            optim={"freeze_backbone_epochs": 0},
+            optim={"freeze": "none"},
             distill=base.distill.model_dump() | {"teacher": str(teacher)},
         )
         return with_seed(student, seed)
@@ -127,8 +127,8 @@ class Grid:
         """A compared system: its own network, task and pairs; all else as FPCN."""
         own = _read(self._systems / f"{name}.yaml")
         optim: dict[str, Any] = {}
-        if not own.get("optim", {}).get("freeze_backbone_epochs"):
-            optim["freeze_backbone_epochs"] = 0
+        if "freeze" not in own.get("optim", {}):
+            optim["freeze"] = "none"
         share = _RATES | (_RATES_FROM_SCRATCH if self.scale == "tiny" else {})
         optim["lr"] = self.base.optim.lr * share.get(name, 1.0)
         model = own.get("model", {})

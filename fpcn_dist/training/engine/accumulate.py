@@ -53,7 +53,7 @@ def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> Task
     assert pooled.grad is not None
     for part, gradient in zip(parts, pooled.grad.split([len(part) for part in parts]), strict=True):
         features_again = engine.encode(part, step)
-        if features_again.requires_grad:  # else the backbone is frozen, and a constant
+        if features_again.requires_grad:  # else the whole backbone is frozen
             engine.backward((features_again * gradient).sum())
     return TaskOutput(output.loss.detach(), output.logits, output.parts)
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task, TaskOutput
@@ -49,15 +50,12 @@ class Engine(Protocol):
         """Let go of what another engine could not be built beside."""
 
 
-def prepare_task(task: Task, recipe: Recipe, ranks: Ranks, frozen_backbone: bool, state: TrainingState | None) -> Task:
-    """Place the task on its device, trainable as wanted, with the weights of ``state`` if there is one.
-
-    A frozen backbone stays in evaluation mode: it is a constant function, whose statistics do not move either.
-    """
+def prepare_task(task: Task, recipe: Recipe, ranks: Ranks, freeze: Depth, state: TrainingState | None) -> Task:
+    """Place the task on its device, its backbone frozen so deep, with the weights of ``state`` if there is one."""
     if state is not None:
         task.load_state_dict(state.weights)
     task = task.to(ranks.device)
-    task.model.backbone.requires_grad_(not frozen_backbone)
+    task.model.backbone.freeze(freeze)
     if recipe.train.compile:
         task.model.backbone.compile()
     return task.train()

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import Task, TaskOutput
@@ -35,10 +36,8 @@ class DDPEngine:
     (``train.micro_batches``), they are added up locally and averaged once, in :meth:`update`.
     """
 
-    def __init__(
-        self, task: Task, recipe: Recipe, ranks: Ranks, *, frozen_backbone: bool, state: TrainingState | None
-    ) -> None:
-        self.task = prepare_task(task, recipe, ranks, frozen_backbone, state)
+    def __init__(self, task: Task, recipe: Recipe, ranks: Ranks, *, freeze: Depth, state: TrainingState | None) -> None:
+        self.task = prepare_task(task, recipe, ranks, freeze, state)
         if recipe.train.channels_last:  # the weights too, or each convolution would convert them
             self.task = self.task.to(memory_format=torch.channels_last)
         self.group = ranks.group

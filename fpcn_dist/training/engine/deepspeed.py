@@ -17,6 +17,7 @@ from torch import Tensor
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runs.checkpoint import TrainingState
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
@@ -43,12 +44,10 @@ class DeepSpeedEngine:
         UserError: DeepSpeed is not installed.
     """
 
-    def __init__(
-        self, task: Task, recipe: Recipe, ranks: Ranks, *, frozen_backbone: bool, state: TrainingState | None
-    ) -> None:
+    def __init__(self, task: Task, recipe: Recipe, ranks: Ranks, *, freeze: Depth, state: TrainingState | None) -> None:
         self.deepspeed = _import_deepspeed()
         self.recipe, self.ranks, self.stage = recipe, ranks, recipe.engine.zero_stage
-        self.task = prepare_task(task, recipe, ranks, frozen_backbone, state)
+        self.task = prepare_task(task, recipe, ranks, freeze, state)
         self.ema = build_ema(recipe, self.task, state)
         # ZeRO 3 shards the parameters in place: keep an unsharded twin to evaluate with.
         self.whole_model = copy.deepcopy(self.task.model) if self.stage == 3 else None

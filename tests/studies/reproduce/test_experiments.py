@@ -101,7 +101,7 @@ def test_all_from_scratch_all_with_one_optimizer():
     assert {n.removesuffix("-seed0"): r.optim.lr for n, r in runs.items() if r.optim.lr != 0.2} == {
         "pca_net": pytest.approx(0.02)
     }
-    frozen = {n.removesuffix("-seed0") for n, r in runs.items() if r.optim.freeze_backbone_epochs}
+    frozen = {n.removesuffix("-seed0") for n, r in runs.items() if r.optim.freeze == "backbone"}
     assert frozen == {"fpcn", "api_net", "bilinear_cnn"}
 
 

@@ -23,7 +23,7 @@ def check(_: int, optim: dict) -> None:
         for stage in range(4):
             engine = {"name": "deepspeed", "zero_stage": stage}
             chosen = recipe(optim=optim, engine=engine, train={"channels_last": True})
-            engine = build_engine(chosen, build_task(chosen, 3), ranks, frozen_backbone=True)
+            engine = build_engine(chosen, build_task(chosen, 3), ranks, freeze="backbone")
             for step in range(2):
                 forward_backward(engine, batch(step, 42), step, 1)
                 engine.update(0.01)
@@ -48,7 +48,7 @@ def check_frozen_norms(_: int) -> None:
     torch.set_num_threads(1)
     with connect() as ranks:
         chosen = recipe(model=MODEL | {"norm": "frozen_batch"}, engine={"name": "deepspeed", "zero_stage": 2})
-        frozen = build_engine(chosen, build_task(chosen, 3), ranks, frozen_backbone=True)
+        frozen = build_engine(chosen, build_task(chosen, 3), ranks, freeze="backbone")
         forward_backward(frozen, batch(0, 42), 0, 1)
         frozen.update(0.01)
         before = frozen.state(1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fpcn_dist.data import loader
-from fpcn_dist.models import Backbone
+from fpcn_dist.models import Backbone, build_backbone
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import UserError
@@ -23,7 +23,8 @@ def frozen(task: str = "contrast", *, epochs: int = 4, of: int = 4, **sections: 
     """``epochs`` frozen ones of 3 steps of 12 images; 42 images x 2 views, all of which are shown within 7 steps."""
     sections["model"] = {"norm": "batch"} | sections.get("model", {})
     sections["train"] = {"epochs": of} | sections.get("train", {})
-    sections["optim"] = {"freeze_backbone_epochs": epochs, "lr": 0.05} | sections.get("optim", {})
+    freeze = {"freeze": "backbone", "freeze_epochs": epochs} if epochs else {"freeze": "stem"}
+    sections["optim"] = freeze | {"lr": 0.05} | sections.get("optim", {})
     return recipe(task, **sections)
 
 
@@ -170,8 +171,6 @@ def test_what_the_head_does_does_not_change_the_features(bank, rocks, tmp_path):
 def test_the_whole_image_does_not_depend_on_the_seed(rocks, tmp_path):
     """Weights from a file and a split of its own, as in a study over seeds: one bank serves them all."""
     weights = tmp_path / "weights.pth"
-    from fpcn_dist.models import build_backbone
-
     torch.manual_seed(0)
     torch.save(build_backbone("test_resnet").net.state_dict(), weights)
     chosen = frozen(
