@@ -25,7 +25,7 @@ from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
 from fpcn_dist.training.engine.optim import learning_rate
-from fpcn_dist.training.feature_bank.attach import StoredFeatures, attach_features
+from fpcn_dist.training.feature_bank.attach import attach_features
 from fpcn_dist.training.meter import StepMeter, forward_flops
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.start import Start
@@ -56,9 +56,8 @@ class TrainingRun:
         self.failure: str | None = None
         self.replaced: list[Replacement] = []
         self._build(start.state, recipe.optim.freeze if start.step < schedule.thaw else "none")
-        self.features: StoredFeatures | None = None
-        if start.step < schedule.frozen:
-            self.features = attach_features(recipe, self.engine.task, manifest, ranks, schedule, run.path)
+        task = self.engine.task
+        self.features = attach_features(recipe, task, manifest, ranks, schedule, run.path, step=start.step)
         self.meter = StepMeter(ranks, schedule.batch_size, None if self.features else self._flops_share())
         self.logger = MetricsLogger(run.path, ranks.rank, start_step=start.step)
 

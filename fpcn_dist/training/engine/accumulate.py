@@ -50,6 +50,8 @@ def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> Task
     pooled = torch.cat(features).requires_grad_()
     output = engine.forward(batch, step, pooled=pooled)
     engine.backward(output.loss)
+    if engine.task.encodes_views and engine.task.model.backbone.frozen == "backbone":
+        return output
     assert pooled.grad is not None
     for part, gradient in zip(parts, pooled.grad.split([len(part) for part in parts]), strict=True):
         features_again = engine.encode(part, step)

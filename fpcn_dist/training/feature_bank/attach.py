@@ -55,10 +55,10 @@ class StoredFeatures:
 
 
 def attach_features(
-    recipe: Recipe, task: Task, manifest: Manifest, ranks: Ranks, schedule: Schedule, run: Path
+    recipe: Recipe, task: Task, manifest: Manifest, ranks: Ranks, schedule: Schedule, run: Path, *, step: int
 ) -> StoredFeatures | None:
-    """The features of a run whose backbone is frozen now, computed first where they are not there yet; ``None`` where
-    they are computed in every step, because they have to be, or because no view is shown often enough. Collective.
+    """The features of a run whose backbone is frozen at ``step``, computed first where they are not there yet; ``None``
+    where they are computed in every step: they have to be, or no view is shown often enough. Collective.
 
     Raises:
         UserError: see :meth:`FeatureBank.prepare`; or the recipe names a bank, and the run cannot use any.
@@ -71,6 +71,8 @@ def attach_features(
         if wanted is True:
             return None
         raise UserError("train.feature_bank", wanted, obstacle, "drop it, or set it to true, which decides itself")
+    if step >= schedule.frozen:
+        return None
     folder = Path(wanted) if isinstance(wanted, str) else run / "features"
     part = schedule.batch_size // ranks.world_size // recipe.train.micro_batches
     banks = build_banks(folder, recipe, task, manifest, chunk=min(part, recipe.data.eval_batch_size))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fpcn_dist.data import loader
-from fpcn_dist.models import Backbone, build_backbone
+from fpcn_dist.models import build_backbone
+from fpcn_dist.models.backbones import TimmNet
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import UserError
@@ -59,13 +60,13 @@ def test_losses_are_those_of_a_run_that_computes_features_in_every_step(chosen, 
 
 
 def test_neither_images_nor_backbone_are_looked_at_while_it_is_frozen(rocks, tmp_path, monkeypatch):
-    decoded, seen, decode, forward = [], [], loader._decode, Backbone.forward
+    decoded, seen, decode, forward = [], [], loader._decode, TimmNet.forward
 
     def count(requests, *rest):
         return decode((decoded.append(len(request.paths)) or request for request in requests), *rest)
 
     monkeypatch.setattr(loader, "_decode", count)
-    monkeypatch.setattr(Backbone, "forward", lambda net, images: seen.append(len(images)) or forward(net, images))
+    monkeypatch.setattr(TimmNet, "forward", lambda net, images: seen.append(len(images)) or forward(net, images))
     train(frozen(model={"region": "none"}), rocks, tmp_path / "run", ALONE)
     once = 7 * [12] + [15]  # 42 images x 2 views, and 15 of validation; 15 of testing at the end
     assert sum(decoded) == sum(once) + 15 and seen[:8] == once and sum(seen) >= sum(once) + 15
@@ -94,7 +95,7 @@ def test_a_run_goes_on_with_its_features(rocks, tmp_path, late):
 
 
 def test_students_that_share_batches_each_look_up_their_own(rocks, tmp_path):
-    """One thaws earlier than the other, one has never been frozen: images are decoded from the first that needs them."""
+    """One thaws earlier than the other, one was never frozen: images are decoded from the first that needs them."""
     source = {"teacher": str(make_teacher(tmp_path / "teacher")), "bank": str(tmp_path / "soft")}
     chosen = {
         "long": frozen("distill", distill=source),
