@@ -31,12 +31,13 @@ class Batch:
     """One rank's share of a global batch, on the training device.
 
     Attributes:
-        images: [B, 3, H, W] float32, normalised.
+        images: [B, 3, H, W] float32, normalised; [B, 3, 0, 0] where they are known by their features.
         labels: [B] int64 class indices.
         image_ids: [B] int64 indices into the manifest; they name an image in every split and on every rank.
         view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.
         crops: [B, 3] int64: crop row, crop column (pixels of the resized image) and flip (0 or 1).
         teacher_logits: [B, K] float32, a teacher's logits of these views, where there is one.
+        pooled: [B, C] float32, the features of these views, where they were computed before.
     """
 
     images: Tensor
@@ -45,6 +46,7 @@ class Batch:
     view_ids: Tensor
     crops: Tensor
     teacher_logits: Tensor | None = None
+    pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]

@@ -18,7 +18,17 @@ from fpcn_dist.data.backends import Decoding, open_backend
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
+from fpcn_dist.data.sampler import (
+    BalancedSampler,
+    WholeSampler,
+    centre_views,
+    check_composition,
+    check_division,
+    check_whole_division,
+    share,
+    substitutes,
+    views,
+)
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
@@ -94,6 +104,7 @@ class TrainLoader:
     Attributes:
         batch_size: images of the *global* batch.
         steps_per_epoch: training images // batch_size, at least 1.
+        images_from: the first step whose images are decoded; the batches before it have none. Set it before iterating.
         replaced: the files of this rank's batches that turned unreadable so far.
 
     Raises:
@@ -118,14 +129,23 @@ class TrainLoader:
         self._rank, self._world_size, self._device = rank, world_size, device
         train_ids, self._labels = manifest.ids("train"), manifest.labels
         self._ids_of_class = [train_ids[self._labels[train_ids] == label] for label in range(len(manifest.classes))]
-        self._sampler = BalancedSampler(manifest.classes, self._ids_of_class, config, seed)
-        check_division(self._sampler.classes_per_batch, self._sampler.images_per_class, world_size)
+        self._sampler = self._build_sampler(train_ids, world_size)
         self.batch_size = self._sampler.batch_size
         self.steps_per_epoch = max(1, len(train_ids) // self.batch_size)
         self._unreadable: dict[int, Replacement] = {}
         self._planned: deque[_Plan] = deque()
         self._step, self._retried_step = start_step, -1
-        self._decoding = self._decode()
+        self.images_from = start_step
+        self._decoding: Decoding | None = None
+
+    def _build_sampler(self, train_ids: Ids, world_size: int) -> BalancedSampler | WholeSampler:
+        if self._config.images_per_class is None:
+            check_composition(self._manifest.classes, list(map(len, self._ids_of_class)), self._config)
+            check_whole_division(len(train_ids), world_size)
+            return WholeSampler(train_ids, len(self._ids_of_class), self._seed)
+        balanced = BalancedSampler(self._manifest.classes, self._ids_of_class, self._config, self._seed)
+        check_division(balanced.classes_per_batch, balanced.images_per_class, world_size)
+        return balanced
 
     @property
     def replaced(self) -> list[Replacement]:
@@ -135,20 +155,27 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
+        if self._step < self.images_from:
+            plan, self._step = self._plan(self._step), self._step + 1
+            return plan.batch(
+                torch.empty(len(plan.labels), 3, 0, 0, device=self._device), self._device, self._soft_labels
+            )
         while True:
+            self._decoding = self._decoding or self._decode()
             try:
                 images = self._decoding.next()
             except RuntimeError as error:
                 self._leave_out_unreadable(error)
                 self._decoding.close()
-                self._decoding = self._decode()
+                self._decoding = None
                 continue
             self._step += 1
             return self._planned.popleft().batch(images, self._device, self._soft_labels)
 
     def close(self) -> None:
         """Stop decoding ahead and free its buffers."""
-        self._decoding.close()
+        if self._decoding is not None:
+            self._decoding.close()
 
     def _decode(self) -> Decoding:
         """Decode from the next step on."""

@@ -56,10 +56,22 @@ def check_composition(classes: Sequence[str], counts: Sequence[int], config: Dat
         hint = f"lower it to at most {len(classes)}, or set it to null"
         raise UserError("data.classes_per_batch", wanted, reason, hint)
     name, count = min(zip(classes, counts, strict=True), key=lambda pair: pair[1])
-    if count < config.images_per_class:
+    if config.images_per_class is not None and count < config.images_per_class:
         reason = f"class {name!r} has {count} training image(s), but a batch needs {config.images_per_class} of a class"
         hint = f"add images of {name!r}" + (f", or lower it to at most {count}" if count else "")
         raise UserError("data.images_per_class", config.images_per_class, reason, hint)
+
+
+def check_whole_division(images: int, world_size: int) -> None:
+    """Refuse a batch of all training images that cannot be cut into equal shares.
+
+    Raises:
+        UserError: the images do not divide by the ranks; names a number of ranks that does.
+    """
+    if images % world_size:
+        fitting = max(ranks for ranks in range(1, world_size) if images % ranks == 0)
+        reason = f"all {images} training images do not divide by {world_size} ranks"
+        raise UserError("data.images_per_class", None, reason, f"start {fitting} rank(s), or give a number")
 
 
 def check_division(classes_per_batch: int, images_per_class: int, world_size: int) -> None:
@@ -100,6 +112,7 @@ class BalancedSampler:
 
     def __init__(self, classes: Sequence[str], image_ids: Sequence[Ids], config: DataConfig, seed: int) -> None:
         check_composition(classes, [len(ids) for ids in image_ids], config)
+        assert config.images_per_class is not None, "else see WholeSampler"
         self._image_ids, self._seed = image_ids, seed
         self.classes_per_batch = config.classes_per_batch or len(classes)
         self.images_per_class = config.images_per_class
@@ -129,6 +142,25 @@ class BalancedSampler:
         pass_, block = divmod(appearance, len(ids) // size)
         order = _permutation(len(ids), self._seed, Purpose.IMAGES, label, pass_)
         return ids[order[block * size : (block + 1) * size]], np.full(size, pass_, dtype=np.int64)
+
+
+class WholeSampler:
+    """Batches of all training images, in another order at every step; the number of the step is the view number.
+
+    Args:
+        image_ids: the training images.
+        classes: their number; it keeps the streams of the orders apart from those of :class:`BalancedSampler`.
+        seed: key of all random draws.
+    """
+
+    def __init__(self, image_ids: Ids, classes: int, seed: int) -> None:
+        self._image_ids, self._classes, self._seed = image_ids, classes, seed
+        self.batch_size = len(image_ids)
+
+    def batch(self, step: int) -> tuple[Ids, Ids]:
+        """Image ids and view numbers, [batch_size] each, of a step (counted from 0)."""
+        order = _permutation(self.batch_size, self._seed, Purpose.IMAGES, self._classes, step)
+        return self._image_ids[order], np.full(self.batch_size, step, dtype=np.int64)
 
 
 def share(batch: NDArray, rank: int, world_size: int) -> NDArray:

@@ -40,9 +40,22 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.classifier = nn.Linear(features or backbone.channels, num_classes)
 
+    @property
+    def region(self) -> str:
+        """What of the feature map is pooled, in words that tell it from every other way."""
+        return "none"
+
     def pool(self, images: Tensor) -> MaskedPool:
-        """Images [B, 3, H', W'] to the mean of their features over the whole map; the mask is all ones."""
-        features_BCHW = self.backbone(images)
+        """Images [B, 3, H', W'] to their pooled features; the two halves of it one after the other."""
+        return self.pool_maps(*self.feature_maps(images))
+
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images [B, 3, H', W'] to the map [B, C, H, W] of the backbone, and that of an earlier block where
+        :meth:`pool_maps` needs one."""
+        return self.backbone(images), None
+
+    def pool_maps(self, features_BCHW: Tensor, companion: Tensor | None = None) -> MaskedPool:
+        """The mean of the features over the whole map; the mask is all ones."""
         pooled_BC = features_BCHW.mean((2, 3), dtype=torch.promote_types(features_BCHW.dtype, torch.float32))
         return whole_image(pooled_BC, features_BCHW)
 

@@ -62,21 +62,34 @@ class FPCN(Classifier):
             nn.init.normal_(self.fuse_out.weight, std=1e-3)
             nn.init.ones_(self.fuse_out.bias)
 
-    def pool(self, images: Tensor) -> MaskedPool:
-        """Images [B, 3, H', W'] to their features, pooled inside the region (eq. 1 to 5 and 7).
+    @property
+    def region(self) -> str:
+        return region_name(self.config)
+
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.config.companion and isinstance(self.backbone, ResNet):
+            return self.backbone.forward_with_companion(images)
+        return super().feature_maps(images)
+
+    def pool_maps(
+        self, features_BCHW: Tensor, companion: Tensor | None = None, *, region: ModelConfig | None = None
+    ) -> MaskedPool:
+        """The features [B, C, H, W] pooled inside the region (eq. 1 to 5 and 7).
+
+        Args:
+            features_BCHW, companion: of :meth:`feature_maps`.
+            region: whose region, theta and alpha to take; ``None``: the network's own.
 
         Returns:
             pooled [B, C], mask [B, H, W] and area [B], at least float32 whatever autocast does to the backbone.
         """
-        if self.config.region == "none":
-            return super().pool(images)
-        if self.config.companion and isinstance(self.backbone, ResNet):
-            features, companion = self.backbone.forward_with_companion(images)
-        else:
-            features, companion = self.backbone(images), None
-        with torch.autocast(images.device.type, enabled=False):
-            result = masked_pool(features, theta=self.config.theta, region=self.config.region, companion=companion)
-        if self.config.area_scale:
+        config = region or self.config
+        if config.region == "none":
+            return super().pool_maps(features_BCHW)
+        before = companion if config.companion else None
+        with torch.autocast(features_BCHW.device.type, enabled=False):
+            result = masked_pool(features_BCHW, theta=config.theta, region=config.region, companion=before)
+        if config.area_scale:
             return result
         return result._replace(pooled=result.pooled / result.area[:, None])
 
@@ -94,3 +107,11 @@ class FPCN(Classifier):
         fused = self.fuse_out(hidden)
         gate = fused if self.config.head == "product" else 1 + torch.sigmoid(fused * pooled)
         return self.classifier(gate * pooled)
+
+
+def region_name(config: ModelConfig) -> str:
+    """The fields that decide what FPCN pools, in words: the same words for the same pooling."""
+    if config.region == "none":
+        return "none"
+    companion, scale = " with companion" if config.companion else "", "" if config.area_scale else ", not times alpha"
+    return f"{config.region}{companion}, theta {config.theta:g}{scale}"

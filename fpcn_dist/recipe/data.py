@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field, model_validator
 
 from fpcn_dist.recipe.preprocessing import Interpolation, Mean, Preprocessing, Std
 from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
+from fpcn_dist.runtime.errors import UserError
 
 DecodingBackend = Literal["auto", "dali", "torchvision"]
+
+_NOT_PIXELS = {
+    *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class"),
+    *("val_fraction", "test_fraction", "split_seed", "on_bad_image", "max_pixels", "max_bad_images"),
+}
+"""Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
 
 
 class DataConfig(Schema):
@@ -37,8 +44,9 @@ class DataConfig(Schema):
     """Different views of each training image, shown in turn; null draws a new one each time."""
     classes_per_batch: PositiveInt | None = 3
     """Classes in a global batch; null takes all classes of the data."""
-    images_per_class: PositiveInt = 14
-    """Images of each of these classes in a global batch; their product is the global batch size."""
+    images_per_class: PositiveInt | None = 14
+    """Images of each of these classes in a global batch; their product is the global batch size. null: every training
+    image once in each batch, which features computed once make affordable (docs/features.md)."""
     eval_batch_size: PositiveInt = 64
     """Images per rank and step in evaluation and prediction."""
     val_fraction: Fraction = 0.1
@@ -57,9 +65,32 @@ class DataConfig(Schema):
     """CPU threads per rank of the data pipeline and, without a GPU, of the network; null shares the machine's cores
     between its ranks."""
 
-    def batch_size(self, num_classes: int) -> int:
-        """Images of a global batch of data with ``num_classes`` classes."""
-        return (self.classes_per_batch or num_classes) * self.images_per_class
+    def batch_size(self, num_classes: int, num_images: int | None = None) -> int:
+        """Images of a global batch of data with ``num_classes`` classes and ``num_images`` training images.
+
+        Raises:
+            UserError: a batch holds all images, and whoever asks does not know how many these are.
+        """
+        if self.images_per_class is not None:
+            return (self.classes_per_batch or num_classes) * self.images_per_class
+        if num_images is None:
+            reason = "all training images in each batch are for training alone, whose batches need not compare"
+            raise UserError("data.images_per_class", None, reason, "give a number")
+        return num_images
+
+    def pixels(self) -> dict[str, Any]:
+        """The fields that decide the pixels of a view, by name: what is computed from views is stored under these."""
+        return self.settled(self.preprocessing).model_dump(mode="json", exclude=_NOT_PIXELS)
+
+    @property
+    def distinct_views(self) -> int | None:
+        """How many views of a training image there are; ``None`` where each one is new."""
+        return self.views if self.views_are_drawn else 1
+
+    @property
+    def views_are_drawn(self) -> bool:
+        """Whether the views of an image differ, as draws of the recipe's seed say; else all are the whole image."""
+        return self.flip or self.crop < self.resize
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -75,6 +106,11 @@ class DataConfig(Schema):
     def _check(self) -> DataConfig:
         if self.crop > self.resize:
             raise ValueError(f"crop {self.crop} is larger than resize {self.resize}; lower crop or raise resize")
+        if self.images_per_class is None and self.classes_per_batch is not None:
+            raise ValueError(
+                f"classes_per_batch {self.classes_per_batch} leaves out classes, and images_per_class null takes all "
+                "images; set classes_per_batch to null, too"
+            )
         if self.val_fraction + self.test_fraction >= 1.0:
             raise ValueError("val_fraction + test_fraction leave nothing to train on; lower one of them")
         return self

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
+from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema, truth
 
 
 class ModelConfig(Schema):
@@ -47,8 +47,7 @@ class ModelConfig(Schema):
     @field_validator("pretrained", mode="before")
     @classmethod
     def _truth(cls, value: Any) -> Any:
-        """On a command line every word is a string, and "false" hardly a file's name."""
-        return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+        return truth(value)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

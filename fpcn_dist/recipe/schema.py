@@ -72,6 +72,10 @@ class Recipe(Schema):
             )
         for rule in _TASK_RULES[self.task]:
             rule(self)
+        if self.data.images_per_class is None and self.engine.name != "ddp":
+            raise ValueError(
+                f"data.images_per_class null (all images in a batch) needs engine.name 'ddp', not {self.engine.name!r}"
+            )
         if self.optim.ema_decay is not None and self.engine.zero_stage == 3:
             raise ValueError(
                 f"optim.ema_decay {self.optim.ema_decay} needs whole weights on each rank, which engine.zero_stage 3 "

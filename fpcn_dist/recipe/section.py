@@ -37,3 +37,9 @@ class Schema(BaseModel):
                 inner = inner[section]
             inner[field] = value
         return type(self).model_validate(content)
+
+
+def truth(value: Any) -> Any:
+    """``value`` of a field that takes a truth or a path: on a command line every word is a string, and "false" hardly a
+    file's name."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value

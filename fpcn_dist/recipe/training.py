@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
+from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema, truth
 
 Depth = Literal["none", "stem", "backbone"]
 
@@ -71,6 +71,14 @@ class TrainConfig(Schema):
     """Checkpoints kept beside the best one."""
     log_every: PositiveInt = 10
     """Steps between log points, the only places where the host waits for the GPU."""
+    feature_bank: bool | str = True
+    """true: the features of a frozen backbone are computed once, in the run folder, where that pays (docs/features.md);
+    a path: the folder where runs share them; false: computed in every step."""
+
+    @field_validator("feature_bank", mode="before")
+    @classmethod
+    def _truth(cls, value: Any) -> Any:
+        return truth(value)
 
 
 class EngineConfig(Schema):

@@ -35,6 +35,7 @@ BEST = "best.safetensors"
 _HARMLESS = {
     *("name", "engine", "search"),
     *("train.micro_batches", "train.compile", "train.channels_last", "train.log_every", "train.keep_checkpoints"),
+    "train.feature_bank",
     *("data.backend", "data.threads", "data.eval_batch_size", "data.max_bad_images"),
     *("distill.teacher", "distill.teacher_mode", "distill.bank"),
 }

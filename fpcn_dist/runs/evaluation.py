@@ -156,19 +156,25 @@ class Evaluator:
     @torch.inference_mode()
     def update(self, batch: Batch) -> None:
         """Classify one batch; nothing here waits for the device."""
-        with evaluating(self.model):
-            with autocast(self.device, self.precision):
-                pool = self.model.pool(batch.images)
-            logits_BK = self.model.logits(pool.pooled)
-        predicted = logits_BK.argmax(dim=1)
-        quartile = (object_share(pool.mask) * len(AREAS)).long().clamp(max=len(AREAS) - 1)
-        cell = batch.labels * len(self.classes) + predicted
-        self._confusion.index_add_(0, cell, torch.ones_like(cell))
-        self._seen_by_area.index_add_(0, quartile, torch.ones_like(quartile))
-        self._correct_by_area.index_add_(0, quartile, (predicted == batch.labels).long())
-        self._loss += F.cross_entropy(logits_BK, batch.labels, reduction="sum")
+        with evaluating(self.model), autocast(self.device, self.precision):
+            pool = self.model.pool(batch.images)
+        logits_BK = self.update_pooled(pool.pooled, object_share(pool.mask), batch.labels)
         if self.samples is not None:
             self.samples.update(batch, logits_BK.softmax(dim=1), pool.mask)
+
+    @torch.inference_mode()
+    def update_pooled(self, pooled_BC: Tensor, share_B: Tensor, labels_B: Tensor) -> Tensor:
+        """Classify pooled vectors, with the share of the feature map inside the region; returns their logits."""
+        with evaluating(self.model):
+            logits_BK = self.model.logits(pooled_BC)
+        predicted = logits_BK.argmax(dim=1)
+        quartile = (share_B * len(AREAS)).long().clamp(max=len(AREAS) - 1)
+        cell = labels_B * len(self.classes) + predicted
+        self._confusion.index_add_(0, cell, torch.ones_like(cell))
+        self._seen_by_area.index_add_(0, quartile, torch.ones_like(quartile))
+        self._correct_by_area.index_add_(0, quartile, (predicted == labels_B).long())
+        self._loss += F.cross_entropy(logits_BK, labels_B, reduction="sum")
+        return logits_BK
 
     def result(
         self,

@@ -57,6 +57,10 @@ class Task(nn.Module, ABC):
     couples_images = False
     """Whether the criterion of a batch is more than the mean over its images."""
 
+    encodes_views = True
+    """Whether what a frozen backbone gives :meth:`encode` depends on the view alone, not on the step or the batch, and
+    nothing else that learns takes part in it; it can then be computed once."""
+
     model: Classifier
 
     def __init__(self, model: Classifier, recipe: Recipe, setting: Setting) -> None:
@@ -73,6 +77,7 @@ class Task(nn.Module, ABC):
 
     def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
         """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""
+        pooled = batch.pooled if pooled is None else pooled
         if pooled is None:
             if self.recipe.train.channels_last:
                 batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))

@@ -20,6 +20,7 @@ class MMALNetTask(Task):
         setting: an epoch at the start learns from whole images alone, as published.
     """
 
+    encodes_views = False
     model: MMALNet
 
     def encode(self, batch: Batch, step: int) -> Tensor:

@@ -37,6 +37,7 @@ class PCANetTask(Task):
     """
 
     couples_images = True
+    encodes_views = False
     model: PCANet
 
     def __init__(self, model: PCANet, recipe: Recipe, setting: Setting) -> None:

@@ -154,6 +154,8 @@ def _set_up(
         _require_even_parts(loader.batch_size // ranks.world_size, start.recipe.train.micro_batches)
         schedule = Schedule.of(start.recipe, loader.batch_size, loader.steps_per_epoch)
         trainings.append(TrainingRun(run, start, manifest, ranks, schedule))
+    if teacher is None:
+        loader.images_from = min(training.images_from for training in trainings)
     return loader, teacher, trainings
 
 
@@ -208,8 +210,14 @@ def _validate(
     for training in due:
         with _isolated(training, trainings):
             evaluators[training] = training.begin_validation()
-    for batch in due[0].validation_images():
-        for training in _active(due, done):
+    for training in _active(due, done):
+        if training.features is not None:
+            with _isolated(training, trainings):
+                for pooled, share, labels in training.features.validation():
+                    evaluators[training].update_pooled(pooled, share, labels)
+    looking = [training for training in _active(due, done) if training.features is None]
+    for batch in looking[0].validation_images() if looking else ():
+        for training in _active(looking, done):
             with _isolated(training, trainings):
                 evaluators[training].update(batch)
     accuracies = {}

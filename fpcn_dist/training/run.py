@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
 from fpcn_dist.training.engine.optim import learning_rate
+from fpcn_dist.training.feature_bank.attach import attach_features
 from fpcn_dist.training.meter import StepMeter, forward_flops
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.start import Start
@@ -42,6 +44,7 @@ class TrainingRun:
     Attributes:
         first_step: the first step that it takes part in.
         replaced: files that turned unreadable, for the next log point to record.
+        features: those of its images, while the backbone is frozen and they are computed once.
         failure: why it stopped before its last step, if it did.
     """
 
@@ -53,8 +56,15 @@ class TrainingRun:
         self.failure: str | None = None
         self.replaced: list[Replacement] = []
         self._build(start.state, recipe.optim.freeze if start.step < schedule.thaw else "none")
-        self.meter = StepMeter(ranks, schedule.batch_size, self._flops_share())
+        task = self.engine.task
+        self.features = attach_features(recipe, task, manifest, ranks, schedule, run.path, step=start.step)
+        self.meter = StepMeter(ranks, schedule.batch_size, None if self.features else self._flops_share())
         self.logger = MetricsLogger(run.path, ranks.rank, start_step=start.step)
+
+    @property
+    def images_from(self) -> int:
+        """The first step that needs the images themselves."""
+        return self.first_step if self.features is None else self.schedule.frozen
 
     def _flops_share(self) -> float | None:
         """Share of the ranks' peak that one image per second uses; ``None`` where the device's peak is unknown."""
@@ -84,6 +94,10 @@ class TrainingRun:
             state = self.engine.state(step)
             self.engine.close()
             self._build(state)
+            if self.features is not None:
+                self.features, self.meter.flops_share = None, self._flops_share()
+        if self.features is not None:
+            batch = dataclasses.replace(batch, pooled=self.features.added_to(batch))
         recipe = self.recipe
         torch.manual_seed(key(recipe.seed, step, self.ranks.rank))
         lr = learning_rate(recipe.optim, step, self.schedule.per_epoch, self.schedule.total)

@@ -93,7 +93,7 @@ def open_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, r
             print(f"resuming from step {found.info.step} ({found.path})", flush=True)
             named = named.with_preprocessing(found.info.preprocessing)
             best, before = checkpoints.best_accuracy(), run.first_world_size() or before
-            named = _in_parts_as_large(named, before, ranks, len(manifest.classes))
+            named = _in_parts_as_large(named, before, ranks, manifest)
         run.describe(named, manifest, ranks, first_world_size=before)
         run.outcome.unlink(missing_ok=True)
         return {"recipe": named.model_dump(), "checkpoint": found and str(found.path), "best": best}
@@ -114,9 +114,9 @@ def _find(checkpoints: CheckpointFolder, resume: str) -> Checkpoint | None:
     return Checkpoint(Path(resume), *read_checkpoint(Path(resume)))
 
 
-def _in_parts_as_large(recipe: Recipe, ranks_before: int, ranks: Ranks, classes: int) -> Recipe:
+def _in_parts_as_large(recipe: Recipe, ranks_before: int, ranks: Ranks, manifest: Manifest) -> Recipe:
     """``recipe`` cut into more parts where fewer ranks share the batch, so that a part needs no more memory."""
-    batch_size = recipe.data.batch_size(classes)
+    batch_size = recipe.data.batch_size(len(manifest.classes), len(manifest.ids("train")))
     share, largest = batch_size // ranks.world_size, batch_size // ranks_before // recipe.train.micro_batches
     parts = next((p for p in range(1, share + 1) if share % p == 0 and share // p <= largest), share)
     if ranks.world_size >= ranks_before or parts <= recipe.train.micro_batches:

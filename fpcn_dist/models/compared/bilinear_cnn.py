@@ -47,10 +47,13 @@ class BilinearCNN(Classifier):
             raise UserError("model.backbone", config.backbone, reason, "use vgg16, or another network with a map")
         super().__init__(backbone, num_classes, features=backbone.channels**2)
 
-    def pool(self, images: Tensor) -> MaskedPool:
-        """Images [B, 3, H', W'] to their bilinear vectors [B, C^2]; the mask is all ones."""
-        features_BCHW = self.backbone(images)
-        with torch.autocast(images.device.type, enabled=False):
+    @property
+    def region(self) -> str:
+        return "bilinear"
+
+    def pool_maps(self, features_BCHW: Tensor, companion: Tensor | None = None) -> MaskedPool:
+        """Features [B, C, H, W] to their bilinear vectors [B, C^2]; the mask is all ones."""
+        with torch.autocast(features_BCHW.device.type, enabled=False):
             features_BCP = features_BCHW.flatten(2)
             features_BCP = features_BCP.to(torch.promote_types(features_BCP.dtype, torch.float32))
             return whole_image(bilinear_pool(features_BCP, features_BCP), features_BCHW)

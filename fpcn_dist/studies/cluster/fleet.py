@@ -51,13 +51,9 @@ def _same(before: Recipe, now: Recipe) -> bool:
 
     What ``now`` leaves to the network was settled when the run began.
     """
+    elsewhere = {"data.threads": None, "distill.teacher": None, "distill.bank": None, "train.feature_bank": True}
     shown = before.data.preprocessing
-    counts = [
-        recipe.changed(
-            **{"data": recipe.data.settled(shown).changed(threads=None), "distill.teacher": None, "distill.bank": None}
-        )
-        for recipe in (before, now)
-    ]
+    counts = [recipe.changed(data=recipe.data.settled(shown)).changed(**elsewhere) for recipe in (before, now)]
     return counts[0] == counts[1]
 
 

@@ -63,7 +63,7 @@ def run_seconds(step: float, recipe: Recipe, manifest: Manifest) -> float:
         recipe: the recipe of the run.
         manifest: its images.
     """
-    batch = recipe.data.batch_size(len(manifest.classes))
+    batch = recipe.data.batch_size(len(manifest.classes), len(manifest.ids("train")))
     steps = max(1, len(manifest.ids("train")) // batch) * recipe.train.epochs
     looks = recipe.train.epochs // recipe.train.eval_every * len(manifest.ids("val")) + len(manifest.ids("test"))
     return _START + step * (steps + _FORWARD * looks / batch)
@@ -71,7 +71,7 @@ def run_seconds(step: float, recipe: Recipe, manifest: Manifest) -> float:
 
 def bank_seconds(step: float, student: Recipe, manifest: Manifest) -> float:
     """Seconds of all looks of a teacher whose training step takes ``step`` seconds."""
-    batch = student.data.batch_size(len(manifest.classes))
+    batch = student.data.batch_size(len(manifest.classes), len(manifest.ids("train")))
     return step * _FORWARD * (student.data.views or 1) * len(manifest.ids("train")) / batch
 
 

@@ -174,7 +174,7 @@ class Grid:
             if multiple > 2 and multiple // 2 < images:
                 name = f"api_net-{multiple}n"
                 found[name] = self._system("api_net", num_pairs=multiple * images)
-            if multiple < self.base.data.images_per_class:
+            if multiple < (self.base.data.images_per_class or 0):
                 name = f"pca_net-{multiple}n"
                 found[name] = self._system("pca_net", num_pairs=multiple * images)
         return found

@@ -16,7 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.studies.search.plan import TEACHER, Plan
 from fpcn_dist.studies.search.space import Settings
-from fpcn_dist.training.soft_labels.bank import WRITTEN
+from fpcn_dist.training.view_bank import WRITTEN
 
 _START_UP = 10
 """Trials drawn at random before what is known is made use of; a third of a short search."""

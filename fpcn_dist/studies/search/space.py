@@ -132,8 +132,8 @@ class Space:
 
     def batch_size(self, settings: Mapping[str, Any]) -> int:
         """N, the images of a global batch."""
-        data = self.common.data.model_dump() | {n.removeprefix("data."): v for n, v in settings.items()}
-        return (data["classes_per_batch"] or self.classes) * data["images_per_class"]
+        data = {n.removeprefix("data."): v for n, v in settings.items() if n.startswith("data.")}
+        return self.common.data.changed(**data).batch_size(self.classes)
 
     def count_pairs(self, settings: Mapping[str, Any]) -> int:
         """Pairs that a batch of a trial contrasts; the paper's "pairs per batch"."""

@@ -41,11 +41,17 @@ def forward_backward(engine: Engine, batch: Batch, step: int, micro_batches: int
 
 
 def _cached(engine: Engine, batch: Batch, parts: list[Batch], step: int) -> TaskOutput:
+    if batch.pooled is not None:
+        output = engine.forward(batch, step)
+        engine.backward(output.loss)
+        return output
     with torch.no_grad(), _running_statistics_kept(engine.task):
         features = [engine.encode(part, step) for part in parts]
     pooled = torch.cat(features).requires_grad_()
     output = engine.forward(batch, step, pooled=pooled)
     engine.backward(output.loss)
+    if engine.task.encodes_views and engine.task.model.backbone.frozen == "backbone":
+        return output
     assert pooled.grad is not None
     for part, gradient in zip(parts, pooled.grad.split([len(part) for part in parts]), strict=True):
         features_again = engine.encode(part, step)
