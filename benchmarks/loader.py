@@ -29,7 +29,6 @@ from fpcn_dist.data.backends import has_dali, open_backend
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.images import cache_file, check_images
-from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.data.sampler import views
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.schema import DataConfig
@@ -64,11 +63,11 @@ def _pil(config: DataConfig) -> Callable[[str], Any]:
     size = (config.resize, config.resize)
     transform = transforms.Compose(
         [
-            transforms.Resize(size),
+            transforms.Resize(size, transforms.InterpolationMode(config.preprocessing.interpolation)),
             transforms.RandomCrop(config.crop),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(config.preprocessing.mean, config.preprocessing.std),
         ]
     )
     return lambda path: transform(PIL.Image.open(path).convert("RGB"))
@@ -78,11 +77,11 @@ def _tensor(config: DataConfig) -> Callable[[str], Tensor]:
     size = (config.resize, config.resize)
     transform = v2.Compose(
         [
-            v2.Resize(size, antialias=True),
+            v2.Resize(size, v2.InterpolationMode(config.preprocessing.interpolation), antialias=True),
             v2.RandomCrop(config.crop),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
+            v2.Normalize(config.preprocessing.mean, config.preprocessing.std),
         ]
     )
     return lambda path: transform(io.decode_image(io.read_file(path), mode=io.ImageReadMode.RGB))

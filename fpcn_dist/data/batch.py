@@ -31,7 +31,7 @@ class Batch:
     """One rank's share of a global batch, on the training device.
 
     Attributes:
-        images: [B, 3, H, W] float32, ImageNet-normalised; [B, 3, 0, 0] where they are known by their features.
+        images: [B, 3, H, W] float32, normalised; [B, 3, 0, 0] where they are known by their features.
         labels: [B] int64 class indices.
         image_ids: [B] int64 indices into the manifest; they name an image in every split and on every rank.
         view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.

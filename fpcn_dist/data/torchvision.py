@@ -26,7 +26,6 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
-from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.data.resizing import resized_crop
 from fpcn_dist.recipe.schema import DataConfig
 
@@ -45,7 +44,7 @@ class Decoding:
 
     Args:
         requests: what to decode; asked from the calling thread, before the batch is needed.
-        config: sizes.
+        config: sizes and preprocessing.
         device: where the images end up.
         batch_size: images of the largest request.
         threads: CPU threads.
@@ -58,7 +57,8 @@ class Decoding:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoding")
         self._in_flight: deque[tuple[Tensor, list[Future[None]]]] = deque()
         # On the device from the start: made for each batch, they would let the host wait for the GPU.
-        columns = [[255 * mean for mean in MEAN], [1 / (255 * std) for std in STD]]
+        shown = config.preprocessing
+        columns = [[255 * mean for mean in shown.mean], [1 / (255 * std) for std in shown.std]]
         self._mean_C11, self._scale_C11 = torch.tensor(columns, device=device)[..., None, None]
 
     def next(self) -> Tensor:

@@ -167,20 +167,21 @@ def _check_parity(
         UserError: too far.
     """
     found, expected, from_files, levels, ties = [], [], [], 0, 0
-    side = {"resize": info.preprocessing.resize, "crop": info.preprocessing.crop}
     for batch in photographs.batches(info):
         logits, mask = map(torch.from_numpy, exported.run(batch.images.numpy()))
         reference, undecided = _reference(exportable, batch.images, mask, run_dir)
         ties += undecided
         try:
             files = [photographs.files[index] for index in batch.image_ids.tolist()]
-            pixels = [onnx_predict.read_image(file, **side) for file in files]
+            pixels = [
+                onnx_predict.read_image(file, exported.resize, exported.crop, exported.interpolation) for file in files
+            ]
         except ValueError as error:
             raise UserError(
                 "image", run_dir, f"Pillow cannot read what training could: {error}", "convert it"
             ) from None
         for image, own in zip(batch.images, pixels, strict=True):
-            levels = max(levels, int(np.abs(to_pixels(image).astype(int) - own.astype(int)).max()))
+            levels = max(levels, int(np.abs(to_pixels(image, info.preprocessing).astype(int) - own.astype(int)).max()))
         found.append(logits)
         expected.append(reference)
         from_files.append(torch.from_numpy(exported.run(exported.normalise(pixels))[0]))

@@ -20,7 +20,6 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from fpcn_dist import __version__
-from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.deploy.onnx_predict import FORMAT, INPUT, LOGITS, MASK
 from fpcn_dist.models import FPCN, NETWORKS, Classifier
 from fpcn_dist.runs.model_folder import ModelInfo
@@ -135,6 +134,7 @@ def _nodes_after(graph: onnx.GraphProto, tensor: str) -> list[str]:
 
 def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
     """Write into a model what :func:`fpcn_dist.deploy.onnx_predict.describe` reads."""
+    shown = info.preprocessing.preprocessing
     metadata = {
         "format": str(FORMAT),
         "fpcn_dist_version": __version__,
@@ -142,8 +142,9 @@ def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
         "classes": json.dumps(info.classes),
         "resize": str(info.preprocessing.resize),
         "crop": str(info.preprocessing.crop),
-        "mean": json.dumps(MEAN),
-        "std": json.dumps(STD),
+        "mean": json.dumps(shown.mean),
+        "std": json.dumps(shown.std),
+        "interpolation": shown.interpolation,
     }
     onnx.helper.set_model_props(proto, metadata)
     proto.producer_name, proto.producer_version = "fpcn_dist", __version__

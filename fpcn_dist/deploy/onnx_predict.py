@@ -26,12 +26,14 @@ from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 
-FORMAT = 1
-"""Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model."""
+FORMAT = 2
+"""Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model. Format
+1 knew no interpolation but the bilinear one."""
 INPUT, LOGITS, MASK = "image", "logits", "mask"
 """Input [B, 3, crop, crop] float32, normalised; outputs [B, K], and [B, h, w], which is 1 inside the region."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MAX_PIXELS = 100_000_000
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _BATCH = 8
 _EXPORT = "export one with launch/export.py RUN --format onnx"
@@ -47,6 +49,7 @@ class OnnxModel:
         resize: side in pixels that images are resized to, without keeping their aspect ratio.
         crop: side in pixels of the central crop that the network sees.
         mean, std: of red, green and blue, for pixels in [0, 1].
+        interpolation: filter of the resizing, one of :data:`INTERPOLATIONS`.
         task: "contrast" (FPCN) or "classify" (the plain classifier).
     """
 
@@ -56,6 +59,7 @@ class OnnxModel:
     crop: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str
     task: str
 
     def run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -105,7 +109,7 @@ def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
     if version is None:
         reason = "was not written by fpcn_dist: it holds neither class names nor preprocessing"
         raise UserError("model", path, reason, _EXPORT)
-    if metadata.get("format") != str(FORMAT):
+    if metadata.get("format") not in ("1", str(FORMAT)):
         reason = f"has format {metadata.get('format')} (fpcn_dist {version}), not {FORMAT}"
         raise UserError("model", path, reason, f"install fpcn_dist {version}, or export the model again")
     try:
@@ -116,9 +120,10 @@ def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
             int(metadata["crop"]),
             _three(metadata["mean"]),
             _three(metadata["std"]),
+            metadata.get("interpolation", "bilinear"),
             metadata["task"],
         )
-        _check_shapes(model)
+        _check(model)
     except (KeyError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__} {error}"
         raise UserError("model", path, f"is damaged ({detail})", "export the model again") from None
@@ -132,15 +137,17 @@ def _three(text: str) -> tuple[float, ...]:
     return values
 
 
-def _check_shapes(model: OnnxModel) -> None:
+def _check(model: OnnxModel) -> None:
     shapes = {node.name: node.shape for node in (*model.session.get_inputs(), *model.session.get_outputs())}
     if not 0 < model.crop <= model.resize or shapes[INPUT][1:] != [3, model.crop, model.crop]:
         raise ValueError(f"resize {model.resize} and crop {model.crop} do not fit the input {shapes[INPUT]}")
+    if model.interpolation not in INTERPOLATIONS:
+        raise ValueError(f"unknown interpolation {model.interpolation}")
     if shapes[LOGITS][1] != len(model.classes) or len(shapes[MASK]) != 3:
         raise ValueError(f"{len(model.classes)} class names do not fit the output {shapes[LOGITS]}")
 
 
-def read_image(path: Path, resize: int, crop: int) -> NDArray[np.uint8]:
+def read_image(path: Path, resize: int, crop: int, interpolation: str) -> NDArray[np.uint8]:
     """Grey levels [crop, crop, 3] of the central crop, upright, as evaluation cuts it: :mod:`fpcn_dist.data.dali`.
 
     Raises:
@@ -162,7 +169,7 @@ def read_image(path: Path, resize: int, crop: int) -> NDArray[np.uint8]:
         detail = f"cannot be read ({strerror})" if strerror else f"the image data are damaged ({error})"
         raise ValueError(detail) from None
     offset = round((resize - crop) / 2)
-    resized = rgb.resize((resize, resize), Image.Resampling.BILINEAR)
+    resized = rgb.resize((resize, resize), INTERPOLATIONS[interpolation])
     return np.asarray(resized.crop((offset, offset, offset + crop, offset + crop)))
 
 
@@ -185,7 +192,7 @@ def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction],
     predictions, refused, batch = [], [], []
     for index, file in enumerate(files):
         try:
-            batch.append((file, read_image(file, model.resize, model.crop)))
+            batch.append((file, read_image(file, model.resize, model.crop, model.interpolation)))
         except ValueError as error:
             refused.append((file, str(error)))
         if batch and (len(batch) == _BATCH or index == len(files) - 1):

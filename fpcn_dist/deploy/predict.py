@@ -114,7 +114,7 @@ def _classify(
             probabilities_BK = model.logits(region.pooled).softmax(dim=1).cpu()
             shares, masks = object_share(region.mask).tolist(), region.mask.float().cpu().numpy()
             ids = batch.image_ids.tolist()
-            pixels = map(to_pixels, batch.images)
+            pixels = [to_pixels(image, info.preprocessing) for image in batch.images]
             list(pool.map(save_overlay, pixels, masks, [names[index] for index in ids]))
             yield [
                 Prediction(

@@ -13,7 +13,6 @@ from fpcn_kernels import reference
 from PIL import Image
 from torch import Tensor
 
-from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
 
@@ -37,7 +36,8 @@ def decoding(device: torch.device) -> Iterator[Finding]:
         (batch,) = EvalLoader([file], label, label, config, rank=0, world_size=1, device=device)
         with Image.open(file) as image:
             expected_HWC = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR), dtype=np.float32)
-    got_HWC = batch.images[0].cpu().permute(1, 2, 0).numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+    mean, std = (np.array(values, np.float32) for values in (config.preprocessing.mean, config.preprocessing.std))
+    got_HWC = batch.images[0].cpu().permute(1, 2, 0).numpy() * std + mean
     if got_HWC.shape != expected_HWC.shape:
         difference = f"has the shape {got_HWC.shape}, not {expected_HWC.shape}"
     elif (mean := float(np.abs(got_HWC * 255 - expected_HWC).mean())) < 3:

@@ -8,7 +8,6 @@ Legend: B images, C channels and H x W cells of the feature map.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections import OrderedDict
 from typing import Any, Literal, overload
@@ -19,16 +18,9 @@ from torch import Tensor, nn
 from fpcn_dist.models import weights
 from fpcn_dist.models.base import Backbone
 from fpcn_dist.models.lenet import LeNet
-from fpcn_dist.runtime.errors import UserError, nearest
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-"""torchvision's, though timm has networks of the same names."""
-
-ALIASES = {"mobilenet_v1": "mobilenetv1_100"}
-"""Names of this project for networks of timm."""
-
-_TORCHVISION = "torchvision/"
-"""Before a name: torchvision's network, though timm has one of the same name."""
+from fpcn_dist.models.packaged import PACKAGED, packaged_file
+from fpcn_dist.models.published import RESNETS, find_network
+from fpcn_dist.runtime.errors import UserError
 
 _IMAGENET_CLASSES = 1000
 
@@ -37,10 +29,10 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
     """The backbone called ``name``.
 
     Args:
-        name: one of :data:`RESNETS` or :data:`ALIASES`; "lenet"; a model of timm, with or without a tag; a classifier
-            of torchvision whose name timm does not have, or any with "torchvision/" before its name.
-        pretrained: ``True``: ImageNet weights from the hub or its cache; a path: a weights file of this network, its
-            classifier included or not; ``False``: freshly initialised.
+        name: see :func:`fpcn_dist.models.published.find_network`.
+        pretrained: ``True``: ImageNet weights from the hub or its cache; "packaged": those of an installed package; a
+            path: a weights file of this network, its classifier included or not, or a model or checkpoint of this
+            project with this backbone; ``False``: freshly initialised.
         norm: ``"batch"``: normalisation as published; ``"sync_batch"``: BatchNorm over all ranks; ``"frozen_batch"``:
             BatchNorm with its statistics and affine parameters as they were loaded; ``"group"``: GroupNorm instead.
 
@@ -56,24 +48,14 @@ def build_backbone(name: str, *, pretrained: bool | str = False, norm: str = "ba
             "pretrained weights were trained with BatchNorm and mean nothing with GroupNorm",
             "set model.pretrained to false, or use batch, sync_batch or frozen_batch",
         )
-    if name in RESNETS:
-        return ResNet(name, pretrained, norm)
-    if name == "lenet":
+    network = find_network(name)
+    if pretrained == PACKAGED:
+        pretrained = str(packaged_file(network))
+    if network.library == "own":
         return LeNet(pretrained, norm)
-    import timm
-    import torchvision
-
-    timm_name = ALIASES.get(name, name)
-    timms = {*timm.list_models(), *timm.list_pretrained()}
-    if timm_name in timms:
-        return TimmNet(timm_name, pretrained, norm)
-    torchvisions = torchvision.models.list_models(module=torchvision.models)
-    short = name.removeprefix(_TORCHVISION)
-    if short in torchvisions:
-        return TorchvisionNet(short, pretrained, norm)
-    close = difflib.get_close_matches(short, [*RESNETS, *ALIASES, "lenet", *torchvisions, *timms], n=1)
-    reason = "there is no such network in torchvision or timm"
-    raise UserError("model.backbone", name, reason, nearest(short, close or RESNETS))
+    if network.library == "timm":
+        return TimmNet(network.name, pretrained, norm)
+    return (ResNet if name in RESNETS else TorchvisionNet)(network.name, pretrained, norm)
 
 
 class ResNet(Backbone):

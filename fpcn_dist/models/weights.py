@@ -1,4 +1,4 @@
-"""Pretrained weights: from a file, or from the hubs of torchvision and timm where there is a network."""
+"""Pretrained weights: from a file or a run, or from the hubs of torchvision and timm where there is a network."""
 
 from __future__ import annotations
 
@@ -14,27 +14,38 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fpcn_dist.models.packaged import in_names_of, packaged_hint
 from fpcn_dist.runtime.errors import UserError
+
+MODEL_FILE = "model.safetensors"
+"""Name of the weights in a folder of this project."""
 
 NETWORK_TIMEOUT = 5.0
 """Seconds that a hub may take to answer before it counts as out of reach."""
 
 _WAYS_OUT = "give the path of a .pth or .safetensors file, or false to train from scratch"
 
+_OWN = ("backbone.net.", "ema/module.backbone.net.", "weights/model.backbone.net.")
+"""Where the backbone lies in what this project writes: in a model's file, and in a checkpoint, whose moving average, if
+it has one, is what becomes the model (:mod:`fpcn_dist.runs.checkpoint`)."""
+
 
 def load_file(net: nn.Module, path: str | Path, ignored: Sequence[str] = ()) -> None:
-    """Load a weights file into ``net``: torchvision's, timm's, or the model.safetensors of a run of this project.
+    """Load a weights file into ``net``: torchvision's, timm's, a package's, or a model or checkpoint of this project.
 
     Args:
         net: whose state dict the file must match, but for counters of BatchNorm batches.
-        path: .safetensors, or anything that ``torch.load`` reads without running code from it.
+        path: .safetensors, or anything that ``torch.load`` reads without running code from it; or a folder of this
+            project with such a model in it.
         ignored: names of modules (a classifier) that the file may hold and ``net`` lacks.
 
     Raises:
         UserError: no such file, not a weights file, or the weights of another network.
     """
     path = Path(path).expanduser()
-    weights = _own_backbone(_read(path))
+    if path.is_dir():
+        path = path / MODEL_FILE
+    weights = in_names_of(net, _own_backbone(_read(path)))
     foreign = tuple(f"{name}." for name in ignored)
     weights = {key: value for key, value in weights.items() if not key.startswith(foreign)}
     expected = net.state_dict()
@@ -73,9 +84,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _own_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's part where ``weights`` are a whole model of this project, else all of them."""
-    prefix = "backbone.net."
-    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    return own or weights
+    for prefix in _OWN:
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if own:
+            return own
+    return weights
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:
@@ -93,7 +106,7 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         raise _unpublished(name)
     url = published.url
     cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    with _hub(url):
+    with _hub(url, _WAYS_OUT):
         if not cached.exists():
             _reach(url)
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
@@ -116,7 +129,7 @@ def timm_model(name: str, *, published_weights: bool) -> nn.Module:
         raise _unpublished(name)
     url = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
     cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
-    with _hub(url):
+    with _hub(url, packaged_hint(name) + _WAYS_OUT):
         # The hub's client retries for most of a minute without a network, even where the cache holds the weights.
         if isinstance(cached, str):
             return create(pretrained=True, pretrained_cfg_overlay={"file": cached, "custom_load": False})
@@ -135,10 +148,10 @@ def _reach(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _hub(url: str) -> Iterator[None]:
+def _hub(url: str, ways_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each hub's client has its own exceptions
         raise UserError(
-            "model.pretrained", True, f"the weights could not be fetched from {url} ({error})", _WAYS_OUT
+            "model.pretrained", True, f"the weights could not be fetched from {url} ({error})", ways_out
         ) from error

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from fpcn_dist.recipe.preprocessing import Interpolation, Mean, Preprocessing, Std
 from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
 from fpcn_dist.runtime.errors import UserError
 
@@ -29,6 +30,14 @@ class DataConfig(Schema):
     """Side in pixels that every image is resized to; the aspect ratio is not kept (section 4.1)."""
     crop: PositiveInt = 448
     """Side in pixels of the crop that the network sees: random in training, centred in evaluation."""
+    mean: Mean | None = None
+    """Of red, green and blue, for pixels in [0, 1]: a pixel becomes (pixel - mean) / std. Null, like the two fields
+    below: as the network's weights were trained, ImageNet's from scratch, the teacher's in a distillation; a run
+    settles it at its start."""
+    std: Std | None = None
+    """Of red, green and blue, for pixels in [0, 1]."""
+    interpolation: Interpolation | None = None
+    """Filter of the resizing."""
     flip: bool = True
     """Mirror half of the training views left to right."""
     views: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--views",))] = None
@@ -71,7 +80,8 @@ class DataConfig(Schema):
 
     def pixels(self) -> dict[str, Any]:
         """The fields that decide the pixels of a view, by name: what is computed from views is stored under these."""
-        return self.model_dump(mode="json", exclude=_NOT_PIXELS)
+        settled = self.preprocessing.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=_NOT_PIXELS) | settled
 
     @property
     def distinct_views(self) -> int | None:
@@ -82,6 +92,16 @@ class DataConfig(Schema):
     def views_are_drawn(self) -> bool:
         """Whether the views of an image differ, as draws of the recipe's seed say; else all are the whole image."""
         return self.flip or self.crop < self.resize
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Mean, standard deviation and interpolation; ImageNet's where they are not settled."""
+        return Preprocessing.recorded({name: getattr(self, name) for name in Preprocessing.model_fields})
+
+    def settled(self, own: Preprocessing) -> DataConfig:
+        """The same with the values of ``own`` for what is left to the network."""
+        left = {name: value for name, value in own if getattr(self, name) is None}
+        return self.changed(**left) if left else self
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

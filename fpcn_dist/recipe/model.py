@@ -16,7 +16,8 @@ class ModelConfig(Schema):
     """resnet18, 34, 50 or 101 (torchvision), mobilenet_v1, lenet, or any classifier of timm or torchvision by name
     (torchvision/NAME where timm has one of the same name, too)."""
     pretrained: bool | str = True
-    """true: ImageNet weights from the hub or its cache; a path: a weights file; false: from scratch."""
+    """true: ImageNet weights from the hub or its cache; packaged: those of an installed Python package; a path: a
+    weights file, or a run, model or checkpoint of this project with the same backbone; false: from scratch."""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
     """Normalisation layers: as published, synchronised across GPUs, frozen statistics, or GroupNorm."""
     region: Literal["threshold", "largest", "none"] = "threshold"

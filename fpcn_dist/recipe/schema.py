@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from fpcn_dist.recipe.data import DataConfig, DecodingBackend
 from fpcn_dist.recipe.losses import ContrastConfig, DistillConfig
 from fpcn_dist.recipe.model import ModelConfig
+from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.search import Dimension, SearchConfig
 from fpcn_dist.recipe.section import Schema
 from fpcn_dist.recipe.training import EngineConfig, OptimConfig, TrainConfig
@@ -57,6 +58,10 @@ class Recipe(Schema):
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     search: Annotated[SearchConfig, tyro.conf.Suppress, tyro.conf.Fixed] = SearchConfig()
+
+    def with_preprocessing(self, own: Preprocessing) -> Recipe:
+        """The same with the values of ``own`` for what it leaves to the network."""
+        return self.changed(data=self.data.settled(own))
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

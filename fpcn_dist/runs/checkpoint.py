@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors
@@ -76,6 +77,11 @@ class CheckpointInfo:
     classes: tuple[str, ...]
     accuracy: float | None = None
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the run shows images to its network."""
+        return Preprocessing.recorded(self.recipe.get("data", {}))
+
 
 def write_checkpoint(path: Path, state: TrainingState, info: CheckpointInfo) -> None:
     """Write ``path`` whole or not at all.
@@ -96,6 +102,25 @@ class Checkpoint(NamedTuple):
     path: Path
     state: TrainingState
     info: CheckpointInfo
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file says of itself that it is a checkpoint of this project."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "fpcn_dist" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """What a checkpoint says about itself; its tensors are not read.
+
+    Raises:
+        UserError: no such file, or not a checkpoint of this project and format.
+    """
+    with _opened(path) as (_, metadata):
+        return _info(metadata)
 
 
 def read_checkpoint(path: Path) -> tuple[TrainingState, CheckpointInfo]:
@@ -203,8 +228,7 @@ class CheckpointFolder:
     def best_accuracy(self) -> float | None:
         """Validation accuracy of the best checkpoint, where there is one; its tensors are not read."""
         try:
-            with _opened(self.folder / BEST) as (_, metadata):
-                return _info(metadata).accuracy
+            return read_info(self.folder / BEST).accuracy
         except UserError:
             return None
 
@@ -250,7 +274,9 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
     Raises:
         UserError: naming each field that changed, with both values.
     """
-    before, now = _flat(_in_todays_fields(info.recipe)), _flat(recipe.model_dump())
+    before = _flat(_in_todays_fields(info.recipe)) | _flat({"data": info.preprocessing.model_dump()})
+    # What the recipe leaves to the network was settled when the run began.
+    now = _flat(recipe.with_preprocessing(info.preprocessing).model_dump())
     fields = sorted(before.keys() | now.keys())
     changed = [f"{f} {before.get(f)!r} -> {now.get(f)!r}" for f in fields if before.get(f) != now.get(f)]
     changed = [line for line in changed if not _harmless(line.split(" ", 1)[0])]

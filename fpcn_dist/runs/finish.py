@@ -88,7 +88,7 @@ def evaluate_run(
     before = Evaluation.load(run.path)
     if checkpoint is None and before is not None:
         checkpoint, step = before.checkpoint, before.step
-    samples = SampleCollector()
+    samples = SampleCollector(recipe.data)
     loader = EvalLoader.from_manifest(
         manifest, split, recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
     )

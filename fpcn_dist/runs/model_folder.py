@@ -19,15 +19,18 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fpcn_dist import __version__
-from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.models import Classifier, build_model
+from fpcn_dist.models.weights import MODEL_FILE
+from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors, write_text
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_FORMAT = 1
+WEIGHTS, CONFIG, CARD = MODEL_FILE, "config.json", "README.md"
+_FORMAT = 2
+_READABLE = (1, _FORMAT)
+"""Format 1 knew no interpolation but the bilinear one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class ModelInfo:
 
     Attributes:
         classes: class names in label order.
-        preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
+        preprocessing: how images are cut and normalised; its ``resize``, ``crop``, ``mean``, ``std`` and
+            ``interpolation`` are those of the training.
         model: the network.
         task: the task that the model was trained for; it decides what kind of network the model is.
     """
@@ -73,7 +77,7 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": recipe.data.model_dump(include={"resize", "crop"}) | {"mean": list(MEAN), "std": list(STD)},
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop"}) | recipe.data.preprocessing.model_dump(),
     }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
     write_card(run_dir, recipe, classes, evaluation)
@@ -102,7 +106,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Classi
         UserError: no such folder, no model in it, a config.json of something else, or weights that do not fit it.
     """
     folder = Path(folder)
-    info = _load_info(folder)
+    info = load_info(folder)
     # The weights file replaces pretrained ones, which may not even be reachable here.
     offline = info.model.changed(pretrained=False)
     model = build_model(offline, len(info.classes), task=info.task)
@@ -110,7 +114,21 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Classi
     return model.to(device).eval(), info
 
 
-def _load_info(folder: Path) -> ModelInfo:
+def describes_model(folder: Path) -> bool:
+    """Whether there is a config.json in ``folder`` that this project wrote."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "fpcn_dist_version" in config
+
+
+def load_info(folder: Path) -> ModelInfo:
+    """What config.json says of the model in ``folder``, whose weights are not read.
+
+    Raises:
+        UserError: no such folder, no model in it, or a config.json of something else.
+    """
     if not folder.is_dir():
         raise UserError("model", folder, "there is no such folder", "give the run folder of a finished training")
     for name in (CONFIG, WEIGHTS):
@@ -125,7 +143,7 @@ def _load_info(folder: Path) -> ModelInfo:
         raise UserError("model", path, f"is not JSON ({error})", "export the model again") from None
     if not isinstance(config, dict) or "fpcn_dist_version" not in config:
         raise UserError("model", path, "was not written by fpcn_dist", "give a folder that fpcn_dist has exported")
-    if config.get("format") != _FORMAT:
+    if config.get("format") not in _READABLE:
         version = config["fpcn_dist_version"]
         reason = f"has format {config.get('format')} (fpcn_dist {version}), not {_FORMAT} (fpcn_dist {__version__})"
         raise UserError("model", path, reason, f"install fpcn_dist {version}, or export the model again")
@@ -139,13 +157,13 @@ def _load_info(folder: Path) -> ModelInfo:
 def _parse_info(config: dict[str, Any]) -> ModelInfo:
     labels = config["id2label"]
     preprocessing = config["preprocessing"]
-    if (preprocessing["mean"], preprocessing["std"]) != (list(MEAN), list(STD)):
-        raise ValueError("its mean and std are not those of ImageNet")
     if config["task"] not in get_args(Task):
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),
-        preprocessing=DataConfig(resize=preprocessing["resize"], crop=preprocessing["crop"]),
+        preprocessing=DataConfig(resize=preprocessing["resize"], crop=preprocessing["crop"]).settled(
+            Preprocessing.recorded(preprocessing)
+        ),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],
     )

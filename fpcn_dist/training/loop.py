@@ -135,6 +135,8 @@ def _set_up(
     manifest = prepare_data(data, shared, ranks)
     runs = [RunFolder(output) for output in recipes]
     starts = [open_run(run, recipes[run.path], manifest, ranks, resume) for run in runs]
+    # What recipes leave to their networks may differ, too.
+    shared = _require_agreement([start.recipe for start in starts])
     use_threads(shared.data.threads, ranks.device)
     soft_labels, teacher = attach_teacher([start.recipe for start in starts], runs[0].path, manifest, ranks)
     loader = TrainLoader(

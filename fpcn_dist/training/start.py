@@ -20,6 +20,7 @@ from fpcn_dist.runs.checkpoint import (
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
+from fpcn_dist.training.pretrained import describe_weights, name_preprocessing
 from fpcn_dist.training.soft_labels.teacher import name_teacher
 
 
@@ -28,7 +29,7 @@ class Start:
     """Where a run begins or goes on, the same on every rank.
 
     Attributes:
-        recipe: what it computes, with the hash of its teacher where it has one.
+        recipe: what it computes, with the hash of its teacher where it has one, and how its network is shown images.
         state: what it goes on from; ``None`` where it begins.
         best: the best validation accuracy so far, where there is one.
         step: updates made so far.
@@ -70,7 +71,8 @@ def open_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, r
         resume: see :func:`fpcn_dist.training.loop.train`.
 
     Raises:
-        UserError: folder, teacher or checkpoint cannot be used, or data or recipe have changed since it was written.
+        UserError: folder, weights, teacher or checkpoint cannot be used, or data or recipe have changed since it was
+            written.
     """
     found: Checkpoint | None = None
 
@@ -81,10 +83,15 @@ def open_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, r
         checkpoints = CheckpointFolder(run.checkpoints, keep=recipe.train.keep_checkpoints)
         found = _find(checkpoints, resume)
         best, before = None, ranks.world_size
-        if found is not None:
+        if found is None:
+            named = name_preprocessing(named)
+            for line in describe_weights(named, manifest.classes):
+                print(line, flush=True)
+        else:
             require_same_recipe(named, found.info, found.path)
             _require_same_data(manifest, found.info, found.path, run)
             print(f"resuming from step {found.info.step} ({found.path})", flush=True)
+            named = named.with_preprocessing(found.info.preprocessing)
             best, before = checkpoints.best_accuracy(), run.first_world_size() or before
             named = _in_parts_as_large(named, before, ranks, manifest)
         run.describe(named, manifest, ranks, first_world_size=before)

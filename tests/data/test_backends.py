@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.images import check_images
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.data.normalisation import STD
+from fpcn_dist.recipe.preprocessing import IMAGENET, Interpolation
 from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
 from fpcn_dist.runtime.errors import UserError
 
@@ -72,41 +73,62 @@ def _photographs(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 @needs_dali
-@pytest.mark.parametrize(("resize", "crop"), [(104, 96), (300, 120)])
-def test_backends_give_the_same_images_in_every_form(tmp_path: Path, resize: int, crop: int) -> None:
+@pytest.mark.parametrize(("resize", "crop", "interpolation"), [(104, 96, "bilinear"), (300, 120, "bicubic")])
+def test_backends_give_the_same_images_in_every_form(
+    tmp_path: Path, resize: int, crop: int, interpolation: Interpolation
+) -> None:
     plain, deep = _photographs(tmp_path)
     paths = plain + deep
     rng = np.random.default_rng(2)
     crops = np.stack([*rng.integers(0, resize - crop + 1, (2, len(paths))), rng.integers(0, 2, len(paths))], axis=1)
-    config = DataConfig(resize=resize, crop=crop)
+    config = DataConfig(resize=resize, crop=crop, interpolation=interpolation)
     dali, ours = (_decoded(paths, crops, config.changed(backend=name)) for name in ("dali", "torchvision"))
     assert dali.shape == ours.shape == (len(paths), 3, crop, crop) and ours.is_contiguous()
     for path, one, other in zip(paths, dali, ours, strict=True):
-        difference = ((one - other).abs() * torch.tensor(STD).view(3, 1, 1)).max()
+        difference = ((one - other).abs() * torch.tensor(IMAGENET.std).view(3, 1, 1)).max()
         assert difference < (LEVEL if path in deep else 1e-6), path.name
     for name in ("dali", "torchvision"):
         assert all(check.ok for check in check_images(paths, 10**8, backend=name))
 
 
-@needs_dali
-@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
-def test_both_resizers_agree(rocks: Path, resize: int, crop: int) -> None:
-    """The GPU's resizer, here on the CPU, against the CPU's: one grey level, away from the edge of the whole image."""
+def _by_both_resizers(sources: list[np.ndarray], corners: np.ndarray, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """[B, crop, crop, 3] grey levels by the GPU's resizer, here on the CPU, and by the CPU's."""
     from nvidia.dali import Pipeline, fn
 
     from fpcn_dist.data.dali import resize_by_dali, resize_by_torch
 
-    config = DataConfig(resize=resize, crop=crop)
-    sources = [np.asarray(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
-    rng = np.random.default_rng(1)
-    corners = rng.integers(1, resize - crop, size=(len(sources), 2), dtype=np.int32)
     pipeline = Pipeline(batch_size=len(sources), num_threads=1, device_id=None)
     with pipeline:
         decoded, corner = fn.external_source(source=[(sources, corners)], num_outputs=2, layout=["HWC", None])
         pipeline.set_outputs(resize_by_dali(decoded, corner, config), resize_by_torch(decoded, corner, config, 1))
     dali, ours = (torch.from_dlpack(out.as_tensor()).int() for out in pipeline.run())
-    assert dali.shape == ours.shape == (len(sources), crop, crop, 3)
+    assert dali.shape == ours.shape == (len(sources), config.crop, config.crop, 3)
+    return dali, ours
+
+
+@needs_dali
+@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
+def test_both_resizers_agree(rocks: Path, resize: int, crop: int) -> None:
+    """One grey level, away from the edge of the whole image."""
+    sources = [np.asarray(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    corners = np.random.default_rng(1).integers(1, resize - crop, size=(len(sources), 2), dtype=np.int32)
+    dali, ours = _by_both_resizers(sources, corners, DataConfig(resize=resize, crop=crop))
     assert (dali - ours).abs().max() <= 1
+
+
+@needs_dali
+@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
+def test_both_resizers_agree_on_the_cubic_filter_but_where_it_overshoots(rocks: Path, resize: int, crop: int) -> None:
+    """The CPU's clips after each of its two passes, as Pillow's does; the GPU's once, as arithmetic has it."""
+    sources = [np.array(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    start = (resize - crop) // 2
+    corners = np.full((len(sources), 2), start, dtype=np.int32)
+    dali, ours = _by_both_resizers(sources, corners, DataConfig(resize=resize, crop=crop, interpolation="bicubic"))
+    whole = [torch.from_numpy(source).permute(2, 0, 1)[None].double() for source in sources]
+    whole = [F.interpolate(image, (resize, resize), mode="bicubic", antialias=True) for image in whole]
+    exact = torch.cat(whole).clamp(0, 255).permute(0, 2, 3, 1)[:, start : start + crop, start : start + crop]
+    assert (dali - exact).abs().max() < 0.6
+    assert ((dali - ours).abs() > 1).double().mean() < 1e-3
 
 
 @needs_dali
@@ -125,7 +147,7 @@ def test_backends_give_the_same_batches(rocks: Path) -> None:
     assert manifests[0] == manifests[1] and len(batches[0]) == len(batches[1]) > 3
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.image_ids, other.image_ids) and torch.equal(one.crops, other.crops)
-        assert (one.images - other.images).abs().max() < LEVEL / max(STD)
+        assert (one.images - other.images).abs().max() < LEVEL / max(IMAGENET.std)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torchvision import transforms
 from fpcn_dist.data.backends import open_backend
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.normalisation import MEAN, STD
+from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import DataConfig
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -30,20 +30,32 @@ def _pipeline(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tenso
     decoding = open_backend("auto").decoding(iter([request]), config, CPU, len(paths), 2)
     with contextlib.closing(decoding):
         images = decoding.next()
-    return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (config.preprocessing.std, config.preprocessing.mean))
+    return images * std + mean
 
 
 def _pillow(path: Path, crop: np.ndarray, config: DataConfig) -> Tensor:
     """[3, crop, crop] pixels in [0, 1] by Pillow's resize, then crop, then flip."""
     row, column, flip = crop.tolist()
-    resized = Image.open(path).convert("RGB").resize((config.resize, config.resize), Image.Resampling.BILINEAR)
+    interpolation = Image.Resampling[config.preprocessing.interpolation.upper()]
+    resized = Image.open(path).convert("RGB").resize((config.resize, config.resize), interpolation)
     cut = resized.crop((column, row, column + config.crop, row + config.crop))
     return transforms.functional.to_tensor(cut).flip(-1) if flip else transforms.functional.to_tensor(cut)
 
 
-@pytest.mark.parametrize(("resize", "crop"), [(64, 56), (97, 97), (150, 41), (256, 224)])
-def test_training_views_equal_pillow(rocks: Path, resize: int, crop: int) -> None:
-    config = DataConfig(resize=resize, crop=crop)
+@pytest.mark.parametrize(
+    ("resize", "crop", "own"),
+    [
+        (64, 56, {}),
+        (97, 97, {}),
+        (150, 41, {}),
+        (256, 224, {}),
+        (64, 56, {"interpolation": "bicubic"}),
+        (256, 224, {"interpolation": "bicubic", "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)}),
+    ],
+)
+def test_training_views_equal_pillow(rocks: Path, resize: int, crop: int, own: dict) -> None:
+    config = DataConfig(resize=resize, crop=crop, **own)
     paths = sorted(rocks.rglob("*.jpg"))[::6]
     rng = np.random.default_rng(0)
     corners = rng.integers(0, resize - crop + 1, size=(len(paths), 2))
@@ -62,13 +74,13 @@ def test_evaluation_equals_the_usual_torchvision_transform(rocks: Path) -> None:
             transforms.Resize((75, 75)),
             transforms.CenterCrop(64),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(IMAGENET.mean, IMAGENET.std),
         ]
     )
     loader = EvalLoader(paths, np.zeros(8), np.arange(8), config, rank=0, world_size=1, device=CPU)
     images = torch.cat([batch.images for batch in loader])
     expected = torch.stack([usual(Image.open(path).convert("RGB")) for path in paths])
-    assert (images - expected).abs().max() < LEVEL / min(STD)
+    assert (images - expected).abs().max() < LEVEL / min(IMAGENET.std)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from torch import nn
 
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.deploy import onnx_export, onnx_predict
+from fpcn_dist.deploy import onnx_export, onnx_graph, onnx_predict
 from fpcn_dist.deploy.onnx_export import export_onnx
 from fpcn_dist.deploy.onnx_graph import ExportableModel, to_onnx
+from fpcn_dist.deploy.predict import predict
 from fpcn_dist.models import Classifier, build_model
+from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.reading import dump_recipe
 from fpcn_dist.recipe.schema import ContrastConfig, DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.folder import RunFolder
@@ -96,6 +98,33 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_an_export_shows_images_as_the_model_was_trained(
+    manifest: Manifest, exported: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the probabilities of a photograph, which are those of PyTorch, and others than of ImageNet's pixels."""
+
+    def described(exportable: ExportableModel, info: ModelInfo) -> tuple[onnx.ModelProto, list[str]]:
+        proto = onnx.load(exported[0] / "model.onnx")
+        onnx_graph.describe(proto, info)
+        return proto, []
+
+    monkeypatch.setattr(onnx_export, "to_onnx", described)
+    own = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7), interpolation="bicubic")
+    run = _save_run(tmp_path / "run", _recipe(theta=0.2).with_preprocessing(own), manifest)
+    _export(run)
+    model = onnx_predict.open_model(run / "model.onnx")
+    assert (model.mean, model.std, model.interpolation) == (own.mean, own.std, own.interpolation)
+    files = [manifest.path(index) for index in range(0, len(manifest.images), 9)]
+    expected = [one.probabilities for one in predict(run, files, tmp_path / "out")]
+    found, _ = onnx_predict.classify(model, files)
+    others, _ = onnx_predict.classify(onnx_predict.open_model(exported[0] / "model.onnx"), files)
+    ours, theirs, imagenet = (
+        np.array([[row[name] for name in CLASSES] for row in rows])
+        for rows in ([one.probabilities for one in found], expected, [one.probabilities for one in others])
+    )
+    assert np.abs(ours - theirs).max() < 0.02 < np.abs(imagenet - theirs).max()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
@@ -145,7 +174,8 @@ def test_what_is_written_and_printed(exported: tuple[Path, str], rocks: Path) ->
         assert (metadata["resize"], metadata["crop"], metadata["task"]) == ("104", "96", "contrast")
         assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
         assert json.loads(metadata["std"]) == [0.229, 0.224, 0.225]
-        assert metadata["format"] == "1" and metadata["fpcn_dist_version"]
+        assert metadata["interpolation"] == "bilinear"
+        assert metadata["format"] == "2" and metadata["fpcn_dist_version"]
         (line,) = [line for line in text.splitlines() if line.startswith("│ " + name + " ")]
         assert f"{path.stat().st_size / 1e6:.1f} MB" in line and line.count("%") == 1
         content = path.read_bytes()
@@ -161,7 +191,7 @@ def test_only_the_backbone_is_quantised_and_the_logits_survive(exported: tuple[P
     for node in graph.node:
         quantised = all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
         assert node.op_type not in ("Conv", "Gemm") or quantised == (node.op_type == "Conv"), node.name
-    pixels = [onnx_predict.read_image(path, 104, 96) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    pixels = [onnx_predict.read_image(path, 104, 96, "bilinear") for path in sorted(rocks.rglob("*.jpg"))[::6]]
     expected, _ = fp32.run(fp32.normalise(pixels))
     found, _ = int8.run(int8.normalise(pixels))
     error = found - expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -93,14 +94,16 @@ def _photographs(folder: Path) -> list[Path]:
 def test_pillow_makes_the_pixels_of_evaluation(tmp_path: Path) -> None:
     files = _photographs(tmp_path)
     ids = np.arange(len(files))
-    for sizes in ({"resize": 104, "crop": 96}, {"resize": 97, "crop": 64}):  # odd: the centre is rounded
-        config = DataConfig(**sizes, threads=1)
+    cubic = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    sizes = [(104, 96), (97, 64)]  # odd: the centre is rounded
+    for (resize, crop), own in itertools.product(sizes, ({}, cubic)):
+        config = DataConfig(resize=resize, crop=crop, threads=1, **own)
         loader = EvalLoader(files, ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
         (batch,) = loader
         for file, image in zip(files, batch.images, strict=True):
-            own = onnx_predict.read_image(file, **sizes)
-            difference = np.abs(to_pixels(image).astype(int) - own.astype(int))
-            assert own.shape == difference.shape and difference.max() <= 1, file.name
+            pixels = onnx_predict.read_image(file, resize, crop, config.preprocessing.interpolation)
+            difference = np.abs(to_pixels(image, config).astype(int) - pixels.astype(int))
+            assert pixels.shape == difference.shape and difference.max() <= 1, file.name
 
 
 def test_predictions_are_those_with_torch(
@@ -225,7 +228,8 @@ def test_a_file_that_is_not_an_onnx_model_of_ours_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", "2", r"has format 2 \(fpcn_dist .*\), not 1; install fpcn_dist"),
+        ("format", "3", r"has format 3 \(fpcn_dist .*\), not 2; install fpcn_dist"),
+        ("interpolation", "lanczos", "is damaged .*unknown interpolation lanczos"),
         ("classes", "[", "is damaged"),
         ("classes", '["basalt"]', "is damaged .*1 class names do not fit the output"),
         ("crop", "64", "is damaged .*do not fit the input"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
     BEST,
@@ -153,6 +154,26 @@ def test_a_checkpoint_with_a_field_that_nobody_knows_is_of_another_recipe(tmp_pa
     write_checkpoint(tmp_path / "x", state(), CheckpointInfo(3, newer, "hash", ("a", "b")))
     with pytest.raises(UserError, match=r"of another recipe: optim\.tomorrow 1 -> None;"):
         require_same_recipe(Recipe(), read_checkpoint(tmp_path / "x")[1], tmp_path)
+
+
+def test_what_a_recipe_leaves_to_the_network_was_settled_when_the_run_began(tmp_path):
+    half = {"mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
+    settled = Recipe.model_validate({"data": half | {"std": (0.5, 0.5, 0.5)}})
+    write_checkpoint(tmp_path / "x", state(), CheckpointInfo(3, settled.model_dump(), "hash", ("a", "b")))
+    said = read_checkpoint(tmp_path / "x")[1]
+    assert said.preprocessing == settled.data.preprocessing
+    require_same_recipe(Recipe(), said, tmp_path)
+    require_same_recipe(Recipe.model_validate({"data": half}), said, tmp_path)
+
+    older = Recipe().model_dump()
+    for name in ("mean", "std", "interpolation"):
+        del older["data"][name]
+    before = CheckpointInfo(3, older, "hash", ("a", "b"))
+    require_same_recipe(Recipe.model_validate({"data": IMAGENET.model_dump()}), before, tmp_path)
+    with pytest.raises(
+        UserError, match=r"data\.interpolation 'bilinear' -> 'bicubic', data\.mean \(0\.485, .* -> \(0\.5"
+    ):
+        require_same_recipe(Recipe.model_validate({"data": half}), before, tmp_path)
 
 
 def test_a_field_that_this_version_does_not_know_is_refused(tmp_path):

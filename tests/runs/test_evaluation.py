@@ -194,7 +194,7 @@ def test_networks_image_by_image(rocks: Path, task: str) -> None:
 def _rank(rank: int, world_size: int, root: Path, count: int, output: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{output}/rendezvous", rank=rank, world_size=world_size)
-    samples = SampleCollector(per_kind=2)
+    samples = SampleCollector(DATA, per_kind=2)
     result = _evaluate_photographs(root, count, group=dist.group.WORLD, samples=samples)
     samples.write(output, CLASSES, [str(number) for number in range(count)], group=dist.group.WORLD)
     (output / f"{rank}.json").write_text(result.to_json())
@@ -213,7 +213,7 @@ def _rank(rank: int, world_size: int, root: Path, count: int, output: Path) -> N
 @pytest.mark.parametrize(("world_size", "count"), [(2, 23), (3, 2)])
 def test_ranks_agree_with_one_process(rocks: Path, tmp_path: Path, world_size: int, count: int) -> None:
     """Uneven shares, even none at all on a rank; the same result everywhere, the same samples, and an honest count."""
-    alone = SampleCollector(per_kind=2)
+    alone = SampleCollector(DATA, per_kind=2)
     expected = _evaluate_photographs(rocks, count, samples=alone)
     (tmp_path / "alone").mkdir()
     alone.write(tmp_path / "alone", CLASSES, [str(number) for number in range(count)])

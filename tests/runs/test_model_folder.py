@@ -14,6 +14,7 @@ from torch import nn
 
 from fpcn_dist import __version__
 from fpcn_dist.models import build_model
+from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.evaluation import AreaScore, ClassScore, Evaluation
 from fpcn_dist.runs.model_folder import load_model, save_model, write_card
@@ -104,8 +105,16 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
         "crop": 64,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
+        "interpolation": "bilinear",
     }
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_model_of_before_others_were_known_was_shown_images_as_for_imagenet(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text()) | {"format": 1}
+    del config["preprocessing"]["interpolation"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert load_model(damaged)[1].preprocessing.preprocessing == IMAGENET
 
 
 def test_loading_asks_no_network_for_pretrained_weights(damaged: Path) -> None:
@@ -153,7 +162,7 @@ def test_a_missing_file_is_named(damaged: Path, name: str) -> None:
         ("{", "is not JSON"),
         ("[]", "was not written by fpcn_dist"),
         ('{"architectures": ["BertModel"], "hidden_size": 768}', "was not written by fpcn_dist"),
-        ('{"fpcn_dist_version": "9.0", "format": 2}', r"has format 2 \(fpcn_dist 9.0\).*install fpcn_dist 9.0"),
+        ('{"fpcn_dist_version": "9.0", "format": 3}', r"has format 3 \(fpcn_dist 9.0\).*install fpcn_dist 9.0"),
         ('{"fpcn_dist_version": "0.1.0", "format": 1}', "is damaged"),
     ],
 )
@@ -169,7 +178,9 @@ def test_a_foreign_config_is_refused(damaged: Path, text: str, message: str) -> 
         (("model", "hidden"), "wide"),
         (("model", "unknown_field"), 1),
         (("id2label",), {"0": "a", "2": "b"}),
-        (("preprocessing", "mean"), [0.5, 0.5, 0.5]),
+        (("preprocessing", "mean"), [0.5, 0.5]),
+        (("preprocessing", "std"), [0.5, 0.5, 0.0]),
+        (("preprocessing", "interpolation"), "lanczos"),
         (("preprocessing", "crop"), 100),
         (("task",), "segment"),
         (("model",), None),

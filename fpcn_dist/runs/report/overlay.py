@@ -7,17 +7,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fpcn_dist.data.normalisation import MEAN, STD
+from fpcn_dist.recipe.schema import DataConfig
 
 CONTOUR = (255, 176, 0)
 """The region's outline is amber, which stands out from rock, soil and vegetation alike."""
 _DIM = 0.35
 
 
-def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """Undo the ImageNet normalisation: [3, H, W] float -> [H, W, 3] uint8 on the CPU."""
+def to_pixels(image: Tensor, config: DataConfig) -> NDArray[np.uint8]:
+    """Undo the normalisation that ``config`` names: [3, H, W] float -> [H, W, 3] uint8 on the CPU."""
     image_HWC = image.detach().float().cpu().permute(1, 2, 0).numpy()
-    return (255 * np.clip(image_HWC * np.array(STD) + np.array(MEAN), 0, 1)).round().astype(np.uint8)
+    shown = config.preprocessing
+    return (255 * np.clip(image_HWC * np.array(shown.std) + np.array(shown.mean), 0, 1)).round().astype(np.uint8)
 
 
 def draw_overlay(pixels: NDArray[np.uint8], mask: NDArray[np.floating], side: int) -> Image.Image:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runs.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.files import replacing, write_text
 
@@ -66,11 +67,12 @@ class SampleCollector:
     """It keeps the images to show while :func:`fpcn_dist.runs.evaluation.evaluate` runs; :meth:`write` saves them.
 
     Args:
+        config: how the images are normalised.
         per_kind: how many correct images (chosen by a hash of their id), and how many mistakes (the most probable).
     """
 
-    def __init__(self, per_kind: int = 6) -> None:
-        self._per_kind = per_kind
+    def __init__(self, config: DataConfig, per_kind: int = 6) -> None:
+        self._config, self._per_kind = config, per_kind
         self._kept: dict[str, dict[str, Tensor]] = {}
 
     def update(self, batch: Batch, probabilities_BK: Tensor, mask_Bhw: Tensor) -> None:
@@ -135,7 +137,7 @@ class SampleCollector:
                     object_share=float((mask == 1).float().mean()),
                 )
                 with replacing(folder / sample.file) as temporary:
-                    drawing = draw_overlay(to_pixels(merged["images"][row]), mask.numpy(), SIDE)
+                    drawing = draw_overlay(to_pixels(merged["images"][row], self._config), mask.numpy(), SIDE)
                     drawing.save(temporary, format="JPEG", quality=82)
                 samples.append(sample)
         write_text(folder / "samples.json", json.dumps([asdict(sample) for sample in samples], indent=2) + "\n")

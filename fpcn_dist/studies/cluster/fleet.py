@@ -38,7 +38,7 @@ def survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[
     for name, recipe in runs.items():
         run = RunFolder(output / name)
         state, reason = run.read_outcome()
-        same = run.recipe.is_file() and _what_counts(load_recipe(run.recipe)) == _what_counts(recipe)
+        same = run.recipe.is_file() and _same(load_recipe(run.recipe), recipe)
         if state == "diverged" and same:
             failures[name] = reason or state
         elif state != "finished" or not same:
@@ -46,11 +46,18 @@ def survey(output: Path, runs: dict[str, Recipe]) -> tuple[dict[str, str], list[
     return failures, unfinished
 
 
-def _what_counts(recipe: Recipe) -> Recipe:
-    """``recipe`` without the fields that may differ on another cluster, or after a folder has moved."""
-    return recipe.changed(
-        **{"data.threads": None, "distill.teacher": None, "distill.bank": None, "train.feature_bank": True}
-    )
+def _same(before: Recipe, now: Recipe) -> bool:
+    """Whether two recipes are one, but for fields that may differ on another cluster, or after a folder has moved.
+
+    What ``now`` leaves to the network was settled when the run began.
+    """
+    shown = before.data.preprocessing
+    paths = {"distill.teacher": None, "distill.bank": None, "train.feature_bank": True}
+    counts = [
+        recipe.changed(**{"data": recipe.data.settled(shown).changed(threads=None), **paths})
+        for recipe in (before, now)
+    ]
+    return counts[0] == counts[1]
 
 
 def measure_steps(

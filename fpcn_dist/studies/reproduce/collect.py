@@ -178,15 +178,23 @@ class _Collector:
             outcome = self._outcome(name, seed)
             if outcome is None:
                 return ()
-            networks[title] = load_model(self.output / outcome.record.folder, device)[0]
+            networks[title], info = load_model(self.output / outcome.record.folder, device)
         ids = self._pictures()
         images = [self.manifest.images[i] for i in ids.tolist()]
         labels = self.manifest.labels[ids]
-        config = self.grid.base.data.changed(eval_batch_size=len(ids))
+        shown = info.preprocessing.preprocessing  # the two have one backbone
+        config = self.grid.base.data.settled(shown).changed(eval_batch_size=len(ids))
         (batch,) = _load(self.manifest, ids, config, device)
         paths = [image.path for image in images]
         return compare(
-            networks, batch.images, labels.tolist(), paths, self.manifest.classes, self.output / "figure5", self.output
+            networks,
+            batch.images,
+            labels.tolist(),
+            paths,
+            self.manifest.classes,
+            self.output / "figure5",
+            self.output,
+            config,
         )
 
     def _pictures(self) -> Any:

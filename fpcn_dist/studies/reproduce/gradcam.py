@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fpcn_dist.models.backbones import ResNet
 from fpcn_dist.models.classifier import Classifier
 from fpcn_dist.models.fpcn import FPCN
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runs.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError
@@ -49,6 +50,7 @@ def compare(
     classes: Sequence[str],
     folder: Path,
     output: Path,
+    config: DataConfig,
 ) -> tuple[Comparison, ...]:
     """Draw each image plain and with the heat of every network over it, as JPEGs of ``SIDE`` pixels in ``folder``.
 
@@ -62,6 +64,7 @@ def compare(
         classes: K names in label order.
         folder: for the JPEGs; made where it is missing, in or below ``output``.
         output: what the paths of the JPEGs are relative to.
+        config: how the images are normalised.
 
     Raises:
         UserError: the package grad-cam is missing or cannot be loaded, a network does not classify by one feature map,
@@ -70,7 +73,7 @@ def compare(
     make_folder(folder)
     comparisons = []
     for number, image in enumerate(images):
-        pixels = to_pixels(image)
+        pixels = to_pixels(image, config)
         heatmaps = []
         for place, (title, network) in enumerate(networks.items(), start=1):
             seen = look(network, image, title=title)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
+from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.search.plan import Plan, build_spaces
@@ -137,10 +138,12 @@ def _require_same_images(teacher: Recipe, student: Recipe) -> None:
     Raises:
         UserError: names the first field that differs.
     """
-    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop"):
+    preprocessing = tuple(f"data.{name}" for name in Preprocessing.model_fields)
+    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop", *preprocessing):
         section, _, name = field.rpartition(".")
         theirs, ours = (getattr(getattr(r, section) if section else r, name) for r in (teacher, student))
-        if theirs != ours:
+        left_to_the_teacher = field in preprocessing and ours is None
+        if theirs != ours and not left_to_the_teacher:
             reason = f"differs from the teacher's recipe, which has {theirs}, and both see the same images"
             raise UserError(f"--student-recipe: {field}", ours, reason, "make it the same in both")
 

@@ -45,7 +45,10 @@ _FIXED = {
     "train.eval_every": "trials are compared by epochs",
     "search": "it describes the search itself",
 }
-_BANK = {"data.resize", "data.crop", "data.flip", "data.views", "train.precision", "distill.teacher_mode"}
+_BANK = {
+    *("data.resize", "data.crop", "data.flip", "data.views", "train.precision", "distill.teacher_mode"),
+    *("data.mean", "data.std", "data.interpolation"),
+}
 """Fields that soft labels depend on."""
 _MUTABLE = ("contrast.", "distill.temperature", "distill.alpha", "optim.lr", "optim.weight_decay", "optim.momentum")
 """Fields that may change while a network is trained."""

@@ -251,4 +251,5 @@ def _take_over(recipes: dict[Path, Recipe]) -> None:
     own = CheckpointFolder(run / "checkpoints", keep=1)
     own.clear()
     own.folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(own.path(info.step), state, replace(info, recipe=recipe.model_dump(), accuracy=None))
+    settled = recipe.with_preprocessing(info.preprocessing)
+    write_checkpoint(own.path(info.step), state, replace(info, recipe=settled.model_dump(), accuracy=None))

@@ -10,11 +10,12 @@ import torch
 from fpcn_dist.models import build_backbone
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.training.pretrained import name_preprocessing
 from fpcn_dist.training.soft_labels.teacher import name_teacher
 
 
 def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
-    """``recipe`` with its teacher found.
+    """``recipe`` with its teacher found, and with the preprocessing that all students and their baselines have.
 
     Raises:
         UserError: there is none, or see :func:`check_students`.
@@ -23,7 +24,7 @@ def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
     if recipe.distill.teacher is not None:
         absolute = str(Path(recipe.distill.teacher).resolve())
         recipe = recipe.changed(**{"distill.teacher": absolute})
-    return name_teacher(recipe)
+    return name_preprocessing(name_teacher(recipe))
 
 
 def check_students(recipe: Recipe, students: Sequence[str]) -> None:

@@ -96,8 +96,8 @@ def open_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> Te
     """The teacher that a recipe of task "distill" names, fit to teach on the images of ``manifest``.
 
     Raises:
-        UserError: no model in its folder; other classes than the data; another image size than the recipe's; or it was
-            trained on images that its students are measured on.
+        UserError: no model in its folder; other classes than the data; another image size or preprocessing than the
+            recipe's; or it was trained on images that its students are measured on.
     """
     assert recipe.distill.teacher is not None and recipe.distill.teacher_sha256 is not None
     folder = Path(recipe.distill.teacher)
@@ -113,7 +113,7 @@ def open_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> Te
         recipe.train.precision,
     )
     _require_same_classes(teacher, manifest)
-    _require_same_size(teacher, recipe)
+    _require_same_images(teacher, recipe)
     _require_unseen(teacher, manifest)
     return teacher
 
@@ -125,8 +125,17 @@ def _require_same_classes(teacher: Teacher, manifest: Manifest) -> None:
         raise UserError("distill.teacher", teacher.folder, reason, "give a teacher that was trained on these classes")
 
 
-def _require_same_size(teacher: Teacher, recipe: Recipe) -> None:
+def _require_same_images(teacher: Teacher, recipe: Recipe) -> None:
     theirs, ours = teacher.info.preprocessing, recipe.data
+    for field, wanted in theirs.preprocessing:
+        value = getattr(ours.preprocessing, field)
+        if value != wanted:
+            raise UserError(
+                f"data.{field}",
+                value,
+                f"the teacher was trained with {wanted}, and both see the same images",
+                "leave data.mean, data.std and data.interpolation out: they are then the teacher's",
+            )
     for field, value, wanted in (("resize", ours.resize, theirs.resize), ("crop", ours.crop, theirs.crop)):
         if value != wanted:
             raise UserError(

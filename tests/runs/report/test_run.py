@@ -59,7 +59,7 @@ def finished_run(rocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     logger.close()
 
     torch.manual_seed(0)
-    samples = SampleCollector(per_kind=3)
+    samples = SampleCollector(recipe.data, per_kind=3)
     device = torch.device("cpu")
     loader = EvalLoader.from_manifest(manifest, "val", recipe.data, rank=0, world_size=1, device=device)
     evaluate(

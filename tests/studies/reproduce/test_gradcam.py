@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fpcn_dist.data.normalisation import MEAN, STD
 from fpcn_dist.models import FPCN, Backbone, BilinearCNN, Classifier
-from fpcn_dist.recipe.schema import ModelConfig
+from fpcn_dist.recipe.preprocessing import IMAGENET
+from fpcn_dist.recipe.schema import DataConfig, ModelConfig
 from fpcn_dist.runs.report.samples import SIDE
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.reproduce import gradcam
@@ -54,7 +54,7 @@ def _bright(top: int, left: int) -> Tensor:
     """[3, 128, 128]: black but for a square of 32 pixels."""
     image = torch.zeros(3, 128, 128)
     image[:, top : top + 32, left : left + 32] = 1
-    return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return (image - torch.tensor(IMAGENET.mean)[:, None, None]) / torch.tensor(IMAGENET.std)[:, None, None]
 
 
 def _by_hand(network: Classifier, image: Tensor) -> tuple[np.ndarray, int]:
@@ -123,7 +123,7 @@ def test_the_evidence_is_where_it_was_put(top: int, left: int) -> None:
 
 def test_comparison(networks: dict[str, Classifier], images: Tensor, tmp_path: Path) -> None:
     folder = tmp_path / "pictures" / "figure5"
-    arguments = (images, torch.tensor([2, 0]), ["a/1.jpg", "b/2.jpg"], CLASSES, folder, tmp_path)
+    arguments = (images, torch.tensor([2, 0]), ["a/1.jpg", "b/2.jpg"], CLASSES, folder, tmp_path, DataConfig())
     comparisons = gradcam.compare(networks, *arguments)
     assert [(c.image, c.truth) for c in comparisons] == [("a/1.jpg", "marble"), ("b/2.jpg", "basalt")]
     for number, comparison in enumerate(comparisons):
@@ -145,7 +145,9 @@ def test_hot_is_yellow_and_cold_is_gray(tmp_path: Path) -> None:
     with torch.no_grad():
         network.classifier.weight.copy_(torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 0.0]]))
         network.classifier.bias.zero_()
-    (comparison,) = gradcam.compare({"net": network}, _bright(0, 96)[None], [1], ["x"], CLASSES, tmp_path, tmp_path)
+    (comparison,) = gradcam.compare(
+        {"net": network}, _bright(0, 96)[None], [1], ["x"], CLASSES, tmp_path, tmp_path, DataConfig()
+    )
     plain, heat = (np.asarray(Image.open(tmp_path / f), float) for f in (comparison.jpeg, comparison.heatmaps[0].jpeg))
     assert plain[16, 240].min() > 240 and plain[200, 40].max() < 15
     assert heat[16, 240, 0] > heat[16, 240, 2] + 25 and heat[16, 240].min() > 180
@@ -184,7 +186,7 @@ def test_networks_are_left_as_they_were(images: Tensor, title: str, tmp_path: Pa
     before = _state(network)
     copies = [None if gradient is None else gradient.clone() for gradient in before[3]]
     with torch.no_grad():  # which an evaluation around it may have said
-        gradcam.compare({title: network}, images, [0, 1], ["a", "b"], CLASSES, tmp_path, tmp_path)
+        gradcam.compare({title: network}, images, [0, 1], ["a", "b"], CLASSES, tmp_path, tmp_path, DataConfig())
     _check_unchanged(network, before)
     assert all(copy is None or torch.equal(copy, now) for copy, now in zip(copies, before[3], strict=True))
     assert not images.requires_grad and images.grad is None
@@ -250,7 +252,7 @@ def test_a_missing_package_is_named(
     monkeypatch.delitem(sys.modules, "pytorch_grad_cam", raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=message):
-        gradcam.compare(networks, images, [0, 1], ["a", "b"], CLASSES, tmp_path, tmp_path)
+        gradcam.compare(networks, images, [0, 1], ["a", "b"], CLASSES, tmp_path, tmp_path, DataConfig())
     monkeypatch.undo()
     assert gradcam.look(networks["plain"], images[0]).heat.shape == (96, 128)
 

@@ -32,6 +32,20 @@ def test_a_student_of_a_joint_search_sees_its_teachers_images(field):
         checked(SearchRequest(teacher, "joint", student.changed(**{field: OTHER[field]})))
 
 
+def test_a_student_of_a_joint_search_may_leave_its_pixels_to_the_teacher():
+    cubic = {"data": {"interpolation": "bicubic"}}
+    checked(SearchRequest(recipe("contrast", **cubic), "joint", recipe("distill")))
+    checked(SearchRequest(recipe("contrast", **cubic), "joint", recipe("distill", **cubic)))
+    with pytest.raises(UserError, match=r"--student-recipe: data\.interpolation bicubic: differs from .* has None"):
+        checked(SearchRequest(recipe("contrast"), "joint", recipe("distill", **cubic)))
+
+
+def test_soft_labels_depend_on_the_pixels():
+    student = recipe("distill", search={"space": {"data.interpolation": {"choices": ["bilinear", "bicubic"]}}})
+    with pytest.raises(UserError, match=r"search\.space\.data\.interpolation: cannot be searched"):
+        require_searchable(SearchRequest(recipe("contrast"), "joint", student), classes=3)
+
+
 def test_spaces_are_checked_before_there_is_a_cluster():
     hidden = recipe("contrast", search={"space": {"model.hidden": {"choices": [8, 16]}}})
     require_searchable(SearchRequest(hidden, "teacher"), classes=3)

@@ -17,6 +17,7 @@ import torch
 
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
@@ -158,6 +159,8 @@ def test_a_bank_trains_as_the_teacher_itself(folder, rocks, chosen):
         ({"data": {"resize": 48}}, "resize 40 instead of 48"),
         ({"data": {"flip": False}}, "flip True instead of False"),
         ({"train": {"precision": "bf16"}}, "precision fp32 instead of bf16"),
+        ({"data": {"interpolation": "bicubic"}}, "interpolation bilinear instead of bicubic"),
+        ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(0\.485, 0\.456, 0\.406\) instead of \(0\.5, 0\.5, 0\.5\)"),
         ({"distill": {"teacher_sha256": "0" * 64}}, "teacher [0-9a-f]{16} instead of 0000000000000000"),
         ({"data": {"crop": 24}, "seed": 1}, "seed 0 instead of 1, crop 32 instead of 24"),
     ],
@@ -171,6 +174,15 @@ def test_the_bank_of_something_else_is_refused(chosen, manifest, whole, change, 
     with pytest.raises(UserError, match=rf"{whole.folder}: holds the logits of something else \({words}\); remove"):
         prepare_bank(whole.folder, Recipe.model_validate(values), manifest)
     assert content(whole) == before
+
+
+def test_a_bank_of_before_others_were_known_is_of_images_as_for_imagenet(tmp_path, chosen, manifest):
+    prepare_bank(tmp_path, chosen, manifest)
+    said = json.loads((tmp_path / "bank.json").read_text())
+    (tmp_path / "bank.json").write_text(json.dumps({k: v for k, v in said.items() if k not in IMAGENET.model_dump()}))
+    assert prepare_bank(tmp_path, chosen.with_preprocessing(IMAGENET), manifest).missing() == 11
+    with pytest.raises(UserError, match=r"\(std \(0\.229, 0\.224, 0\.225\) instead of \(1\.0, 1\.0, 1\.0\)\)"):
+        prepare_bank(tmp_path, chosen.changed(**{"data.std": (1, 1, 1)}), manifest)
 
 
 def test_the_bank_of_other_images_is_refused(chosen, manifest, whole):
