@@ -35,7 +35,7 @@ class Batch:
         labels: [B] int64 class indices.
         image_ids: [B] int64 indices into the manifest; they name an image in every split and on every rank.
         view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.
-        crops: [B, 3] int64: crop row, crop column (pixels of the resized image) and flip (0 or 1).
+        crops: [B, 3] int64: crop row, crop column (pixels of the resized image) and flip (0 or 1); 0 without images.
         teacher_logits: [B, K] float32, a teacher's logits of these views, where there is one.
         pooled: [B, C] float32, the features of these views, where they were computed before.
     """

@@ -156,7 +156,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._step < self.images_from:
-            plan, self._step = self._plan(self._step), self._step + 1
+            plan, self._step = self._plan(self._step, decoded=False), self._step + 1
             return plan.batch(
                 torch.empty(len(plan.labels), 3, 0, 0, device=self._device), self._device, self._soft_labels
             )
@@ -190,15 +190,18 @@ class TrainLoader:
             yield plan.request
             step += 1
 
-    def _plan(self, step: int) -> _Plan:
+    def _plan(self, step: int, *, decoded: bool = True) -> _Plan:
+        """This rank's share of a step; without paths and crops where nothing is decoded."""
         batch_ids, batch_views = self._sampler.batch(step)
         if self._config.views is not None:
             batch_views = batch_views % self._config.views
         image_ids, view_ids = (share(column, self._rank, self._world_size) for column in (batch_ids, batch_views))
         image_ids = np.array([self._readable(i, step, batch_ids) for i in image_ids.tolist()], dtype=np.int64)
+        labels = self._labels[image_ids]
+        if not decoded:
+            return _Plan([], labels, image_ids, view_ids, np.zeros((len(labels), 3), dtype=np.int64))
         paths = [str(self._manifest.path(image_id)) for image_id in image_ids.tolist()]
-        crops = views(self._seed, image_ids, view_ids, self._config)
-        return _Plan(paths, self._labels[image_ids], image_ids, view_ids, crops)
+        return _Plan(paths, labels, image_ids, view_ids, views(self._seed, image_ids, view_ids, self._config))
 
     def _readable(self, image_id: int, step: int, batch_ids: Ids) -> int:
         """The image itself, or what stands in for it where it is known to be unreadable."""

@@ -158,15 +158,17 @@ class Evaluator:
         """Classify one batch; nothing here waits for the device."""
         with evaluating(self.model), autocast(self.device, self.precision):
             pool = self.model.pool(batch.images)
-        logits_BK = self.update_pooled(pool.pooled, object_share(pool.mask), batch.labels)
+            logits_BK = self.update_pooled(pool.pooled, object_share(pool.mask), batch.labels)
         if self.samples is not None:
             self.samples.update(batch, logits_BK.softmax(dim=1), pool.mask)
 
     @torch.inference_mode()
     def update_pooled(self, pooled_BC: Tensor, share_B: Tensor, labels_B: Tensor) -> Tensor:
-        """Classify pooled vectors, with the share of the feature map inside the region; returns their logits."""
-        with evaluating(self.model):
-            logits_BK = self.model.logits(pooled_BC)
+        """Classify pooled vectors, with the share of the feature map inside the region; returns their logits.
+
+        A frozen network need not be put into evaluation mode for that: its logits know no modes.
+        """
+        logits_BK = self.model.logits(pooled_BC)
         predicted = logits_BK.argmax(dim=1)
         quartile = (share_B * len(AREAS)).long().clamp(max=len(AREAS) - 1)
         cell = labels_B * len(self.classes) + predicted

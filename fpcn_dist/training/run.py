@@ -7,8 +7,6 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-import torch
-
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import EvalLoader, Replacement
 from fpcn_dist.data.manifest import Manifest
@@ -19,7 +17,7 @@ from fpcn_dist.runs.evaluation import Evaluation, Evaluator
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import MetricsLogger
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.keys import key
+from fpcn_dist.runtime.keys import key, seed_device
 from fpcn_dist.runtime.products import default_matmul, multiplying
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.tasks import build_task
@@ -99,7 +97,7 @@ class TrainingRun:
         if self.features is not None:
             batch = dataclasses.replace(batch, pooled=self.features.added_to(batch))
         recipe = self.recipe
-        torch.manual_seed(key(recipe.seed, step, self.ranks.rank))
+        seed_device(key(recipe.seed, step, self.ranks.rank), self.ranks.device)
         lr = learning_rate(recipe.optim, step, self.schedule.per_epoch, self.schedule.total)
         result = forward_backward(self.engine, batch, step, recipe.train.micro_batches)
         norm = self.engine.update(lr)

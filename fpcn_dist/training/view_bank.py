@@ -208,13 +208,17 @@ class ViewBank(ABC):
         found = DataConfig().pixels() | found  # what an older version did not know was as it is by default
         for name, value in self.key.items():
             if found.get(name) != value:
-                before, now = (v[:16] if isinstance(v, str) else v for v in (found.get(name), value))
-                yield f"{name} {before} instead of {now}"
+                yield f"{name} {_shown(found.get(name))} instead of {_shown(value)}"
 
     def _cannot_write(self, error: OSError) -> UserError:
         reason = f"cannot be written ({error.strerror or error})"
         hint = f"free some space there or choose another --output or {self.FIELD}"
         return Outage("bank", self.folder, reason, hint)
+
+
+def _shown(value: Any) -> Any:
+    """A value in a message: hashes are cut short, and JSON's lists are tuples."""
+    return value[:16] if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

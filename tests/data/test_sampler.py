@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from fpcn_dist.data.sampler import (
     BalancedSampler,
+    WholeSampler,
     centre_views,
     check_division,
+    check_whole_division,
     share,
     substitutes,
     views,
@@ -183,6 +185,26 @@ def test_batch_that_does_not_divide_by_the_ranks(classes: int, images: int, worl
         check_division(classes, images, world_size)
     expected = f"{images} x {classes} classes = {images * classes} images do not divide by {world_size} ranks; {hint}"
     assert str(error.value) == f"data.images_per_class {images}: {expected}"
+
+
+def test_all_images_at_once_in_another_order_at_every_step():
+    ids = np.array([2, 3, 5, 7, 11])
+    sampler, again = WholeSampler(ids, 2, seed=4), WholeSampler(ids, 2, seed=4)
+    orders = []
+    for step in range(6):
+        image_ids, view_ids = sampler.batch(step)
+        assert sorted(image_ids.tolist()) == ids.tolist() and set(view_ids.tolist()) == {step}
+        assert np.array_equal(again.batch(step)[0], image_ids)
+        orders.append(tuple(image_ids.tolist()))
+    assert sampler.batch_size == 5 and len(set(orders)) > 3
+
+
+def test_all_images_that_do_not_divide_by_the_ranks():
+    check_whole_division(12, 3)
+    with pytest.raises(UserError) as error:
+        check_whole_division(42, 4)
+    expected = "all 42 training images do not divide by 4 ranks; start 3 rank(s), or give a number"
+    assert str(error.value) == f"data.images_per_class: {expected}"
 
 
 @pytest.mark.parametrize(("classes", "images", "world_size"), [(3, 14, 6), (1, 1, 1), (4, 2, 8)])

@@ -171,3 +171,21 @@ def test_changed_fields_are_validated():
 def test_batch_size_of_all_classes_or_some():
     assert DataConfig(classes_per_batch=3, images_per_class=14).batch_size(7) == 42
     assert DataConfig(classes_per_batch=None, images_per_class=14).batch_size(7) == 98
+    everything = DataConfig(classes_per_batch=None, images_per_class=None)
+    assert everything.batch_size(7, 1300) == 1300
+    with pytest.raises(UserError, match="all training images in each batch are for training alone"):
+        everything.batch_size(7)
+    with pytest.raises(ValidationError, match="set classes_per_batch to null, too"):
+        DataConfig(images_per_class=None)
+    with pytest.raises(ValidationError, match="needs engine"):
+        Recipe().changed(data=everything.model_dump(), engine={"name": "deepspeed"})
+
+
+def test_what_decides_the_pixels_of_a_view():
+    """Whatever is added to the section does, unless it is said not to."""
+    shown = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bilinear"}
+    assert DataConfig().pixels() == shown | {"resize": 512, "crop": 448, "flip": True, "views": None}
+    whole_image = DataConfig(resize=448, flip=False)
+    assert (whole_image.distinct_views, whole_image.views_are_drawn) == (1, False)
+    assert (DataConfig().distinct_views, DataConfig(views=4).distinct_views) == (None, 4)
+    assert DataConfig(resize=448, views=3).distinct_views == 3

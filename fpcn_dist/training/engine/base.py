@@ -83,9 +83,11 @@ def ema_state(ema: AveragedModel | None) -> dict[str, Tensor]:
 
 def sync_batch_statistics(task: nn.Module, group: torch.distributed.ProcessGroup | None) -> None:
     """Average BatchNorm's running statistics over ranks, which no engine does: each rank has seen other images."""
+    if group is None:
+        return
     layers = [m for m in task.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-    if group is None or not buffers:
+    if not buffers:
         return
     flat = torch.cat(buffers)
     torch.distributed.all_reduce(flat, group=group)

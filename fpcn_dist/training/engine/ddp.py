@@ -46,6 +46,8 @@ class DDPEngine:
         self.ema = build_ema(recipe, self.task, state)
         if state is not None:
             restore_moments(self.task, self.optimizer, state.optimizer)
+        # Once, as it takes longer to walk through a network than to train the head of a frozen one.
+        self.parameters = [p for p in self.task.parameters() if p.requires_grad]
         self.one_pass = recipe.train.micro_batches == 1
         self.module: nn.Module = self.task
         if self.group is not None:
@@ -75,7 +77,7 @@ class DDPEngine:
     def update(self, lr: float) -> Tensor:
         if self.group is not None and not self.one_pass:
             self._average_gradients(self.group)
-        trained = [p for p in self.task.parameters() if p.grad is not None]
+        trained = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
@@ -88,7 +90,7 @@ class DDPEngine:
         return norm
 
     def _average_gradients(self, group: torch.distributed.ProcessGroup) -> None:
-        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         torch.distributed.all_reduce(flat, group=group)
         flat /= group.size()
