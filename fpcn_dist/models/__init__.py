@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from fpcn_dist.models.backbones import build_backbone
 from fpcn_dist.models.base import Backbone
@@ -15,6 +15,7 @@ from fpcn_dist.models.fpcn import FPCN
 from fpcn_dist.recipe.schema import ModelConfig
 
 __all__ = [
+    "CLASS_TOKEN",
     "FPCN",
     "NETWORKS",
     "Backbone",
@@ -25,6 +26,7 @@ __all__ = [
     "PCANet",
     "build_backbone",
     "build_model",
+    "knows_token_maps",
 ]
 
 
@@ -60,6 +62,15 @@ NETWORKS: dict[str, Network] = {
     "mmal_net": Network(MMALNet, MMALNet),
 }
 """The network of each task of :data:`fpcn_dist.recipe.schema.Task`."""
+
+
+CLASS_TOKEN = "dates from when networks of tokens were reduced to one token; averaged, they would give other logits"
+"""Why older models and checkpoints of such networks are refused."""
+
+
+def knows_token_maps(model: Mapping[str, Any]) -> bool:
+    """Whether a written section ``model`` is as young as the maps of tokens: ``drop_path`` came with them."""
+    return "drop_path" in model
 
 
 def build_model(config: ModelConfig, num_classes: int, *, task: str) -> Classifier:

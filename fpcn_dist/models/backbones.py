@@ -179,9 +179,6 @@ class TimmNet(Backbone):
     """Any network of timm. Patch tokens are the cells of a map; class and register tokens are left out of it.
 
     Of a network without any layout the features are its class token, or the mean of its tokens without one.
-
-    Attributes:
-        ends_in_tokens: whether the map is made of tokens.
     """
 
     net: Any
@@ -210,22 +207,29 @@ class TimmNet(Backbone):
 
 
 def _create(name: str, published_weights: bool, drop_path: float | None) -> Any:
-    """The network, for images of any size where it has a way to take them."""
+    net = weights.timm_model(name, published_weights=published_weights, **_options(name, drop_path))
+    if drop_path and not any("droppath" in type(module).__name__.lower() for module in net.modules()):
+        raise no_drop_path(name, drop_path)
+    return net
+
+
+@functools.lru_cache(maxsize=64)
+def _options(name: str, drop_path: float | None) -> dict[str, Any]:
+    """Of the constructor: stochastic depth, and images of any size where there is a way to take them."""
     rates = {} if drop_path is None else {"drop_path_rate": drop_path}
     ways: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for sizes in ways:
         try:
-            net = weights.timm_model(name, published_weights=published_weights, **sizes, **rates)
+            with torch.device("meta"):
+                weights.timm_model(name, published_weights=False, **sizes, **rates)
         except TypeError as error:
             if "drop_path_rate" in str(error):
                 raise no_drop_path(name, drop_path) from None
             if not sizes:
                 raise
         else:
-            break
-    if drop_path and not any("droppath" in type(module).__name__.lower() for module in net.modules()):
-        raise no_drop_path(name, drop_path)
-    return net
+            return {**sizes, **rates}
+    raise AssertionError("the last way has no option")
 
 
 def no_drop_path(name: str, drop_path: float | None) -> UserError:

@@ -24,10 +24,12 @@ class Backbone(nn.Module):
         net: the network itself, under the names of its library, less what follows the feature map.
         channels: C.
         has_map: whether the features still have places, or are one vector [B, C, 1, 1].
+        ends_in_tokens: whether the map is made of a transformer's patch tokens.
         frozen: how deep the network is frozen; see :meth:`freeze`.
     """
 
     net: nn.Module
+    ends_in_tokens = False
 
     def __init__(self, net: nn.Module, channels: int, norm: str, *, has_map: bool = True) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ def layer_depths(net: nn.Module) -> tuple[dict[str, int], int]:
 
         matcher: Any = net.group_matcher  # type: ignore[assignment]  # a method, which nn.Module hides
         named = [(name, None) for name in (*names, _HEAD)]
-        depths = group_with_matcher(iter(named), matcher(), reverse=True)
+        depths: Any = group_with_matcher(iter(named), matcher(), reverse=True)
         return {name: depths[name] for name in names}, depths[_HEAD]
     layers = list(_layers(net))
     first = [name for name in names if not any(name.startswith(f"{layer}.") for layer in layers)]

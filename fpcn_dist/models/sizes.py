@@ -51,7 +51,7 @@ def explain_refusal(
     ways = (range(first, max(0, height - _REACH - 1), -2), range(first + 2, height + _REACH + 1, 2))
     near = [next((side for side in sides if works(side, side)), None) for sides in ways]
     sides = [side for side in near if side is not None] or [published]
-    why = f" ({error})" if isinstance(error, AssertionError) and str(error) else ""
+    why = f" ({str(error).rstrip('.')})" if isinstance(error, AssertionError) and str(error) else ""
     raise UserError(
         "data.crop",
         height if height == width else f"{height} x {width}",

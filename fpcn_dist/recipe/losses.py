@@ -1,4 +1,4 @@
-"""Sections ``contrast`` and ``distill`` of a recipe: what its losses are made of."""
+"""Sections ``loss``, ``contrast`` and ``distill`` of a recipe: what its losses are made of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from fpcn_dist.recipe.section import PositiveInt, Schema
+from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
+
+
+class LossConfig(Schema):
+    """The cross-entropy of the tasks that classify image by image."""
+
+    label_smoothing: Fraction = 0.0
+    """Share of the target that is spread evenly over all classes; not of the contrast, whose pairs have hard labels."""
 
 
 class ContrastConfig(Schema):

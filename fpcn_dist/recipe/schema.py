@@ -14,7 +14,7 @@ import tyro
 from pydantic import Field, model_validator
 
 from fpcn_dist.recipe.data import DataConfig, DecodingBackend
-from fpcn_dist.recipe.losses import ContrastConfig, DistillConfig
+from fpcn_dist.recipe.losses import ContrastConfig, DistillConfig, LossConfig
 from fpcn_dist.recipe.model import ModelConfig
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.search import Dimension, SearchConfig
@@ -28,6 +28,7 @@ __all__ = [
     "Dimension",
     "DistillConfig",
     "EngineConfig",
+    "LossConfig",
     "ModelConfig",
     "OptimConfig",
     "Recipe",
@@ -52,6 +53,7 @@ class Recipe(Schema):
     the student of a teacher; bilinear_cnn, pca_net, mmal_net: compared networks (docs/compared.md)."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
     contrast: ContrastConfig = ContrastConfig()
     distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
@@ -92,6 +94,14 @@ def _check_pairs_are_counted(recipe: Recipe) -> None:
         )
 
 
+def _check_labels_are_hard(recipe: Recipe) -> None:
+    if recipe.loss.label_smoothing:
+        raise ValueError(
+            f"loss.label_smoothing {recipe.loss.label_smoothing} has no meaning with task 'contrast', whose loss over "
+            "pairs takes each label as certain; set it to 0, or train with task 'classify'"
+        )
+
+
 def _check_pairs_are_random(recipe: Recipe) -> None:
     if recipe.contrast.pairs != "random":
         raise ValueError(
@@ -110,7 +120,7 @@ def _check_views_of_the_bank(recipe: Recipe) -> None:
 
 # What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
 _TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
-    "contrast": (_check_pairs_are_counted,),
+    "contrast": (_check_pairs_are_counted, _check_labels_are_hard),
     "classify": (_check_pairs_are_counted,),
     "distill": (_check_pairs_are_counted, _check_views_of_the_bank),
     "bilinear_cnn": (_check_pairs_are_counted,),

@@ -28,6 +28,10 @@ class OptimConfig(Schema):
     """Learning rate at the end of the cosine."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Largest global gradient norm; null clips nothing."""
+    head_lr: Annotated[float, Field(gt=0.0)] = 1.0
+    """Multiple of the learning rate for everything that is not the backbone."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Multiple of the learning rate from each layer group of the backbone to the one before it; null: one rate."""
     freeze: Depth = "none"
     """What of the network stays as it is: nothing, its first layers, or the whole backbone, so that only the head
     learns."""

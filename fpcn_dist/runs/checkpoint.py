@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fpcn_dist.models import CLASS_TOKEN, build_model, knows_token_maps
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
@@ -272,14 +273,10 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
     """Refuse to resume with a recipe that would compute something else.
 
     Raises:
-        UserError: naming each field that changed, with both values.
+        UserError: naming each field that changed, with both values; or a checkpoint of a network whose tokens were
+            not yet a map.
     """
-    # What an older version did not know was as it is by default.
-    before = (
-        _flat(Recipe().model_dump())
-        | _flat(_in_todays_fields(info.recipe))
-        | _flat({"data": info.preprocessing.model_dump()})
-    )
+    before = _flat(_in_todays_fields(info.recipe)) | _flat({"data": info.preprocessing.model_dump()})
     # What the recipe leaves to the network was settled when the run began.
     now = _flat(recipe.with_preprocessing(info.preprocessing).model_dump())
     fields = sorted(before.keys() | now.keys())
@@ -289,6 +286,9 @@ def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> Non
         what = "of another model" if any(line.startswith("model.") for line in changed) else "of another recipe"
         hint = "use the recipe that the run started with (recipe.yaml in its folder), or another --output"
         raise UserError("checkpoint", path, f"is {what}: {', '.join(changed)}", hint)
+    dated = not knows_token_maps(info.recipe.get("model", {}))
+    if dated and build_model(recipe.model.changed(pretrained=False), 2, task=recipe.task).backbone.ends_in_tokens:
+        raise UserError("checkpoint", path, CLASS_TOKEN, "train anew with another --output")
 
 
 def _in_todays_fields(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fpcn_dist import __version__
-from fpcn_dist.models import Classifier, build_model
+from fpcn_dist.models import CLASS_TOKEN, Classifier, build_model, knows_token_maps
 from fpcn_dist.models.weights import MODEL_FILE
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task
@@ -43,12 +43,15 @@ class ModelInfo:
             ``interpolation`` are those of the training.
         model: the network.
         task: the task that the model was trained for; it decides what kind of network the model is.
+        knows_token_maps: whether it was written since the tokens of a transformer are a map; see
+            :func:`fpcn_dist.models.knows_token_maps`.
     """
 
     classes: tuple[str, ...]
     preprocessing: DataConfig
     model: ModelConfig
     task: str
+    knows_token_maps: bool = True
 
 
 def save_model(
@@ -110,6 +113,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Classi
     # The weights file replaces pretrained ones, which may not even be reachable here.
     offline = info.model.changed(pretrained=False)
     model = build_model(offline, len(info.classes), task=info.task)
+    if model.backbone.ends_in_tokens and not info.knows_token_maps:
+        raise UserError("model", folder / CONFIG, CLASS_TOKEN, "train it again, or use the version that wrote it")
     _load_weights(model, folder / WEIGHTS)
     return model.to(device).eval(), info
 
@@ -166,6 +171,7 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
         ),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],
+        knows_token_maps=knows_token_maps(config["model"]),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpcn_dist.data.batch import Batch
@@ -74,6 +75,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         """Loss of features [B, C]; ``step`` seeds what is drawn at random."""
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over images, with the recipe's label smoothing."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.loss.label_smoothing)
 
     def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
         """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""

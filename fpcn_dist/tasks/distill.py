@@ -20,6 +20,7 @@ class Distill(Task):
         assert batch.teacher_logits is not None, "the training loop attaches them"
         logits = self.model.logits(pooled)
         config = self.recipe.distill
-        loss = distillation_loss(logits, batch.teacher_logits, batch.labels, config.temperature, config.alpha)
+        labels, smoothing = batch.labels, self.recipe.loss.label_smoothing
+        loss = distillation_loss(logits, batch.teacher_logits, labels, config.temperature, config.alpha, smoothing)
         class_loss = F.cross_entropy(logits.detach(), batch.labels)
         return TaskOutput(loss, logits.detach(), {"class_loss": class_loss})

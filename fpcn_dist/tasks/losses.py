@@ -97,7 +97,12 @@ def center_loss(
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """(1 - alpha) CE(student, labels) + alpha T^2 KL(teacher at T || student at T), mean over images (eq. 13, 14).
 
@@ -108,6 +113,7 @@ def distillation_loss(
         labels: [B] int64.
         temperature: T > 0.
         alpha: share of the teacher, in [0, 1].
+        label_smoothing: share of the target of CE that is spread evenly over all classes.
 
     Raises:
         UserError: temperature or alpha out of bounds.
@@ -126,7 +132,8 @@ def distillation_loss(
         reduction="batchmean",
         log_target=True,
     )
-    return (1 - alpha) * F.cross_entropy(student_logits, labels) + alpha * temperature**2 * divergence
+    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    return (1 - alpha) * hard + alpha * temperature**2 * divergence
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import socket
 import urllib.request
@@ -94,6 +95,57 @@ def test_the_backbone_of_a_trained_model_starts_another(name: str, tmp_path: Pat
     trained = FPCN(name, 5, hidden=8)
     safetensors.torch.save_file(trained.state_dict(), tmp_path / "model.safetensors")
     model = Classifier(name, 3, pretrained=str(tmp_path / "model.safetensors"))
+    assert_loaded(model.backbone, trained.backbone.state_dict())
+
+
+# --- files of transformers ----------------------------------------------------------------------------------------
+
+
+def saved(path: Path, weights: dict[str, Tensor]) -> str:
+    torch.save(weights, path / "weights.pth")
+    return str(path / "weights.pth")
+
+
+def test_position_embeddings_of_another_image_size_are_resampled(tmp_path: Path) -> None:
+    torch.manual_seed(42)
+    whole = timm.create_model("test_vit", img_size=96).state_dict()
+    net = build_backbone("test_vit", pretrained=saved(tmp_path, whole)).net.state_dict()
+    expected = timm.layers.resample_abs_pos_embed(whole["pos_embed"], [10, 10], num_prefix_tokens=1)
+    torch.testing.assert_close(net.pop("pos_embed"), expected)
+    assert all(torch.equal(value, whole[key]) for key, value in net.items())
+
+
+def test_patches_of_another_size_are_another_network(tmp_path: Path) -> None:
+    path = saved(tmp_path, timm.create_model("test_vit", patch_size=8).state_dict())
+    with pytest.raises(UserError, match=r"weights of another network: .*reshaped \(such as patch_embed.proj.weight"):
+        build_backbone("test_vit", pretrained=path)
+
+
+def test_a_norm_of_the_mean_becomes_one_of_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in EVA-02 and BEiT: their published weights have it after the pooling, which is ours."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, global_pool="avg"))
+    whole = timm.create_model("test_vit").state_dict()
+    whole["fc_norm.weight"] = torch.linspace(1, 2, 64)
+    net = build_backbone("test_vit", pretrained=saved(tmp_path, whole)).net.state_dict()
+    assert torch.equal(net.pop("norm.weight"), whole["fc_norm.weight"])
+    assert torch.equal(net.pop("norm.bias"), whole["fc_norm.bias"])
+    assert net and all(torch.equal(value, whole[key]) for key, value in net.items())
+
+
+def test_an_attention_pool_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP's."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, global_pool="map"))
+    whole = timm.create_model("test_vit").state_dict()
+    assert any(key.startswith("attn_pool.") for key in whole)
+    backbone = build_backbone("test_vit", pretrained=saved(tmp_path, whole))
+    assert_loaded(backbone.net, whole)
+    assert not any("attn_pool" in key for key in backbone.state_dict())
+
+
+def test_the_backbone_of_a_trained_transformer_starts_another(tmp_path: Path) -> None:
+    trained = FPCN("test_vit", 5, hidden=8)
+    safetensors.torch.save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    model = Classifier("test_vit", 3, pretrained=str(tmp_path / "model.safetensors"))
     assert_loaded(model.backbone, trained.backbone.state_dict())
 
 

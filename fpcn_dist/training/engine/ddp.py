@@ -26,7 +26,7 @@ from fpcn_dist.training.engine.base import (
     sync_batch_statistics,
     to_cpu,
 )
-from fpcn_dist.training.engine.optim import build_optimizer
+from fpcn_dist.training.engine.optim import build_optimizer, set_rate
 
 
 class DDPEngine:
@@ -81,8 +81,7 @@ class DDPEngine:
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.group is None)
         if self.ema is not None:

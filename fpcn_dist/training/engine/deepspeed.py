@@ -32,7 +32,7 @@ from fpcn_dist.training.engine.base import (
     sync_batch_statistics,
     to_cpu,
 )
-from fpcn_dist.training.engine.optim import build_optimizer, moment_names
+from fpcn_dist.training.engine.optim import build_optimizer, moment_names, set_rate
 
 
 class DeepSpeedEngine:
@@ -81,8 +81,7 @@ class DeepSpeedEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> Tensor | None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.engine.step()
         if self.ema is not None:
             self.ema.update_parameters(self.task.model)
