@@ -30,7 +30,7 @@ from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.images import cache_file, check_images
 from fpcn_dist.data.normalisation import MEAN, STD
-from fpcn_dist.data.sampler import views
+from fpcn_dist.data.views import views
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores

@@ -18,7 +18,8 @@ from fpcn_dist.data.backends import Decoding, open_backend
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
-from fpcn_dist.data.sampler import BalancedSampler, centre_views, check_division, share, substitutes, views
+from fpcn_dist.data.sampler import BalancedSampler, check_division, share, substitutes
+from fpcn_dist.data.views import Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
@@ -43,14 +44,14 @@ class _Plan(NamedTuple):
     labels: Ids
     image_ids: Ids
     view_ids: Ids
-    crops: Ids
+    views: Views
 
     @property
     def request(self) -> BatchRequest:
-        return BatchRequest(self.paths, self.crops)
+        return BatchRequest(self.paths, self.views)
 
     def batch(self, images: Tensor, device: torch.device, soft_labels: SoftLabels | None = None) -> Batch:
-        columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, self.crops]
+        columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, crops(self.views)]
         if soft_labels is not None:
             columns.append(soft_labels(self.image_ids, self.view_ids))
         return Batch(images, *(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
@@ -170,8 +171,8 @@ class TrainLoader:
         image_ids, view_ids = (share(column, self._rank, self._world_size) for column in (batch_ids, batch_views))
         image_ids = np.array([self._readable(i, step, batch_ids) for i in image_ids.tolist()], dtype=np.int64)
         paths = [str(self._manifest.path(image_id)) for image_id in image_ids.tolist()]
-        crops = views(self._seed, image_ids, view_ids, self._config)
-        return _Plan(paths, self._labels[image_ids], image_ids, view_ids, crops)
+        shown = views(self._seed, image_ids, view_ids, self._config)
+        return _Plan(paths, self._labels[image_ids], image_ids, view_ids, shown)
 
     def _readable(self, image_id: int, step: int, batch_ids: Ids) -> int:
         """The image itself, or what stands in for it where it is known to be unreadable."""
@@ -264,7 +265,7 @@ class EvalLoader:
 
     def _plan(self, part: slice) -> _Plan:
         paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]
-        return _Plan(paths, labels, image_ids, np.full(len(paths), -1), centre_views(len(paths), self._config))
+        return _Plan(paths, labels, image_ids, np.full(len(paths), -1), centre_views(len(paths)))
 
     def _explain(self, plan: _Plan, error: RuntimeError) -> NoReturn:
         for _, path, reason in plan.faults(self._config).values():

@@ -167,14 +167,13 @@ def _check_parity(
         UserError: too far.
     """
     found, expected, from_files, levels, ties = [], [], [], 0, 0
-    side = {"resize": info.preprocessing.resize, "crop": info.preprocessing.crop}
     for batch in photographs.batches(info):
         logits, mask = map(torch.from_numpy, exported.run(batch.images.numpy()))
         reference, undecided = _reference(exportable, batch.images, mask, run_dir)
         ties += undecided
         try:
             files = [photographs.files[index] for index in batch.image_ids.tolist()]
-            pixels = [onnx_predict.read_image(file, **side) for file in files]
+            pixels = [exported.read(file) for file in files]
         except ValueError as error:
             raise UserError(
                 "image", run_dir, f"Pillow cannot read what training could: {error}", "convert it"

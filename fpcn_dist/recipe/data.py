@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from fpcn_dist.recipe.augment import AugmentConfig
 from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
 
 DecodingBackend = Literal["auto", "dali", "torchvision"]
+Fit = Literal["squeeze", "pad", "short_side"]
 
 
 class DataConfig(Schema):
@@ -19,13 +21,17 @@ class DataConfig(Schema):
     """What decodes images: NVIDIA DALI, torchvision (anywhere, on the CPU), or DALI where it is installed. Batches are
     the same within one grey level, so that a run may go on with the other one."""
     resize: PositiveInt = 512
-    """Side in pixels that every image is resized to; the aspect ratio is not kept (section 4.1)."""
+    """Side in pixels that every image is resized to, in the way that fit says."""
+    fit: Fit = "squeeze"
+    """How an image becomes of that size: squeezed to a square (section 4.1), padded with black to a square that its
+    long side fills, or so that its short side has that many pixels. The last two keep the aspect ratio."""
     crop: PositiveInt = 448
     """Side in pixels of the crop that the network sees: random in training, centred in evaluation."""
     flip: bool = True
     """Mirror half of the training views left to right."""
     views: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--views",))] = None
     """Different views of each training image, shown in turn; null draws a new one each time."""
+    augment: AugmentConfig = AugmentConfig()
     classes_per_batch: PositiveInt | None = 3
     """Classes in a global batch; null takes all classes of the data."""
     images_per_class: PositiveInt = 14

@@ -36,7 +36,7 @@ class ModelInfo:
 
     Attributes:
         classes: class names in label order.
-        preprocessing: how images are cut; its ``resize`` and ``crop`` are those of the training.
+        preprocessing: how images are cut; its ``resize``, ``crop`` and ``fit`` are those of the training.
         model: the network.
         task: the task that the model was trained for; it decides what kind of network the model is.
     """
@@ -73,7 +73,8 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": recipe.data.model_dump(include={"resize", "crop"}) | {"mean": list(MEAN), "std": list(STD)},
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit"})
+        | {"mean": list(MEAN), "std": list(STD)},
     }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
     write_card(run_dir, recipe, classes, evaluation)
@@ -145,7 +146,10 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),
-        preprocessing=DataConfig(resize=preprocessing["resize"], crop=preprocessing["crop"]),
+        # Before there was a choice, images were squeezed.
+        preprocessing=DataConfig(
+            resize=preprocessing["resize"], crop=preprocessing["crop"], fit=preprocessing.get("fit", "squeeze")
+        ),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],
     )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +94,13 @@ def _photographs(folder: Path) -> list[Path]:
 def test_pillow_makes_the_pixels_of_evaluation(tmp_path: Path) -> None:
     files = _photographs(tmp_path)
     ids = np.arange(len(files))
-    for sizes in ({"resize": 104, "crop": 96}, {"resize": 97, "crop": 64}):  # odd: the centre is rounded
-        config = DataConfig(**sizes, threads=1)
+    # Odd sizes: the centre is rounded.
+    for resize, crop, fit in product((104, 97), (64,), ("squeeze", "pad", "short_side")):
+        config = DataConfig(resize=resize, crop=crop, fit=fit, threads=1)
         loader = EvalLoader(files, ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
         (batch,) = loader
         for file, image in zip(files, batch.images, strict=True):
-            own = onnx_predict.read_image(file, **sizes)
+            own = onnx_predict.read_image(file, resize, crop, fit)
             difference = np.abs(to_pixels(image).astype(int) - own.astype(int))
             assert own.shape == difference.shape and difference.max() <= 1, file.name
 
@@ -222,6 +224,15 @@ def test_a_file_that_is_not_an_onnx_model_of_ours_is_refused(tmp_path: Path) -> 
         onnx_predict.open_model(tmp_path)
 
 
+def test_an_older_model_squeezes_its_images(model_file: Path, tmp_path: Path) -> None:
+    model = onnx.load(model_file)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata.pop("fit") == "squeeze"
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert onnx_predict.open_model(tmp_path / "model.onnx").fit == "squeeze"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -231,6 +242,7 @@ def test_a_file_that_is_not_an_onnx_model_of_ours_is_refused(tmp_path: Path) -> 
         ("crop", "64", "is damaged .*do not fit the input"),
         ("crop", "wide", "is damaged"),
         ("mean", "[0.5]", "is damaged .*1 values for red, green and blue"),
+        ("fit", "stretch", "is damaged .*unknown fit 'stretch'"),
         ("task", None, "is damaged .*KeyError 'task'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ def test_the_papers_setting():
         ("model: {companion: true}", ["companion", "'largest'"]),
         ("engine: {zero_stage: 2}", ["zero_stage 2", "'deepspeed'"]),
         ("optim: {ema_decay: 0.9}\nengine: {name: deepspeed, zero_stage: 3}", ["ema_decay", "zero_stage 3"]),
+        ("data: {fit: stretch}", ["data.fit", "'stretch'", "'squeeze'"]),
+        ("data: {augment: {random_resized_crop: [0.9, 0.1]}}", ["random_resized_crop 0.9 0.1", "use 0.08 1.0"]),
+        ("data: {augment: {ratio: [0, 1]}}", ["data.augment", "ratio 0.0 1.0 is no range above 0"]),
+        ("data: {augment: {hue: 0.7}}", ["data.augment.hue", "less than or equal to 0.5"]),
+        ("data: {augment: {brightnes: 0.7}}", ["data.augment.brightnes", "did you mean 'brightness'?"]),
         ("- 1", ["mapping"]),
         ("a: [", ["not YAML"]),
         ("task: segment", ["task", "'segment'"]),
@@ -95,6 +101,19 @@ def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path)
     recipe = command_line.parse(Args, argv).overrides
     assert (recipe.optim.lr, recipe.optim.momentum, recipe.train.epochs) == (0.5, 0.8, 7)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
+
+
+def test_ranges_are_two_words_or_a_list_and_survive_a_round_trip(tmp_path):
+    path = write(tmp_path, "data: {augment: {random_resized_crop: [0.2, 1]}}")
+    recipe = load_recipe(path)
+    assert recipe.data.augment.random_resized_crop == (0.2, 1.0)
+    argv = ["--recipe", str(path), "--data.augment.random-resized-crop", "0.08", "1", "--data.fit", "pad"]
+    changed = command_line.parse(Args, argv).overrides
+    assert (changed.data.augment.random_resized_crop, changed.data.fit) == ((0.08, 1.0), "pad")
+    assert load_recipe(write(tmp_path, dump_recipe(changed))) == changed
+    assert json.loads(json.dumps(changed.model_dump())) == changed.model_dump()  # as checkpoints keep it
+    argv = ["--recipe", str(path), "--data.augment.random-resized-crop", "None"]
+    assert command_line.parse(Args, argv).overrides.data.augment.random_resized_crop is None
 
 
 def test_the_last_recipe_counts(tmp_path):

@@ -102,10 +102,22 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
     assert config["preprocessing"] == {
         "resize": 72,
         "crop": 64,
+        "fit": "squeeze",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_the_fit_of_images_is_kept_and_is_squeeze_in_older_folders(tmp_path: Path) -> None:
+    recipe = _recipe().changed(**{"data.fit": "short_side"})
+    save_model(tmp_path, _trained(recipe), recipe, CLASSES)
+    assert load_model(tmp_path)[1].preprocessing.fit == "short_side"
+    assert "a short side of 72 pixels" in (tmp_path / "README.md").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["preprocessing"]["fit"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path)[1].preprocessing.fit == "squeeze"
 
 
 def test_loading_asks_no_network_for_pretrained_weights(damaged: Path) -> None:
@@ -171,6 +183,7 @@ def test_a_foreign_config_is_refused(damaged: Path, text: str, message: str) -> 
         (("id2label",), {"0": "a", "2": "b"}),
         (("preprocessing", "mean"), [0.5, 0.5, 0.5]),
         (("preprocessing", "crop"), 100),
+        (("preprocessing", "fit"), "stretch"),
         (("task",), "segment"),
         (("model",), None),
     ],

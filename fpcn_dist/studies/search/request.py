@@ -137,7 +137,7 @@ def _require_same_images(teacher: Recipe, student: Recipe) -> None:
     Raises:
         UserError: names the first field that differs.
     """
-    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop"):
+    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop", "data.fit"):
         section, _, name = field.rpartition(".")
         theirs, ours = (getattr(getattr(r, section) if section else r, name) for r in (teacher, student))
         if theirs != ours:

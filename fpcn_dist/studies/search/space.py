@@ -45,7 +45,7 @@ _FIXED = {
     "train.eval_every": "trials are compared by epochs",
     "search": "it describes the search itself",
 }
-_BANK = {"data.resize", "data.crop", "data.flip", "data.views", "train.precision", "distill.teacher_mode"}
+_BANK = {"data.resize", "data.crop", "data.fit", "data.flip", "data.views", "train.precision", "distill.teacher_mode"}
 """Fields that soft labels depend on."""
 _MUTABLE = ("contrast.", "distill.temperature", "distill.alpha", "optim.lr", "optim.weight_decay", "optim.momentum")
 """Fields that may change while a network is trained."""
@@ -203,7 +203,7 @@ def _checked(name: str, dimension: Dimension, stage: str) -> Dimension:
     for fixed, reason in _FIXED.items():
         if name == fixed or name.startswith(fixed + "."):
             raise UserError(field, None, f"cannot be searched: {reason}", "take it out")
-    if stage == "student" and name in _BANK:
+    if stage == "student" and (name in _BANK or name.startswith("data.augment.")):
         reason = "cannot be searched: all trials learn from the same soft labels, which depend on it"
         raise UserError(field, None, reason, "take it out")
     if dimension.choices is not None:

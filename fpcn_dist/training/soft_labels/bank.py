@@ -28,6 +28,7 @@ from rich.progress import track
 
 from fpcn_dist.data.loader import ViewLoader
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.recipe.augment import AugmentConfig
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import write_text
@@ -51,6 +52,8 @@ class BankKey:
     resize: int
     crop: int
     flip: bool
+    fit: str
+    augment: str
     precision: str
 
     @classmethod
@@ -66,8 +69,20 @@ class BankKey:
             data.resize,
             data.crop,
             data.flip,
+            data.fit,
+            _changes(data.augment),
             recipe.train.precision,
         )
+
+
+def _changes(augment: AugmentConfig) -> str:
+    """What views change, in the words of the recipe; "none" for nothing."""
+    fields = augment.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in sorted(fields.items())) or "none"
+
+
+_EARLIER = {"fit": "squeeze", "augment": "none"}
+"""What is true of a bank that was written before its description said so."""
 
 
 class SoftLabelBank:
@@ -216,7 +231,7 @@ def _cannot_write(folder: Path, error: OSError) -> UserError:
 
 
 def _require_same(folder: Path, key: BankKey) -> None:
-    differences = list(_differences(_read(folder), dataclasses.asdict(key)))
+    differences = list(_differences(_EARLIER | _read(folder), dataclasses.asdict(key)))
     if differences:
         raise UserError(
             "bank",
@@ -239,5 +254,5 @@ def _read(folder: Path) -> dict[str, Any]:
 def _differences(found: dict, wanted: dict) -> Iterator[str]:
     for name, value in wanted.items():
         if found.get(name) != value:
-            before, now = (str(v)[:16] for v in (found.get(name), value))
+            before, now = (str(v)[:64] if name == "augment" else str(v)[:16] for v in (found.get(name), value))
             yield f"{name} {before} instead of {now}"

@@ -127,6 +127,9 @@ def _require_same_classes(teacher: Teacher, manifest: Manifest) -> None:
 
 def _require_same_size(teacher: Teacher, recipe: Recipe) -> None:
     theirs, ours = teacher.info.preprocessing, recipe.data
+    if ours.fit != theirs.fit:
+        reason = f"the teacher was trained with {theirs.fit!r}, and both see the same images"
+        raise UserError("data.fit", ours.fit, reason, f"give --data.fit {theirs.fit}")
     for field, value, wanted in (("resize", ours.resize, theirs.resize), ("crop", ours.crop, theirs.crop)):
         if value != wanted:
             raise UserError(
