@@ -7,8 +7,10 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from fpcn_dist.data.resizing import view_crop
+from fpcn_dist.data.views import OPERATIONS
 from fpcn_dist.recipe.schema import DataConfig
 
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -18,7 +20,7 @@ _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
 def view_pixels(image_HWC: Tensor, view: np.void, config: DataConfig) -> Tensor:
-    """Crop, flip and colours of a view, in this order.
+    """Crop, flip, colours, policy and erasing of a view, in this order.
 
     Args:
         image_HWC: uint8, of any height and width.
@@ -32,7 +34,62 @@ def view_pixels(image_HWC: Tensor, view: np.void, config: DataConfig) -> Tensor:
     if view["flip"]:
         pixels_HWC = pixels_HWC.flip(1)
     jitter = [view[name].item() for name in ("brightness", "contrast", "saturation", "hue")]
-    return pixels_HWC if jitter == [1, 1, 1, 0] else color_jitter(pixels_HWC, *jitter)
+    if jitter != [1, 1, 1, 0]:
+        pixels_HWC = color_jitter(pixels_HWC, *jitter)
+    for operation, magnitude in zip(view["operations"].tolist(), view["magnitudes"].tolist(), strict=True):
+        if operation:
+            pixels_CHW = policy_operation(pixels_HWC.permute(2, 0, 1), OPERATIONS[int(operation)], magnitude)
+            pixels_HWC = pixels_CHW.permute(1, 2, 0)
+    top, left, height, width = map(int, view["erased"].tolist())
+    if height:
+        pixels_HWC = pixels_HWC.clone()
+        pixels_HWC[top : top + height, left : left + width] = 0
+    return pixels_HWC
+
+
+def policy_operation(pixels_CHW: Tensor, operation: str, magnitude: float) -> Tensor:
+    """An operation of TrivialAugmentWide or RandAugment as torchvision's classes of these names have it.
+
+    Args:
+        pixels_CHW: uint8.
+        operation: one of :data:`fpcn_dist.data.views.OPERATIONS`.
+        magnitude: slope (shear), pixels (translate), degrees (rotate), factor - 1, bits (posterize) or share of white
+            (solarize).
+
+    Returns:
+        [C, H, W] uint8; black where the image has no pixels.
+    """
+    pixels, sheared = int(magnitude), math.degrees(math.atan(magnitude))
+    match operation:
+        case "Identity":
+            return pixels_CHW
+        case "ShearX":  # whose slope moves rows against the upper edge
+            return F.affine(pixels_CHW, 0.0, [0, 0], 1.0, [sheared, 0.0], center=[0, 0])
+        case "ShearY":
+            return F.affine(pixels_CHW, 0.0, [0, 0], 1.0, [0.0, sheared], center=[0, 0])
+        case "TranslateX":
+            return F.affine(pixels_CHW, 0.0, [pixels, 0], 1.0, [0.0, 0.0])
+        case "TranslateY":
+            return F.affine(pixels_CHW, 0.0, [0, pixels], 1.0, [0.0, 0.0])
+        case "Rotate":
+            return F.rotate(pixels_CHW, magnitude)
+        case "Brightness":
+            return F.adjust_brightness(pixels_CHW, 1 + magnitude)
+        case "Color":
+            return F.adjust_saturation(pixels_CHW, 1 + magnitude)
+        case "Contrast":
+            return F.adjust_contrast(pixels_CHW, 1 + magnitude)
+        case "Sharpness":
+            return F.adjust_sharpness(pixels_CHW, 1 + magnitude)
+        case "Posterize":
+            return F.posterize(pixels_CHW, int(magnitude))
+        case "Solarize":
+            return F.solarize(pixels_CHW, 255 * magnitude)
+        case "AutoContrast":
+            return F.autocontrast(pixels_CHW)
+        case "Equalize":
+            return F.equalize(pixels_CHW)
+    raise ValueError(f"no operation {operation!r}")
 
 
 def color_jitter(pixels_HWC: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:

@@ -6,6 +6,8 @@ its numbers are drawn here; :mod:`fpcn_dist.data.augmentation` makes the pixels.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,9 @@ VIEW = np.dtype(
         ("contrast", "f8"),
         ("saturation", "f8"),
         ("hue", "f8"),
+        ("operations", "f8", 2),
+        ("magnitudes", "f8", 2),
+        ("erased", "f8", 4),
     ]
 )
 """The numbers of a view.
@@ -32,11 +37,37 @@ down, right: where the crop lies, as shares of the room that it has: 0 at the to
 flip: 1 where it is mirrored left to right.
 scale, ratio: share of the area and width over height of a random resized crop; scale 0 is a crop of the usual scale.
 brightness, contrast, saturation: factors; 1 changes nothing. hue: share of a turn.
+operations, magnitudes: what a policy does, as places in :data:`OPERATIONS`, and how much, in the unit of each.
+erased: top, left, height and width in pixels of the rectangle that is blackened; height 0 where there is none.
 """
 
 Views = NDArray[np.void]
 CROP = ("down", "right", "flip", "scale", "ratio")
 """The fields that say where a view was cut."""
+
+OPERATIONS = (
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+)
+"""The operations of TrivialAugmentWide (Mueller and Hutter 2021) and of RandAugment (Cubuk et al. 2020)."""
+_SIGNED = OPERATIONS.index("Sharpness")
+"""Up to it, an operation goes either way."""
+_MAGNITUDES = 31
+_RAND_MAGNITUDE = 9
+_ERASED_AREA, _ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
+"""Of random erasing (Zhong et al. 2020)."""
 
 _ROOM = 4096
 """Steps that a position is drawn in where the room depends on the image, too fine for a pixel to be left out."""
@@ -76,6 +107,10 @@ def views(seed: int, image_ids: Ids, view_ids: Ids, config: DataConfig) -> Views
         low, high = max(0.0, 1 - deviation), 1 + deviation
         result[name] = low + (high - low) * uniform[:, column]
     result["hue"] = augment.hue * (2 * uniform[:, 5] - 1)
+    if augment.policy != "none":
+        _draw_policy(result, uniform[:, 6:12], augment.policy, config.crop)
+    if augment.erasing:
+        _draw_erased(result, uniform[:, 12:17], augment.erasing, config.crop)
     return result
 
 
@@ -89,6 +124,49 @@ def centre_views(count: int) -> Views:
 def crops(views: Views) -> NDArray[np.float64]:
     """Where views were cut, [n, 5]: their fields :data:`CROP`."""
     return np.stack([views[name] for name in CROP], axis=1)
+
+
+def _draw_policy(result: Views, uniform: NDArray[np.float64], policy: str, side: int) -> None:
+    """Operation, magnitude and sign: one of each for TrivialAugmentWide, two for RandAugment."""
+    for turn in range(1 if policy == "trivial" else 2):
+        which, how_much, sign = uniform[:, 3 * turn : 3 * turn + 3].T
+        operations = (which * len(OPERATIONS)).astype(np.int64)
+        steps = (
+            (how_much * _MAGNITUDES).astype(np.int64)
+            if policy == "trivial"
+            else np.full_like(operations, _RAND_MAGNITUDE)
+        )
+        amounts = _amounts(policy, side)[operations, steps]
+        negative = (sign < 0.5) & (operations <= _SIGNED)
+        result["operations"][:, turn] = operations
+        result["magnitudes"][:, turn] = np.where(negative, -amounts, amounts)
+
+
+def _amounts(policy: str, side: int) -> NDArray[np.float64]:
+    """[operations, _MAGNITUDES] in the unit of each: slope, pixels, degrees, factor - 1, bits, share of white."""
+    wide = policy == "trivial"
+    largest = {
+        "ShearX": 0.99 if wide else 0.3,
+        "TranslateX": 32.0 if wide else 150 / 331 * side,
+        "Rotate": 135.0 if wide else 30.0,
+        "Brightness": 0.99 if wide else 0.9,
+    }
+    largest |= {"ShearY": largest["ShearX"], "TranslateY": largest["TranslateX"]}
+    largest |= dict.fromkeys(("Color", "Contrast", "Sharpness"), largest["Brightness"])
+    rising = np.linspace(0, 1, _MAGNITUDES)
+    table = np.stack([largest.get(name, 0.0) * rising for name in OPERATIONS])
+    table[OPERATIONS.index("Posterize")] = (8 - rising * (6 if wide else 4)).round()
+    table[OPERATIONS.index("Solarize")] = 1 - rising
+    return table
+
+
+def _draw_erased(result: Views, uniform: NDArray[np.float64], probability: float, side: int) -> None:
+    happens, area, ratio, down, right = uniform.T
+    low, high = _ERASED_AREA
+    share, shape = low + (high - low) * area, _log_uniform(*_ERASED_RATIO, ratio)
+    lengths = [np.clip((side * np.sqrt(value)).round(), 1, side) for value in (share / shape, share * shape)]
+    corners = [np.floor(place * (side - length + 1)) for place, length in zip((down, right), lengths, strict=True)]
+    result["erased"] = np.where((happens < probability)[:, None], np.stack([*corners, *lengths], axis=1), 0)
 
 
 def _plain(count: int) -> Views:
@@ -110,4 +188,5 @@ def _uniform(seed: int, image_ids: Ids, view_ids: Ids) -> NDArray[np.float64]:
 
 
 def _log_uniform(low: float, high: float, uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-    return low * np.exp(uniform * np.log(high / low))
+    logarithms: NDArray[np.float64] = uniform * math.log(high / low)
+    return low * np.exp(logarithms)

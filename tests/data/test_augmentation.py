@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fpcn_dist.data.augmentation import color_jitter
+from fpcn_dist.data.augmentation import color_jitter, policy_operation, view_pixels
 from fpcn_dist.data.backends import has_dali, open_backend
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import build_manifest
-from fpcn_dist.data.views import views
+from fpcn_dist.data.views import OPERATIONS, centre_views, views
 from fpcn_dist.recipe.schema import DataConfig
 
 CPU = torch.device("cpu")
@@ -28,6 +28,13 @@ AUGMENTATIONS = {
     "resized crop": {"augment": {"random_resized_crop": (0.2, 1.0)}},
     "resized crop, pad": {"fit": "pad", "augment": {"random_resized_crop": (0.2, 1.0)}},
     "colours": {"augment": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}},
+    "TrivialAugment": {"augment": {"policy": "trivial"}},
+    "RandAugment": {"augment": {"policy": "rand"}},
+    "erasing": {"augment": {"erasing": 0.8}},
+    "everything": {
+        "fit": "short_side",
+        "augment": {"random_resized_crop": (0.2, 1.0), "hue": 0.1, "policy": "rand", "erasing": 0.5},
+    },
 }
 
 
@@ -180,3 +187,56 @@ def test_hue_keeps_grey_and_luma_and_a_whole_turn_changes_nothing() -> None:
     assert (color_jitter(grey, 1, 1, 3.0, 0.3).int() - grey.int()).abs().max() <= 1
     luma = torch.tensor([0.299, 0.587, 0.114])
     assert ((color_jitter(pixels, 1, 1, 1, 0.1).float() - pixels.float()) @ luma).abs().max() < 1.5
+
+
+@pytest.mark.parametrize("policy", [v2.TrivialAugmentWide, v2.RandAugment], ids=lambda policy: policy.__name__)
+def test_policies_have_torchvisions_operations_and_magnitudes(policy) -> None:
+    """All operations of all magnitudes that are drawn, against the space of torchvision's class and what it does."""
+    side, trivial = 64, policy is v2.TrivialAugmentWide
+    config = DataConfig.model_validate(
+        {"resize": side, "crop": side, "augment": {"policy": "trivial" if trivial else "rand"}}
+    )
+    theirs, space = policy(), policy._AUGMENTATION_SPACE
+    assert set(space) == set(OPERATIONS)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8))
+    drawn = views(0, np.arange(12000), np.zeros(12000, dtype=np.int64), config)
+    shown, seen = np.concatenate([drawn["operations"].T, drawn["magnitudes"].T]), set()
+    for operation, magnitude in {*zip(shown[0], shown[2], strict=True), *zip(shown[1], shown[3], strict=True)}:
+        name = OPERATIONS[int(operation)]
+        magnitudes, signed = space[name]
+        known = magnitudes(31, side, side)
+        if known is not None:
+            known = known.double() if trivial else known.double()[9:10]
+            assert (known - abs(magnitude)).abs().min() < 1e-5, name
+        assert magnitude >= 0 or signed
+        seen.add((name, round(float(magnitude), 5)))
+        if len([one for one in seen if one[0] == name]) > 6:
+            continue
+        expected = theirs._apply_image_or_video_transform(
+            pixels, name, float(magnitude), interpolation=theirs.interpolation, fill=theirs._fill
+        )
+        assert torch.equal(policy_operation(pixels, name, float(magnitude)), expected), name
+    counts = {name: len([one for one in seen if one[0] == name]) for name in OPERATIONS}
+    assert counts["Rotate"] == (61 if trivial else 2) and counts["Posterize"] == (7 if trivial else 1)
+    assert counts["Solarize"] == (31 if trivial else 1) and counts["Equalize"] == 1
+    if trivial:
+        assert not drawn["operations"][:, 1].any()
+    per_operation = np.bincount(drawn["operations"][:, 0].astype(int), minlength=len(OPERATIONS))
+    assert abs(per_operation / 12000 * len(OPERATIONS) - 1).max() < 0.15
+
+
+def test_erasing_blackens_rectangles_of_the_published_sizes_as_often_as_said() -> None:
+    config = DataConfig.model_validate({"resize": 50, "crop": 50, "augment": {"erasing": 0.3}})
+    drawn = views(0, np.arange(3000), np.zeros(3000, dtype=np.int64), config)["erased"]
+    top, left, height, width = drawn[drawn[:, 2] > 0].T
+    assert abs(len(top) / 3000 - 0.3) < 0.03
+    assert top.min() >= 0 and left.min() >= 0 and (top + height).max() <= 50 and (left + width).max() <= 50
+    area, ratio = height * width / 2500, width / height
+    assert area.min() > 0.015 and 0.3 < area.max() < 0.35 and abs(area.mean() - 0.175) < 0.01
+    assert 0.25 < ratio.min() < 0.4 and 2.5 < ratio.max() < 4 and abs(np.log(ratio).mean()) < 0.06
+    view = centre_views(1)
+    view["erased"] = [3, 10, 20, 7]
+    image = torch.full((50, 50, 3), 9, dtype=torch.uint8)
+    expected = image.clone()
+    expected[3:23, 10:17] = 0
+    assert torch.equal(view_pixels(image, view[0], config), expected) and (image == 9).all()

@@ -11,7 +11,9 @@ from fpcn_dist.recipe.augment import AugmentConfig
 from fpcn_dist.recipe.schema import DataConfig
 
 FAST = settings(max_examples=40, deadline=None)
-EVERYTHING = AugmentConfig(random_resized_crop=(0.2, 0.9), brightness=0.4, contrast=0.3, saturation=1.5, hue=0.1)
+EVERYTHING = AugmentConfig(
+    random_resized_crop=(0.2, 0.9), brightness=0.4, contrast=0.3, saturation=1.5, hue=0.1, policy="rand", erasing=0.7
+)
 
 
 def _pixels(views: Views, config: DataConfig) -> list[list[int]]:
@@ -27,8 +29,12 @@ def test_the_streams_are_the_published_ones() -> None:
     plain = views(11, ids, view_ids, DataConfig())
     assert _pixels(plain, DataConfig()) == [[24, 25, 0], [31, 16, 1], [48, 39, 0], [16, 36, 1]]
     changed = views(11, ids[:1], view_ids[:1], DataConfig(augment=EVERYTHING))[0]
-    expected = [0.885986, 0.14209, 0, 0.537564, 1.158024, 1.272054, 0.789601, 0.841442, 0.035243]
-    np.testing.assert_allclose(changed.tolist(), expected, atol=1e-6)
+    expected = {"down": 0.885986, "right": 0.14209, "flip": 0, "scale": 0.537564, "ratio": 1.158024}
+    expected |= {"brightness": 1.272054, "contrast": 0.789601, "saturation": 0.841442, "hue": 0.035243}
+    expected |= {"operations": [3, 0], "magnitudes": [60.906344, 0], "erased": [0, 0, 0, 0]}
+    assert set(expected) == set(VIEW.names or ())
+    for name, value in expected.items():
+        np.testing.assert_allclose(changed[name], value, atol=1e-6)
 
 
 @FAST
