@@ -37,6 +37,8 @@ class Batch:
         view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.
         crops: [B, 5] float64: where each view was cut, as :func:`fpcn_dist.data.views.crops` says.
         teacher_logits: [B, K] float32, a teacher's logits of these views, where there is one.
+        targets: [B, K] float32, the share of each class, where images are mixed; ``labels`` are then those of the
+            images that others were mixed into.
     """
 
     images: Tensor
@@ -45,6 +47,7 @@ class Batch:
     view_ids: Tensor
     crops: Tensor
     teacher_logits: Tensor | None = None
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]

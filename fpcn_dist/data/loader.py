@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from fpcn_dist.data.backends import Decoding, open_backend
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import BalancedSampler, check_division, share, substitutes
 from fpcn_dist.data.views import Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
@@ -98,8 +100,8 @@ class TrainLoader:
         replaced: the files of this rank's batches that turned unreadable so far.
 
     Raises:
-        UserError: the data or the number of ranks do not fit the batch; while iterating, more than ``max_bad_images``
-            files of this rank turned unreadable, or all images of a class did.
+        UserError: the data or the number of ranks do not fit the batch, or its mixing; while iterating, more than
+            ``max_bad_images`` files of this rank turned unreadable, or all images of a class did.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class TrainLoader:
         self._sampler = BalancedSampler(manifest.classes, self._ids_of_class, config, seed)
         check_division(self._sampler.classes_per_batch, self._sampler.images_per_class, world_size)
         self.batch_size = self._sampler.batch_size
+        check_pairs(self.batch_size, world_size, config.augment)
         self.steps_per_epoch = max(1, len(train_ids) // self.batch_size)
         self._unreadable: dict[int, Replacement] = {}
         self._planned: deque[_Plan] = deque()
@@ -144,8 +147,13 @@ class TrainLoader:
                 self._decoding.close()
                 self._decoding = self._decode()
                 continue
+            batch = self._planned.popleft().batch(images, self._device, self._soft_labels)
+            how = mixture(self._seed, self._step, self._config.crop, self._config.augment)
             self._step += 1
-            return self._planned.popleft().batch(images, self._device, self._soft_labels)
+            if how is None:
+                return batch
+            images, targets = mix(images, batch.labels, len(self._manifest.classes), how)
+            return dataclasses.replace(batch, images=images, targets=targets)
 
     def close(self) -> None:
         """Stop decoding ahead and free its buffers."""

@@ -184,9 +184,9 @@ def _raw(seed: int, purpose: Purpose, image_ids: Ids, view_ids: Ids, count: int)
 
 def _uniform(seed: int, image_ids: Ids, view_ids: Ids) -> NDArray[np.float64]:
     """[n, _UNIFORM] numbers in [0, 1)."""
-    return (_raw(seed, Purpose.AUGMENT, image_ids, view_ids, _UNIFORM) >> np.uint64(11)) * 2.0**-53
+    raw = _raw(seed, Purpose.AUGMENT, image_ids, view_ids, _UNIFORM)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _log_uniform(low: float, high: float, uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-    logarithms: NDArray[np.float64] = uniform * math.log(high / low)
-    return low * np.exp(logarithms)
+    return low * np.exp(uniform * math.log(high / low))

@@ -36,6 +36,9 @@ class DataConfig(Schema):
     """Classes in a global batch; null takes all classes of the data."""
     images_per_class: PositiveInt = 14
     """Images of each of these classes in a global batch; their product is the global batch size."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """What a class weighs in the cross-entropy by its number of training images n, beside batches that show all classes
+    alike: nothing, 1 / n, or one over the effective number of images (Cui et al. 2019, beta 0.999); 1 on average."""
     eval_batch_size: PositiveInt = 64
     """Images per rank and step in evaluation and prediction."""
     val_fraction: Fraction = 0.1

@@ -99,12 +99,42 @@ def _check_views_of_the_bank(recipe: Recipe) -> None:
         )
 
 
+def _check_images_are_not_mixed(recipe: Recipe) -> None:
+    augment = recipe.data.augment
+    if augment.mixes:
+        name = "mixup" if augment.mixup else "cutmix"
+        why = "contrasts pairs by their classes" if recipe.task in ("contrast", "pca_net") else "looks for one object"
+        raise ValueError(
+            f"data.augment.{name} {getattr(augment, name)} mixes images, but task {recipe.task!r} {why}; set it to 0, "
+            "or use task 'classify'"
+        )
+
+
+def _check_a_bank_can_hold_the_views(recipe: Recipe) -> None:
+    augment = recipe.data.augment
+    if recipe.distill.teacher_mode == "bank" and augment.mixes:
+        name = "mixup" if augment.mixup else "cutmix"
+        raise ValueError(
+            f"data.augment.{name} {getattr(augment, name)} mixes the images of a batch, of which "
+            "distill.teacher_mode 'bank' holds no logits; use 'online', or set it to 0"
+        )
+
+
+def _check_classes_weigh_the_same(recipe: Recipe) -> None:
+    weights = recipe.data.class_weights
+    if weights != "none":
+        raise ValueError(
+            f"data.class_weights {weights!r} weighs the cross-entropy of images, which is not all that task "
+            f"{recipe.task!r} minimises; set it to 'none'"
+        )
+
+
 # What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
 _TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
-    "contrast": (_check_pairs_are_counted,),
+    "contrast": (_check_pairs_are_counted, _check_images_are_not_mixed, _check_classes_weigh_the_same),
     "classify": (_check_pairs_are_counted,),
-    "distill": (_check_pairs_are_counted, _check_views_of_the_bank),
+    "distill": (_check_pairs_are_counted, _check_views_of_the_bank, _check_a_bank_can_hold_the_views),
     "bilinear_cnn": (_check_pairs_are_counted,),
-    "pca_net": (_check_pairs_are_random,),
-    "mmal_net": (_check_pairs_are_counted,),
+    "pca_net": (_check_pairs_are_random, _check_images_are_not_mixed, _check_classes_weigh_the_same),
+    "mmal_net": (_check_pairs_are_counted, _check_images_are_not_mixed, _check_classes_weigh_the_same),
 }

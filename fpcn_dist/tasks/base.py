@@ -13,6 +13,7 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.collectives import Group
+from fpcn_dist.tasks.losses import class_weights, classification_loss
 
 
 class TaskOutput(NamedTuple):
@@ -35,10 +36,12 @@ class Setting(NamedTuple):
     Attributes:
         group: all ranks, or ``None`` for one.
         steps_per_epoch: for tasks that begin otherwise than they go on; 0 skips such a beginning.
+        class_counts: training images of each class, for ``data.class_weights``.
     """
 
     group: Group | None = None
     steps_per_epoch: int = 0
+    class_counts: tuple[int, ...] = ()
 
 
 class Task(nn.Module, ABC):
@@ -58,10 +61,14 @@ class Task(nn.Module, ABC):
     """Whether the criterion of a batch is more than the mean over its images."""
 
     model: Classifier
+    class_weights: Tensor | None
 
     def __init__(self, model: Classifier, recipe: Recipe, setting: Setting) -> None:
         super().__init__()
         self.model, self.recipe, self.setting = model, recipe, setting
+        kind = recipe.data.class_weights
+        weights = None if kind == "none" else class_weights(kind, setting.class_counts)
+        self.register_buffer("class_weights", weights, persistent=False)  # the data tell them again
 
     @abstractmethod
     def encode(self, batch: Batch, step: int) -> Tensor:
@@ -70,6 +77,11 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         """Loss of features [B, C]; ``step`` seeds what is drawn at random."""
+
+    def class_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of ``logits`` [B, K], by the shares of classes where images are mixed, weighted by class
+        where the recipe says so."""
+        return classification_loss(logits, batch.labels, targets=batch.targets, weights=self.class_weights)
 
     def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
         """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
@@ -18,5 +17,5 @@ class Classify(Task):
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         logits = self.model.logits(pooled)
-        loss = F.cross_entropy(logits, batch.labels)
+        loss = self.class_loss(logits, batch)
         return TaskOutput(loss, logits.detach(), {"class_loss": loss.detach()})

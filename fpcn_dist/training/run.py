@@ -67,8 +67,9 @@ class TrainingRun:
     def _build(self, state: TrainingState | None, *, frozen_backbone: bool = False) -> None:
         # A state replaces pretrained weights, which may not even be reachable any more.
         recipe = self.recipe if state is None else self.recipe.changed(**{"model.pretrained": False})
-        classes, per_epoch = len(self.manifest.classes), self.schedule.per_epoch
-        task = build_task(recipe, classes, self.ranks.group, steps_per_epoch=per_epoch)
+        counts = self.manifest.class_counts("train")
+        per_epoch = self.schedule.per_epoch
+        task = build_task(recipe, len(counts), self.ranks.group, steps_per_epoch=per_epoch, class_counts=counts)
         self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:

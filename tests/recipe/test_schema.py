@@ -71,6 +71,11 @@ def test_the_papers_setting():
         ("data: {augment: {ratio: [0, 1]}}", ["data.augment", "ratio 0.0 1.0 is no range above 0"]),
         ("data: {augment: {hue: 0.7}}", ["data.augment.hue", "less than or equal to 0.5"]),
         ("data: {augment: {brightnes: 0.7}}", ["data.augment.brightnes", "did you mean 'brightness'?"]),
+        ("data: {augment: {mixup: 0.2}}", ["data.augment.mixup 0.2", "'contrast' contrasts pairs", "set it to 0"]),
+        ("task: pca_net\ncontrast: {pairs: random}\ndata: {augment: {cutmix: 1}}", ["cutmix 1.0", "'pca_net'"]),
+        ("task: mmal_net\ndata: {augment: {cutmix: 1}}", ["cutmix 1.0", "'mmal_net' looks for one object"]),
+        ("task: distill\ndata: {views: 4, augment: {mixup: 1}}", ["mixup 1.0", "holds no logits", "use 'online'"]),
+        ("data: {class_weights: inverse}", ["data.class_weights 'inverse'", "task 'contrast'", "set it to 'none'"]),
         ("- 1", ["mapping"]),
         ("a: [", ["not YAML"]),
         ("task: segment", ["task", "'segment'"]),
@@ -87,6 +92,19 @@ def test_bad_recipes_are_explained(tmp_path, text, words):
         load_recipe(write(tmp_path, text))
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: classify\ndata: {class_weights: inverse, augment: {mixup: 0.2, cutmix: 1}}",
+        "task: distill\ndistill: {teacher_mode: online}\ndata: {class_weights: effective, augment: {mixup: 0.2}}",
+        "task: bilinear_cnn\ndata: {augment: {cutmix: 1}}",
+        "data: {augment: {random_resized_crop: [0.08, 1], hue: 0.1, policy: rand, erasing: 0.1}}",
+    ],
+)
+def test_what_tasks_allow(tmp_path, text):
+    load_recipe(write(tmp_path, text))
 
 
 def test_missing_recipe_file(tmp_path):
