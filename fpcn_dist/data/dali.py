@@ -94,7 +94,7 @@ class Decoding:
 
 def is_plain(config: DataConfig) -> bool:
     """Whether views are crops of the squeezed image, at most mirrored."""
-    return config.fit == "squeeze" and config.augment.changed(mixup=0.0, cutmix=0.0) == AugmentConfig()
+    return config.fit == "squeeze" and config.augment.changed(mixup=0.0, cutmix=0.0, region="none") == AugmentConfig()
 
 
 class Afterwards:

@@ -40,6 +40,10 @@ class AugmentConfig(Schema):
     """Alpha of the Beta distribution of areas that an image keeps where a box shows another one; 0: not at all. With
     mixup, too, each step does one of both."""
 
+    region: Literal["none", "crop", "drop"] = "none"
+    """Every other visit of an image is cut to the region that FPCN found at the visit before (crop), or shows what is
+    left without it (drop)."""
+
     @property
     def mixes(self) -> bool:
         """Whether images of a batch are mixed."""

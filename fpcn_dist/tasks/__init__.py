@@ -45,6 +45,7 @@ def build_task(
     *,
     steps_per_epoch: int = 0,
     class_counts: tuple[int, ...] = (),
+    images: int = 0,
 ) -> Task:
     """The recipe's task around a freshly initialised model; the same weights for the same seed on every rank.
 
@@ -54,7 +55,10 @@ def build_task(
         group: all ranks, or ``None`` for one.
         steps_per_epoch: for tasks that begin otherwise than they go on; 0 skips such a beginning.
         class_counts: training images of each class, for ``data.class_weights``; by default as many of each.
+        images: of the whole data set, for ``data.augment.region``.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, num_classes, task=recipe.task)
-    return TASKS[recipe.task](model, recipe, Setting(group, steps_per_epoch, class_counts or (1,) * num_classes))
+    return TASKS[recipe.task](
+        model, recipe, Setting(group, steps_per_epoch, class_counts or (1,) * num_classes, images)
+    )

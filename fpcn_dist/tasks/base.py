@@ -37,11 +37,13 @@ class Setting(NamedTuple):
         group: all ranks, or ``None`` for one.
         steps_per_epoch: for tasks that begin otherwise than they go on; 0 skips such a beginning.
         class_counts: training images of each class, for ``data.class_weights``.
+        images: of the whole data set, whose last regions ``data.augment.region`` asks for.
     """
 
     group: Group | None = None
     steps_per_epoch: int = 0
     class_counts: tuple[int, ...] = ()
+    images: int = 0
 
 
 class Task(nn.Module, ABC):

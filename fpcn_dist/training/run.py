@@ -68,8 +68,14 @@ class TrainingRun:
         # A state replaces pretrained weights, which may not even be reachable any more.
         recipe = self.recipe if state is None else self.recipe.changed(**{"model.pretrained": False})
         counts = self.manifest.class_counts("train")
-        per_epoch = self.schedule.per_epoch
-        task = build_task(recipe, len(counts), self.ranks.group, steps_per_epoch=per_epoch, class_counts=counts)
+        task = build_task(
+            recipe,
+            len(counts),
+            self.ranks.group,
+            steps_per_epoch=self.schedule.per_epoch,
+            class_counts=counts,
+            images=len(self.manifest.images),
+        )
         self.engine = build_engine(self.recipe, task, self.ranks, frozen_backbone=frozen_backbone, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:
