@@ -22,20 +22,22 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import io, transforms
-from torchvision.transforms import v2
+from torchvision import transforms
 
+from benchmarks._augmentations import AUGMENTATIONS, by_v2, mixed_by_v2
 from fpcn_dist.data.backends import has_dali, open_backend
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.folders import find_images
 from fpcn_dist.data.images import cache_file, check_images
-from fpcn_dist.data.sampler import views
+from fpcn_dist.data.mixing import mix, mixture
+from fpcn_dist.data.views import views
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 
 _BATCH_SIZE = 32
+_CLASSES = 3
 
 
 @dataclass
@@ -73,27 +75,19 @@ def _pil(config: DataConfig) -> Callable[[str], Any]:
     return lambda path: transform(PIL.Image.open(path).convert("RGB"))
 
 
-def _tensor(config: DataConfig) -> Callable[[str], Tensor]:
-    size = (config.resize, config.resize)
-    transform = v2.Compose(
-        [
-            v2.Resize(size, v2.InterpolationMode(config.preprocessing.interpolation), antialias=True),
-            v2.RandomCrop(config.crop),
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(config.preprocessing.mean, config.preprocessing.std),
-        ]
-    )
-    return lambda path: transform(io.decode_image(io.read_file(path), mode=io.ImageReadMode.RGB))
-
-
 def _ours(paths: Sequence[str], config: DataConfig, threads: int) -> Iterator[Tensor]:
     ids = np.arange(len(paths))
     parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(paths), _BATCH_SIZE)]
     requests = (BatchRequest(list(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
     decoding = open_backend(config.backend).decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
     with contextlib.closing(decoding):
-        yield from (decoding.next() for _ in parts)
+        for step in range(len(parts)):
+            images, how = decoding.next(), mixture(0, step, config.crop, config.augment)
+            yield images if how is None else mix(images, _labels(images), _CLASSES, how)[0]
+
+
+def _labels(images: Tensor) -> Tensor:
+    return torch.arange(len(images)) % _CLASSES
 
 
 def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repeats: int = 5) -> dict[str, Cost]:
@@ -111,21 +105,8 @@ def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repea
     Raises:
         UserError: no images in the folder.
     """
-    files = list(find_images(data))
-    checks = check_images(files, config.max_pixels, cache_file(data))
-    usable = [str(file) for file, check in zip(files, checks, strict=True) if check.ok]
-    if not usable:
-        raise UserError("--data", data, "there are no usable images in it", "give a folder of photographs")
-    paths = list(islice(cycle(usable), images))
-    threads = config.threads or usable_cores()
-
-    def torchvision(load: Callable[[str], Tensor]) -> Iterable[Tensor]:
-        files = _Files(paths, load)
-        return DataLoader(
-            files, _BATCH_SIZE, num_workers=threads, persistent_workers=True, multiprocessing_context="fork"
-        )
-
-    pil, tensor = torchvision(_pil(config)), torchvision(_tensor(config))
+    paths, threads = _paths(data, config, images), config.threads or usable_cores()
+    pil, tensor = _torchvision(paths, _pil(config), threads), _torchvision(paths, by_v2(config), threads)
     loaders: dict[str, Callable[[], Iterable[Tensor]]] = {
         "torchvision DataLoader, PIL": lambda: pil,
         "torchvision DataLoader, decode_jpeg + v2 on uint8": lambda: tensor,
@@ -133,15 +114,65 @@ def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repea
     }
     if has_dali():
         loaders["fpcn_dist (DALI)"] = lambda: _ours(paths, config.changed(backend="dali"), threads)
+    costs = _measured(loaders, repeats, "Measuring loaders")
+    Console().print(_table(costs, f"{images} images, resize {config.resize}, crop {config.crop}, {threads} thread(s)"))
+    return costs
+
+
+def augmentation_benchmark(
+    data: Path, config: DataConfig, *, images: int = 512, repeats: int = 5
+) -> dict[str, tuple[Cost, Cost]]:
+    """Measure each of :data:`AUGMENTATIONS` as :func:`loader_benchmark` does, beside torchvision's v2 on uint8.
+
+    Returns:
+        The cost of each, ours first.
+    """
+    paths, threads = _paths(data, config, images), config.threads or usable_cores()
+    costs: dict[str, tuple[Cost, Cost]] = {}
+    for name, changes in AUGMENTATIONS.items():
+        changed = config.changed(**changes)
+        mixed, loader = mixed_by_v2(changed, _CLASSES), _torchvision(paths, by_v2(changed), threads)
+        both: dict[str, Callable[[], Iterable[Tensor]]] = {
+            "ours": lambda changed=changed: _ours(paths, changed, threads),
+            "v2": lambda mixed=mixed, loader=loader: (mixed(batch, _labels(batch))[0] for batch in loader),
+        }
+        found = _measured(both, repeats, name)
+        costs[name] = found["ours"], found["v2"]
+    backend = open_backend(config.backend).name
+    title = f"{images} images, resize {config.resize}, crop {config.crop}, {threads} thread(s); CPU ms/image"
+    table = Table("augmentation", f"ours ({backend})", "range", "v2", "range", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[0].no_wrap = True
+    for name, pair in costs.items():
+        table.add_row(name, *(cell for cost in pair for cell in _cells(cost)))
+    Console().print(table)
+    return costs
+
+
+def _paths(data: Path, config: DataConfig, images: int) -> list[str]:
+    files = list(find_images(data))
+    checks = check_images(files, config.max_pixels, cache_file(data))
+    usable = [str(file) for file, check in zip(files, checks, strict=True) if check.ok]
+    if not usable:
+        raise UserError("--data", data, "there are no usable images in it", "give a folder of photographs")
+    return list(islice(cycle(usable), images))
+
+
+def _torchvision(paths: Sequence[str], load: Callable[[str], Tensor], workers: int) -> DataLoader[Tensor]:
+    files = _Files(paths, load)
+    return DataLoader(files, _BATCH_SIZE, num_workers=workers, persistent_workers=True, multiprocessing_context="fork")
+
+
+def _measured(loaders: dict[str, Callable[[], Iterable[Tensor]]], repeats: int, shown: str) -> dict[str, Cost]:
     costs = {name: Cost() for name in loaders}
-    for repeat in track(range(repeats + 1), "Measuring loaders", transient=True):
+    for repeat in track(range(repeats + 1), shown, transient=True):
         for name, loader in loaders.items():
             cpu, wall = _cpu_seconds(), time.perf_counter()
             seen = sum(len(batch) for batch in loader())
             if repeat:
                 costs[name].cpu_ms.append((_cpu_seconds() - cpu) / seen * 1e3)
                 costs[name].wall_ms.append((time.perf_counter() - wall) / seen * 1e3)
-    Console().print(_table(costs, f"{images} images, resize {config.resize}, crop {config.crop}, {threads} thread(s)"))
     return costs
 
 
@@ -159,22 +190,32 @@ def _table(costs: dict[str, Cost], title: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, cost in costs.items():
-        spread = f"{min(cost.cpu_ms):.2f} - {max(cost.cpu_ms):.2f}"
-        rate = 1e3 / statistics.median(cost.wall_ms)
-        table.add_row(name, f"{statistics.median(cost.cpu_ms):.2f}", spread, f"{rate:.0f}")
+        table.add_row(name, *_cells(cost), f"{1e3 / statistics.median(cost.wall_ms):.0f}")
     return table
 
 
-def loader(data: Path, images: int = 512, repeats: int = 5, config: DataConfig = DataConfig()) -> None:  # noqa: B008
+def _cells(cost: Cost) -> tuple[str, str]:
+    return f"{statistics.median(cost.cpu_ms):.2f}", f"{min(cost.cpu_ms):.2f} - {max(cost.cpu_ms):.2f}"
+
+
+def loader(
+    data: Path,
+    images: int = 512,
+    repeats: int = 5,
+    augmentations: bool = False,
+    config: DataConfig = DataConfig(),  # noqa: B008
+) -> None:
     """CPU milliseconds per image of the data pipeline beside torchvision's DataLoader.
 
     Args:
         data: Folder of images, at any depth.
         images: Images per repeat.
         repeats: Repeats, interleaved between the loaders; the table shows medians.
+        augmentations: Measure each augmentation beside torchvision's v2 with the same set, in place of the loaders.
         config: Sizes and threads.
     """
-    loader_benchmark(data, config, images=images, repeats=repeats)
+    benchmark = augmentation_benchmark if augmentations else loader_benchmark
+    benchmark(data, config, images=images, repeats=repeats)
 
 
 def main() -> None:

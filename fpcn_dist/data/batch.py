@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from fpcn_dist.data.views import Views
 
 BATCHES_IN_FLIGHT = 2
 """Batches that a backend works on: the one that is waited for, and the next."""
@@ -19,11 +19,11 @@ class BatchRequest(NamedTuple):
 
     Attributes:
         paths: B files.
-        crops: [B, 3] crop row, crop column and flip, as in :class:`Batch`.
+        views: [B] of :data:`fpcn_dist.data.views.VIEW`.
     """
 
     paths: list[str]
-    crops: NDArray[np.int64]
+    views: Views
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class Batch:
         labels: [B] int64 class indices.
         image_ids: [B] int64 indices into the manifest; they name an image in every split and on every rank.
         view_ids: [B] int64; how often the image had been drawn before, so (image id, view id) names a view.
-        crops: [B, 3] int64: crop row, crop column (pixels of the resized image) and flip (0 or 1); 0 without images.
+        crops: [B, 5] float64: where each view was cut, as :func:`fpcn_dist.data.views.crops` says; 0 without
+            images.
         teacher_logits: [B, K] float32, a teacher's logits of these views, where there is one.
+        targets: [B, K] float32, the share of each class, where images are mixed; ``labels`` are then those of the
+            images that others were mixed into.
         pooled: [B, C] float32, the features of these views, where they were computed before.
     """
 
@@ -46,6 +49,7 @@ class Batch:
     view_ids: Tensor
     crops: Tensor
     teacher_logits: Tensor | None = None
+    targets: Tensor | None = None
     pooled: Tensor | None = None
 
     def __len__(self) -> int:

@@ -1,14 +1,14 @@
 """All that touches NVIDIA DALI and nvImageCodec, its decoder: one pipeline for training, evaluation and prediction.
 
-    path --read--> bytes --decode--> RGB uint8 HWC --resize, crop--> [crop, crop] uint8 --flip, normalise--> float32 CHW
+    path --read--> bytes --decode--> RGB uint8 HWC --view--> [crop, crop] uint8 --normalise--> float32 CHW
 
-The image is resized to ``resize`` x ``resize``, without keeping its aspect ratio, by the antialiased filter of
-``interpolation``, and cut to ``crop`` x ``crop``. EXIF orientation is applied. On a GPU all steps are DALI's. On the
-CPU the resizing is PyTorch's inside DALI's pipeline: the same filter, vectorised for uint8, in a fraction of the time
-that DALI's takes.
-The two differ by at most one grey level, save in the outermost pixels of the whole resized image, beyond which DALI
-repeats the last pixel of the source where PyTorch and Pillow see none; and where the cubic filter overshoots black or
-white, which PyTorch and Pillow clip after each of their two passes and DALI once: by up to ten, in a pixel of 2,000.
+EXIF orientation is applied. On the CPU the view is made by PyTorch inside DALI's pipeline: the same antialiased
+filter, vectorised for uint8, in a fraction of the time that DALI's takes. On a GPU all steps are DALI's where views
+are crops of the squeezed image, at most mirrored; others are made by the same function in PyTorch, on the GPU, from
+what DALI has decoded. The resizing of the two differs by at most one grey level, save in the outermost pixels of the
+whole resized image, beyond which DALI repeats the last pixel of the source where PyTorch and Pillow see none; and
+where the cubic filter overshoots black or white, which PyTorch and Pillow clip after each of their two passes and
+DALI once: by up to ten, in a pixel of 2,000.
 """
 # DALI and nvImageCodec make their operators and types at import, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -17,7 +17,8 @@ white, which PyTorch and Pillow clip after each of their two passes and DALI onc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,8 +34,11 @@ from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
+from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
-from fpcn_dist.data.resizing import resized_crop
+from fpcn_dist.data.normalisation import Normalisation
+from fpcn_dist.data.views import VIEW, Views
+from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import DataConfig
 
 VERSION: str = nvimgcodec.__version__
@@ -55,8 +59,24 @@ class Decoding:
     def __init__(
         self, requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int, threads: int
     ) -> None:
-        self._device = device
-        self._pipeline = _build(lambda: _encode(next(requests)), config, device, batch_size, threads)
+        self._config, self._device = config, device
+        self._pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=(device.index or 0) if device.type == "cuda" else None,
+            prefetch_queue_depth=BATCHES_IN_FLIGHT,
+        )
+        self._afterwards = Afterwards(config, device) if device.type == "cuda" and not is_plain(config) else None
+        with self._pipeline:
+            self._pipeline.set_outputs(self._images(requests, threads))
+        self._pipeline.build()
+
+    def _images(self, requests: Iterator[BatchRequest], threads: int) -> DataNode:
+        if self._afterwards is not None:
+            return decoded_by_dali(self._afterwards.note(requests), "mixed")
+        if self._device.type == "cuda":
+            return plain_views_by_dali(requests, self._config, "mixed")
+        return views_by_torch(requests, self._config, threads)
 
     def next(self) -> Tensor:
         """The images of the next request, [B, 3, crop, crop] float32, owned by the caller.
@@ -68,47 +88,102 @@ class Decoding:
         # Handing DALI the stream that will read the images ties their memory to it: no wait, no copy, no early reuse.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (images,) = self._pipeline.run(stream)
-        return torch.from_dlpack(images.as_tensor())
+        return torch.from_dlpack(images.as_tensor()) if self._afterwards is None else self._afterwards(images)
 
     def close(self) -> None:
         """Stop the pipeline and free its buffers."""
         del self._pipeline
 
 
-def _encode(request: BatchRequest) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
-    """A request in the form that the pipeline reads: path bytes, crop corner, flip."""
-    paths = [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in request.paths]
-    return paths, request.crops[:, :2].astype(np.int32), request.crops[:, 2].astype(np.int32)
+def is_plain(config: DataConfig) -> bool:
+    """Whether views are crops of the squeezed image, at most mirrored."""
+    return config.fit == "squeeze" and not config.augment.changes_views
 
 
-def _build(
-    source: Callable[[], Any], config: DataConfig, device: torch.device, batch_size: int, threads: int
-) -> Pipeline:
-    cuda = device.type == "cuda"
-    device_id = (device.index or 0) if cuda else None
-    pipeline = Pipeline(
-        batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=BATCHES_IN_FLIGHT
+class Afterwards:
+    """Makes views of what the pipeline has decoded, on the device.
+
+    Args:
+        config: sizes.
+        device: where the decoded images are.
+    """
+
+    def __init__(self, config: DataConfig, device: torch.device) -> None:
+        self._config, self._normalised = config, Normalisation(config.preprocessing, device)
+        self._views: deque[Views] = deque()
+
+    def note(self, requests: Iterator[BatchRequest]) -> Iterator[BatchRequest]:
+        """The same requests, whose views are kept until their images come."""
+        for request in requests:
+            self._views.append(request.views)
+            yield request
+
+    def __call__(self, images: Any) -> Tensor:
+        """The views [B, 3, crop, crop] float32 of a list of uint8 HWC images of any sizes."""
+        views = self._views.popleft()
+        pixels = [view_pixels(torch.from_dlpack(images[index]), view, self._config) for index, view in enumerate(views)]
+        return self._normalised(torch.stack(pixels))
+
+
+def _path_bytes(request: BatchRequest) -> list[NDArray[np.uint8]]:
+    """Paths in the form that the pipeline reads."""
+    return [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in request.paths]
+
+
+def _decode(path: DataNode, device: str) -> DataNode:
+    # A file that is cut short while it is mapped into memory would kill the process, so read it.
+    encoded = fn.io.file.read(path, dont_use_mmap=True)
+    # Fancy upsampling is what the CPU decoder does to chroma; asked for, the GPU gives the same image.
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+
+
+def _normalise(pixels: DataNode, shown: Preprocessing, flip: DataNode | int = 0) -> DataNode:
+    return fn.crop_mirror_normalize(
+        pixels,
+        mirror=flip,
+        mean=[255 * value for value in shown.mean],
+        std=[255 * value for value in shown.std],
+        dtype=types.FLOAT,
+        output_layout="CHW",
     )
-    with pipeline:
-        path, corner, flip = fn.external_source(source=source, num_outputs=3, batch=True)
-        # A file that is cut short while it is mapped into memory would kill the process, so read it.
-        encoded = fn.io.file.read(path, dont_use_mmap=True)
-        # Fancy upsampling is what the CPU decoder does to chroma; asked for, the GPU gives the same image.
-        decoded = fn.decoders.image(
-            encoded, device="mixed" if cuda else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
-        )
-        cropped = resize_by_dali(decoded, corner, config) if cuda else resize_by_torch(decoded, corner, config, threads)
-        images = fn.crop_mirror_normalize(
-            cropped,
-            mirror=flip,
-            mean=[255 * value for value in config.preprocessing.mean],
-            std=[255 * value for value in config.preprocessing.std],
-            dtype=types.FLOAT,
-            output_layout="CHW",
-        )
-        pipeline.set_outputs(images)
-    pipeline.build()
-    return pipeline
+
+
+def decoded_by_dali(requests: Iterator[BatchRequest], device: str) -> DataNode:
+    """The images as their files have them: uint8 HWC of any sizes; ``device`` is "mixed" (to a GPU) or "cpu"."""
+    return _decode(fn.external_source(source=lambda: _path_bytes(next(requests)), batch=True), device)
+
+
+def plain_views_by_dali(requests: Iterator[BatchRequest], config: DataConfig, device: str) -> DataNode:
+    """Crops of the squeezed images, mirrored where their views say so, by DALI alone: float32 CHW, normalised."""
+
+    def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
+        request, room = next(requests), config.resize - config.crop
+        corners = np.stack([request.views["down"], request.views["right"]], axis=1) * room
+        return _path_bytes(request), corners.round().astype(np.int32), request.views["flip"].astype(np.int32)
+
+    path, corner, flip = fn.external_source(source=source, num_outputs=3, batch=True)
+    return _normalise(resize_by_dali(_decode(path, device), corner, config), config.preprocessing, flip)
+
+
+def views_by_torch(requests: Iterator[BatchRequest], config: DataConfig, threads: int) -> DataNode:
+    """Views of any kind, made by PyTorch on the CPU: float32 CHW, normalised."""
+    pool = ThreadPoolExecutor(threads)
+
+    def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
+        request = next(requests)
+        return _path_bytes(request), request.views.view(np.uint8).reshape(len(request.views), -1)
+
+    def make(image: NDArray[np.uint8], view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        pixels = view_pixels(torch.from_numpy(image), view.view(VIEW)[0], config)
+        return np.ascontiguousarray(pixels.numpy())
+
+    def make_batch(images: list[NDArray[np.uint8]], views: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        return list(pool.map(make, images, views))
+
+    path, view = fn.external_source(source=source, num_outputs=2, batch=True)
+    images = _decode(path, "cpu")
+    made = fn.python_function(images, view, function=make_batch, batch_processing=True, output_layouts="HWC")
+    return _normalise(made, config.preprocessing)
 
 
 def resize_by_dali(decoded: DataNode, corner: DataNode, config: DataConfig) -> DataNode:
@@ -123,20 +198,6 @@ def resize_by_dali(decoded: DataNode, corner: DataNode, config: DataConfig) -> D
         antialias=True,
         interp_type=_INTERPOLATIONS[config.preprocessing.interpolation],
     )
-
-
-def resize_by_torch(decoded: DataNode, corner: DataNode, config: DataConfig, threads: int) -> DataNode:
-    """Resize uint8 HWC images on the CPU and cut them at [row, column]."""
-    pool = ThreadPoolExecutor(threads)
-
-    def resize(image: NDArray[np.uint8], corner: NDArray[np.int32]) -> NDArray[np.uint8]:
-        row, column = corner.tolist()
-        return np.ascontiguousarray(resized_crop(torch.from_numpy(image), row, column, config).numpy())
-
-    def resize_batch(images: list[NDArray[np.uint8]], corners: list[NDArray[np.int32]]) -> list[NDArray[np.uint8]]:
-        return list(pool.map(resize, images, corners))
-
-    return fn.python_function(decoded, corner, function=resize_batch, batch_processing=True, output_layouts="HWC")
 
 
 class Decoder:

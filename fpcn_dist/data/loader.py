@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +19,17 @@ from fpcn_dist.data.backends import Decoding, open_backend
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.images import check_image
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import (
     BalancedSampler,
     WholeSampler,
-    centre_views,
     check_composition,
     check_division,
     check_whole_division,
     share,
     substitutes,
-    views,
 )
+from fpcn_dist.data.views import VIEW, Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
@@ -53,14 +54,14 @@ class _Plan(NamedTuple):
     labels: Ids
     image_ids: Ids
     view_ids: Ids
-    crops: Ids
+    views: Views
 
     @property
     def request(self) -> BatchRequest:
-        return BatchRequest(self.paths, self.crops)
+        return BatchRequest(self.paths, self.views)
 
     def batch(self, images: Tensor, device: torch.device, soft_labels: SoftLabels | None = None) -> Batch:
-        columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, self.crops]
+        columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, crops(self.views)]
         if soft_labels is not None:
             columns.append(soft_labels(self.image_ids, self.view_ids))
         return Batch(images, *(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
@@ -108,8 +109,8 @@ class TrainLoader:
         replaced: the files of this rank's batches that turned unreadable so far.
 
     Raises:
-        UserError: the data or the number of ranks do not fit the batch; while iterating, more than ``max_bad_images``
-            files of this rank turned unreadable, or all images of a class did.
+        UserError: the data or the number of ranks do not fit the batch, or its mixing; while iterating, more than
+            ``max_bad_images`` files of this rank turned unreadable, or all images of a class did.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class TrainLoader:
         self._ids_of_class = [train_ids[self._labels[train_ids] == label] for label in range(len(manifest.classes))]
         self._sampler = self._build_sampler(train_ids, world_size)
         self.batch_size = self._sampler.batch_size
+        check_pairs(self.batch_size, world_size, config.augment)
         self.steps_per_epoch = max(1, len(train_ids) // self.batch_size)
         self._unreadable: dict[int, Replacement] = {}
         self._planned: deque[_Plan] = deque()
@@ -169,8 +171,13 @@ class TrainLoader:
                 self._decoding.close()
                 self._decoding = None
                 continue
+            batch = self._planned.popleft().batch(images, self._device, self._soft_labels)
+            how = mixture(self._seed, self._step, self._config.crop, self._config.augment)
             self._step += 1
-            return self._planned.popleft().batch(images, self._device, self._soft_labels)
+            if how is None:
+                return batch
+            images, targets = mix(images, batch.labels, len(self._manifest.classes), how)
+            return dataclasses.replace(batch, images=images, targets=targets)
 
     def close(self) -> None:
         """Stop decoding ahead and free its buffers."""
@@ -199,9 +206,10 @@ class TrainLoader:
         image_ids = np.array([self._readable(i, step, batch_ids) for i in image_ids.tolist()], dtype=np.int64)
         labels = self._labels[image_ids]
         if not decoded:
-            return _Plan([], labels, image_ids, view_ids, np.zeros((len(labels), 3), dtype=np.int64))
+            return _Plan([], labels, image_ids, view_ids, np.zeros(len(labels), VIEW))
         paths = [str(self._manifest.path(image_id)) for image_id in image_ids.tolist()]
-        return _Plan(paths, labels, image_ids, view_ids, views(self._seed, image_ids, view_ids, self._config))
+        shown = views(self._seed, image_ids, view_ids, self._config)
+        return _Plan(paths, labels, image_ids, view_ids, shown)
 
     def _readable(self, image_id: int, step: int, batch_ids: Ids) -> int:
         """The image itself, or what stands in for it where it is known to be unreadable."""
@@ -294,7 +302,7 @@ class EvalLoader:
 
     def _plan(self, part: slice) -> _Plan:
         paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]
-        return _Plan(paths, labels, image_ids, np.full(len(paths), -1), centre_views(len(paths), self._config))
+        return _Plan(paths, labels, image_ids, np.full(len(paths), -1), centre_views(len(paths)))
 
     def _explain(self, plan: _Plan, error: RuntimeError) -> NoReturn:
         for _, path, reason in plan.faults(self._config).values():

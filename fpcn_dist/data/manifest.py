@@ -94,6 +94,10 @@ class Manifest:
             ids.setdefault(image.split, []).append(index)
         return {split: np.array(members, dtype=np.int64) for split, members in ids.items()}
 
+    def class_counts(self, split: str) -> tuple[int, ...]:
+        """How many images of a split each class has."""
+        return tuple(np.bincount(self.labels[self.ids(split)], minlength=len(self.classes)).tolist())
+
     def path(self, image_id: int) -> Path:
         """Where the image lies."""
         return Path(self.root, self.images[image_id].path)

@@ -1,4 +1,4 @@
-"""Which images make a batch and how each one is cut: pure functions of the seed and a few counters.
+"""Which images make a batch: pure functions of the seed and a few counters, as are views (:mod:`fpcn_dist.data.views`).
 
 Nothing here has a state or a history. Step k can be asked for before step k - 1, on any rank of any number of ranks,
 and in a process that was started a second ago; that is what makes a restart exact. Randomness comes from the raw output
@@ -27,16 +27,18 @@ class Purpose(IntEnum):
     IMAGES = 2
     VIEW = 3
     SUBSTITUTE = 4
+    AUGMENT = 5
+    MIX = 6
 
 
-def _draw(count: int, seed: int, purpose: Purpose, major: int, minor: int = 0) -> NDArray[np.uint64]:
+def draw(count: int, seed: int, purpose: Purpose, major: int, minor: int = 0) -> NDArray[np.uint64]:
     """``count`` random 64-bit numbers of the stream (seed, purpose, major, minor), each argument below 2^32."""
     return np.random.Philox(key=[purpose << 32 | seed, major << 32 | minor]).random_raw(count)
 
 
 def _permutation(count: int, seed: int, purpose: Purpose, major: int, minor: int = 0) -> Ids:
     """A random order of ``range(count)``."""
-    return np.argsort(_draw(count, seed, purpose, major, minor), kind="stable")
+    return np.argsort(draw(count, seed, purpose, major, minor), kind="stable")
 
 
 def check_composition(classes: Sequence[str], counts: Sequence[int], config: DataConfig) -> None:
@@ -167,30 +169,6 @@ def share(batch: NDArray, rank: int, world_size: int) -> NDArray:
     """The contiguous part of a global batch, [B, ...], that belongs to a rank; B divides by ``world_size``."""
     size = len(batch) // world_size
     return batch[rank * size : (rank + 1) * size]
-
-
-def views(seed: int, image_ids: Ids, view_ids: Ids, config: DataConfig) -> Ids:
-    """How images are cut: a function of (seed, image id, view number) alone.
-
-    Args:
-        seed: key of all random draws.
-        image_ids: [n] ids.
-        view_ids: [n] view numbers.
-        config: sizes and whether to flip.
-
-    Returns:
-        [n, 3] int64: crop row and column in [0, resize - crop], pixels of the resized image, and flip (0 or 1).
-    """
-    spans = np.array([config.resize - config.crop + 1] * 2 + [1 + config.flip], dtype=np.uint64)
-    pairs = zip(image_ids.tolist(), view_ids.tolist(), strict=True)
-    raw = [_draw(3, seed, Purpose.VIEW, image_id, view_id) for image_id, view_id in pairs]
-    return (np.array(raw, dtype=np.uint64).reshape(-1, 3) % spans).astype(np.int64)
-
-
-def centre_views(count: int, config: DataConfig) -> Ids:
-    """The views of evaluation and prediction, [count, 3] as in :func:`views`: the central crop, not flipped."""
-    offset = round((config.resize - config.crop) / 2)
-    return np.tile(np.array([offset, offset, 0], dtype=np.int64), (count, 1))
 
 
 def substitutes(seed: int, image_id: int, step: int, candidates: Ids) -> Ids:

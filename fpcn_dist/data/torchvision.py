@@ -1,6 +1,6 @@
 """Decoding without DALI: torchvision and Pillow in a pool of threads, on any machine that PyTorch runs on.
 
-    path --read, decode--> RGB uint8 HWC --resize, crop, flip--> uint8 --to the device--> --normalise--> float32 CHW
+    path --read, decode--> RGB uint8 HWC --view--> uint8 --to the device--> --normalise--> float32 CHW
 
 The images are those of :mod:`fpcn_dist.data.dali` on the CPU, bit for bit where a channel has 8 bits, and within one
 grey level where it has 16. torchvision decodes JPEG alone: its PNG decoder crashes on damaged files, and its WebP
@@ -25,8 +25,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
-from fpcn_dist.data.resizing import resized_crop
+from fpcn_dist.data.normalisation import Normalisation
 from fpcn_dist.recipe.schema import DataConfig
 
 # data.max_pixels bounds what is decoded, and what Pillow would say of a bad file, we report with its path.
@@ -56,10 +57,7 @@ class Decoding:
         self._requests, self._config, self._device = requests, config, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoding")
         self._in_flight: deque[tuple[Tensor, list[Future[None]]]] = deque()
-        # On the device from the start: made for each batch, they would let the host wait for the GPU.
-        shown = config.preprocessing
-        columns = [[255 * mean for mean in shown.mean], [1 / (255 * std) for std in shown.std]]
-        self._mean_C11, self._scale_C11 = torch.tensor(columns, device=device)[..., None, None]
+        self._normalised = Normalisation(config.preprocessing, device)
 
     def next(self) -> Tensor:
         """The images of the next request, [B, 3, crop, crop] float32, owned by the caller.
@@ -75,9 +73,7 @@ class Decoding:
         pixels_BHWC, parts = self._in_flight.popleft()
         for part in parts:
             part.result()
-        pixels_BCHW = pixels_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        images_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
-        return images_BCHW.sub_(self._mean_C11).mul_(self._scale_C11)
+        return self._normalised(pixels_BHWC.to(self._device, non_blocking=True))
 
     def close(self) -> None:
         """Stop the threads; what has not been begun is not decoded any more."""
@@ -92,23 +88,21 @@ class Decoding:
         pinned = self._device.type == "cuda"
         pixels_BHWC = torch.empty(len(request.paths), side, side, 3, dtype=torch.uint8, pin_memory=pinned)
         # Through NumPy, threads may also write into what was made in inference mode, which they are not in.
-        views = zip(request.paths, request.crops.tolist(), pixels_BHWC.numpy(), strict=True)
-        return pixels_BHWC, [self._pool.submit(_fill, path, crop, pixels, self._config) for path, crop, pixels in views]
+        parts = zip(request.paths, request.views, pixels_BHWC.numpy(), strict=True)
+        return pixels_BHWC, [self._pool.submit(_fill, path, view, pixels, self._config) for path, view, pixels in parts]
 
 
-def _fill(path: str, crop: list[int], pixels_HWC: NDArray[np.uint8], config: DataConfig) -> None:
-    """Write the view of a file that ``crop`` names into [crop, crop, 3] uint8.
+def _fill(path: str, view: np.void, pixels_HWC: NDArray[np.uint8], config: DataConfig) -> None:
+    """Write a view of a file into [crop, crop, 3] uint8.
 
     Raises:
         RuntimeError: the file cannot be read or decoded.
     """
-    row, column, flip = crop
     try:
         image_HWC = decode(Path(path).read_bytes())
     except Exception as error:  # Pillow raises whatever its parsers stumble over
         raise RuntimeError(f"{path} cannot be read or decoded: {error}") from error
-    view_HWC = resized_crop(image_HWC, row, column, config)
-    pixels_HWC[:] = (view_HWC.flip(1) if flip else view_HWC).numpy()
+    pixels_HWC[:] = view_pixels(image_HWC, view, config).numpy()
 
 
 def decode(data: bytes) -> Tensor:

@@ -173,9 +173,7 @@ def _check_parity(
         ties += undecided
         try:
             files = [photographs.files[index] for index in batch.image_ids.tolist()]
-            pixels = [
-                onnx_predict.read_image(file, exported.resize, exported.crop, exported.interpolation) for file in files
-            ]
+            pixels = [exported.read(file) for file in files]
         except ValueError as error:
             raise UserError(
                 "image", run_dir, f"Pillow cannot read what training could: {error}", "convert it"

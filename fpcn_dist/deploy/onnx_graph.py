@@ -142,6 +142,7 @@ def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
         "classes": json.dumps(info.classes),
         "resize": str(info.preprocessing.resize),
         "crop": str(info.preprocessing.crop),
+        "fit": info.preprocessing.fit,
         "mean": json.dumps(shown.mean),
         "std": json.dumps(shown.std),
         "interpolation": shown.interpolation,

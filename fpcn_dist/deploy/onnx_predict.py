@@ -46,10 +46,11 @@ class OnnxModel:
     Attributes:
         session: computes logits and mask.
         classes: class names in label order.
-        resize: side in pixels that images are resized to, without keeping their aspect ratio.
+        resize: side in pixels that images are resized to.
         crop: side in pixels of the central crop that the network sees.
         mean, std: of red, green and blue, for pixels in [0, 1].
         interpolation: filter of the resizing, one of :data:`INTERPOLATIONS`.
+        fit: "squeeze" (to a square), "pad" (to a square that the long side fills) or "short_side".
         task: "contrast" (FPCN) or "classify" (the plain classifier).
     """
 
@@ -60,12 +61,17 @@ class OnnxModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    fit: str
     task: str
 
     def run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Normalised images [B, 3, crop, crop] to logits [B, K] and mask [B, h, w]."""
         logits, mask = self.session.run([LOGITS, MASK], {INPUT: images})
         return np.asarray(logits), np.asarray(mask)
+
+    def read(self, path: Path) -> NDArray[np.uint8]:
+        """Grey levels [crop, crop, 3] of an image file, cut as the network expects; see :func:`read_image`."""
+        return read_image(path, self.resize, self.crop, self.fit, self.interpolation)
 
     def normalise(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """B images [crop, crop, 3] of grey levels to the network's input [B, 3, crop, crop]."""
@@ -121,6 +127,7 @@ def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
             _three(metadata["mean"]),
             _three(metadata["std"]),
             metadata.get("interpolation", "bilinear"),
+            metadata.get("fit", "squeeze"),  # as before there was a choice
             metadata["task"],
         )
         _check(model)
@@ -139,6 +146,8 @@ def _three(text: str) -> tuple[float, ...]:
 
 def _check(model: OnnxModel) -> None:
     shapes = {node.name: node.shape for node in (*model.session.get_inputs(), *model.session.get_outputs())}
+    if model.fit not in ("squeeze", "pad", "short_side"):
+        raise ValueError(f"unknown fit {model.fit!r}")
     if not 0 < model.crop <= model.resize or shapes[INPUT][1:] != [3, model.crop, model.crop]:
         raise ValueError(f"resize {model.resize} and crop {model.crop} do not fit the input {shapes[INPUT]}")
     if model.interpolation not in INTERPOLATIONS:
@@ -147,7 +156,7 @@ def _check(model: OnnxModel) -> None:
         raise ValueError(f"{len(model.classes)} class names do not fit the output {shapes[LOGITS]}")
 
 
-def read_image(path: Path, resize: int, crop: int, interpolation: str) -> NDArray[np.uint8]:
+def read_image(path: Path, resize: int, crop: int, fit: str, interpolation: str) -> NDArray[np.uint8]:
     """Grey levels [crop, crop, 3] of the central crop, upright, as evaluation cuts it: :mod:`fpcn_dist.data.dali`.
 
     Raises:
@@ -168,9 +177,23 @@ def read_image(path: Path, resize: int, crop: int, interpolation: str) -> NDArra
         strerror = getattr(error, "strerror", None)
         detail = f"cannot be read ({strerror})" if strerror else f"the image data are damaged ({error})"
         raise ValueError(detail) from None
-    offset = round((resize - crop) / 2)
-    resized = rgb.resize((resize, resize), INTERPOLATIONS[interpolation])
-    return np.asarray(resized.crop((offset, offset, offset + crop, offset + crop)))
+    framed = _fit(rgb, resize, fit, INTERPOLATIONS[interpolation])
+    left, top = (round((side - crop) / 2) for side in framed.size)
+    return np.asarray(framed.crop((left, top, left + crop, top + crop)))
+
+
+def _fit(image: Image.Image, resize: int, fit: str, kernel: Image.Resampling) -> Image.Image:
+    """The image in the frame that its crop is cut from: :mod:`fpcn_dist.data.resizing`."""
+    short, long = min(image.size), max(image.size)
+    if fit == "squeeze":
+        return image.resize((resize, resize), kernel)
+    if fit == "short_side":
+        width, height = (resize * side // short for side in image.size)
+        return image.resize((width, height), kernel)
+    width, height = (max(1, round(resize * side / long)) for side in image.size)
+    frame = Image.new("RGB", (resize, resize))
+    frame.paste(image.resize((width, height), kernel), ((resize - width) // 2, (resize - height) // 2))
+    return frame
 
 
 def _check_size(image: Image.Image) -> None:
@@ -192,7 +215,7 @@ def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction],
     predictions, refused, batch = [], [], []
     for index, file in enumerate(files):
         try:
-            batch.append((file, read_image(file, model.resize, model.crop, model.interpolation)))
+            batch.append((file, model.read(file)))
         except ValueError as error:
             refused.append((file, str(error)))
         if batch and (len(batch) == _BATCH or index == len(files) - 1):

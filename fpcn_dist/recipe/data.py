@@ -7,14 +7,16 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from fpcn_dist.recipe.augment import OF_BATCHES, AugmentConfig
 from fpcn_dist.recipe.preprocessing import Interpolation, Mean, Preprocessing, Std
 from fpcn_dist.recipe.section import Fraction, PositiveInt, Schema
 from fpcn_dist.runtime.errors import UserError
 
 DecodingBackend = Literal["auto", "dali", "torchvision"]
+Fit = Literal["squeeze", "pad", "short_side"]
 
 _NOT_PIXELS = {
-    *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class"),
+    *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class", "class_weights"),
     *("val_fraction", "test_fraction", "split_seed", "on_bad_image", "max_pixels", "max_bad_images"),
 }
 """Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
@@ -27,7 +29,10 @@ class DataConfig(Schema):
     """What decodes images: NVIDIA DALI, torchvision (anywhere, on the CPU), or DALI where it is installed. Batches are
     the same within one grey level, so that a run may go on with the other one."""
     resize: PositiveInt = 512
-    """Side in pixels that every image is resized to; the aspect ratio is not kept (section 4.1)."""
+    """Side in pixels that every image is resized to, in the way that fit says."""
+    fit: Fit = "squeeze"
+    """How an image becomes of that size: squeezed to a square (section 4.1), padded with black to a square that its
+    long side fills, or so that its short side has that many pixels. The last two keep the aspect ratio."""
     crop: PositiveInt = 448
     """Side in pixels of the crop that the network sees: random in training, centred in evaluation."""
     mean: Mean | None = None
@@ -42,11 +47,15 @@ class DataConfig(Schema):
     """Mirror half of the training views left to right."""
     views: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--views",))] = None
     """Different views of each training image, shown in turn; null draws a new one each time."""
+    augment: AugmentConfig = AugmentConfig()
     classes_per_batch: PositiveInt | None = 3
     """Classes in a global batch; null takes all classes of the data."""
     images_per_class: PositiveInt | None = 14
     """Images of each of these classes in a global batch; their product is the global batch size. null: every training
     image once in each batch, which features computed once make affordable (docs/features.md)."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """What a class weighs in the cross-entropy by its number of training images n, beside batches that show all classes
+    alike: nothing, 1 / n, or one over the effective number of images (Cui et al. 2019, beta 0.999); 1 on average."""
     eval_batch_size: PositiveInt = 64
     """Images per rank and step in evaluation and prediction."""
     val_fraction: Fraction = 0.1
@@ -80,7 +89,9 @@ class DataConfig(Schema):
 
     def pixels(self) -> dict[str, Any]:
         """The fields that decide the pixels of a view, by name: what is computed from views is stored under these."""
-        return self.settled(self.preprocessing).model_dump(mode="json", exclude=_NOT_PIXELS)
+        values = self.settled(self.preprocessing).model_dump(mode="json", exclude=_NOT_PIXELS)
+        augment = values.pop("augment")
+        return values | {f"augment.{name}": augment[name] for name in augment if name not in OF_BATCHES}
 
     @property
     def distinct_views(self) -> int | None:
@@ -90,7 +101,8 @@ class DataConfig(Schema):
     @property
     def views_are_drawn(self) -> bool:
         """Whether the views of an image differ, as draws of the recipe's seed say; else all are the whole image."""
-        return self.flip or self.crop < self.resize
+        cut = self.crop < self.resize or self.fit == "short_side"
+        return self.flip or cut or self.augment.changes_views
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -118,12 +118,93 @@ def _check_views_of_the_bank(recipe: Recipe) -> None:
         )
 
 
+def _check_images_are_not_mixed(recipe: Recipe) -> None:
+    augment = recipe.data.augment
+    if augment.mixes:
+        name = "mixup" if augment.mixup else "cutmix"
+        why = "contrasts pairs by their classes" if recipe.task in ("contrast", "pca_net") else "looks for one object"
+        raise ValueError(
+            f"data.augment.{name} {getattr(augment, name)} mixes images, but task {recipe.task!r} {why}; set it to 0, "
+            "or use task 'classify'"
+        )
+
+
+def _check_regions_can_be_looked_up(recipe: Recipe) -> None:
+    region, wanted = recipe.data.augment.region, ""
+    if region == "none":
+        return
+    if recipe.model.region == "none":
+        wanted = "finds no region with model.region 'none'; set that to 'threshold' or 'largest'"
+    elif recipe.data.fit == "short_side":
+        wanted = "must know what part of an image a view shows, but data.fit is 'short_side'; use 'squeeze' or 'pad'"
+    elif recipe.data.augment.policy != "none":
+        wanted = "needs images that are not turned or sheared, as data.augment.policy does; set that to 'none'"
+    elif recipe.data.views == 1:
+        wanted = "changes every other view, but data.views is 1; raise it to 2 or more, or set it to null"
+    elif recipe.train.micro_batches > 1:
+        wanted = (
+            f"follows masks from step to step, but train.micro_batches {recipe.train.micro_batches} computes each of "
+            "them twice; set that to 1"
+        )
+    if wanted:
+        raise ValueError(f"data.augment.region {region!r} {wanted}")
+
+
+def _check_no_regions(recipe: Recipe) -> None:
+    region = recipe.data.augment.region
+    if region != "none":
+        raise ValueError(
+            f"data.augment.region {region!r} needs the region of FPCN, which task {recipe.task!r} does not look for; "
+            "set it to 'none', or task to 'contrast'"
+        )
+
+
+def _check_a_bank_can_hold_the_views(recipe: Recipe) -> None:
+    augment = recipe.data.augment
+    if recipe.distill.teacher_mode == "bank" and augment.mixes:
+        name = "mixup" if augment.mixup else "cutmix"
+        raise ValueError(
+            f"data.augment.{name} {getattr(augment, name)} mixes the images of a batch, of which "
+            "distill.teacher_mode 'bank' holds no logits; use 'online', or set it to 0"
+        )
+
+
+def _check_classes_weigh_the_same(recipe: Recipe) -> None:
+    weights = recipe.data.class_weights
+    if weights != "none":
+        raise ValueError(
+            f"data.class_weights {weights!r} weighs the cross-entropy of images, which is not all that task "
+            f"{recipe.task!r} minimises; set it to 'none'"
+        )
+
+
 # What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
 _TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
-    "contrast": (_check_pairs_are_counted, _check_labels_are_hard),
-    "classify": (_check_pairs_are_counted,),
-    "distill": (_check_pairs_are_counted, _check_views_of_the_bank),
-    "bilinear_cnn": (_check_pairs_are_counted,),
-    "pca_net": (_check_pairs_are_random,),
-    "mmal_net": (_check_pairs_are_counted,),
+    "contrast": (
+        _check_pairs_are_counted,
+        _check_labels_are_hard,
+        _check_images_are_not_mixed,
+        _check_classes_weigh_the_same,
+        _check_regions_can_be_looked_up,
+    ),
+    "classify": (_check_pairs_are_counted, _check_no_regions),
+    "distill": (
+        _check_pairs_are_counted,
+        _check_views_of_the_bank,
+        _check_a_bank_can_hold_the_views,
+        _check_no_regions,
+    ),
+    "bilinear_cnn": (_check_pairs_are_counted, _check_no_regions),
+    "pca_net": (
+        _check_pairs_are_random,
+        _check_images_are_not_mixed,
+        _check_classes_weigh_the_same,
+        _check_no_regions,
+    ),
+    "mmal_net": (
+        _check_pairs_are_counted,
+        _check_images_are_not_mixed,
+        _check_classes_weigh_the_same,
+        _check_no_regions,
+    ),
 }

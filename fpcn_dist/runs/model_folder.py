@@ -39,7 +39,7 @@ class ModelInfo:
 
     Attributes:
         classes: class names in label order.
-        preprocessing: how images are cut and normalised; its ``resize``, ``crop``, ``mean``, ``std`` and
+        preprocessing: how images are cut and normalised; its ``resize``, ``crop``, ``fit``, ``mean``, ``std`` and
             ``interpolation`` are those of the training.
         model: the network.
         task: the task that the model was trained for; it decides what kind of network the model is.
@@ -80,7 +80,8 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": recipe.data.model_dump(include={"resize", "crop"}) | recipe.data.preprocessing.model_dump(),
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit"})
+        | recipe.data.preprocessing.model_dump(),
     }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
     write_card(run_dir, recipe, classes, evaluation)
@@ -166,9 +167,10 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),
-        preprocessing=DataConfig(resize=preprocessing["resize"], crop=preprocessing["crop"]).settled(
-            Preprocessing.recorded(preprocessing)
-        ),
+        # Before there was a choice, images were squeezed.
+        preprocessing=DataConfig(
+            resize=preprocessing["resize"], crop=preprocessing["crop"], fit=preprocessing.get("fit", "squeeze")
+        ).settled(Preprocessing.recorded(preprocessing)),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],
         knows_token_maps=knows_token_maps(config["model"]),

@@ -38,7 +38,15 @@ TASKS: dict[str, type[Task]] = {
 """The losses of each task of :data:`fpcn_dist.recipe.schema.Task`."""
 
 
-def build_task(recipe: Recipe, num_classes: int, group: Group | None = None, *, steps_per_epoch: int = 0) -> Task:
+def build_task(
+    recipe: Recipe,
+    num_classes: int,
+    group: Group | None = None,
+    *,
+    steps_per_epoch: int = 0,
+    class_counts: tuple[int, ...] = (),
+    images: int = 0,
+) -> Task:
     """The recipe's task around a freshly initialised model; the same weights for the same seed on every rank.
 
     Args:
@@ -46,7 +54,11 @@ def build_task(recipe: Recipe, num_classes: int, group: Group | None = None, *, 
         num_classes: of the data.
         group: all ranks, or ``None`` for one.
         steps_per_epoch: for tasks that begin otherwise than they go on; 0 skips such a beginning.
+        class_counts: training images of each class, for ``data.class_weights``; by default as many of each.
+        images: of the whole data set, for ``data.augment.region``.
     """
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, num_classes, task=recipe.task)
-    return TASKS[recipe.task](model, recipe, Setting(group, steps_per_epoch))
+    return TASKS[recipe.task](
+        model, recipe, Setting(group, steps_per_epoch, class_counts or (1,) * num_classes, images)
+    )

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.collectives import Group
+from fpcn_dist.tasks.losses import class_weights, classification_loss
 
 
 class TaskOutput(NamedTuple):
@@ -36,10 +36,14 @@ class Setting(NamedTuple):
     Attributes:
         group: all ranks, or ``None`` for one.
         steps_per_epoch: for tasks that begin otherwise than they go on; 0 skips such a beginning.
+        class_counts: training images of each class, for ``data.class_weights``.
+        images: of the whole data set, whose last regions ``data.augment.region`` asks for.
     """
 
     group: Group | None = None
     steps_per_epoch: int = 0
+    class_counts: tuple[int, ...] = ()
+    images: int = 0
 
 
 class Task(nn.Module, ABC):
@@ -63,10 +67,14 @@ class Task(nn.Module, ABC):
     nothing else that learns takes part in it; it can then be computed once."""
 
     model: Classifier
+    class_weights: Tensor | None
 
     def __init__(self, model: Classifier, recipe: Recipe, setting: Setting) -> None:
         super().__init__()
         self.model, self.recipe, self.setting = model, recipe, setting
+        kind = recipe.data.class_weights
+        weights = None if kind == "none" else class_weights(kind, setting.class_counts)
+        self.register_buffer("class_weights", weights, persistent=False)  # the data tell them again
 
     @abstractmethod
     def encode(self, batch: Batch, step: int) -> Tensor:
@@ -76,9 +84,13 @@ class Task(nn.Module, ABC):
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         """Loss of features [B, C]; ``step`` seeds what is drawn at random."""
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over images, with the recipe's label smoothing."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.loss.label_smoothing)
+    def class_loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The cross-entropy of ``logits`` [B, K], by the shares of classes where images are mixed, weighted by class
+        and smoothed where the recipe says so."""
+        smoothing = self.recipe.loss.label_smoothing
+        return classification_loss(
+            logits, labels, targets=targets, weights=self.class_weights, label_smoothing=smoothing
+        )
 
     def forward(self, batch: Batch, step: int, *, pooled: Tensor | None = None, encode_only: bool = False):
         """Both halves in one call; or one of them: the engine must see every use of the parameters as a forward."""

@@ -17,5 +17,5 @@ class Classify(Task):
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         logits = self.model.logits(pooled)
-        loss = self.cross_entropy(logits, batch.labels)
+        loss = self.class_loss(logits, batch.labels, batch.targets)
         return TaskOutput(loss, logits.detach(), {"class_loss": loss.detach()})

@@ -13,6 +13,7 @@ from fpcn_dist.runtime.collectives import all_gather, world_size
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.keys import key
 from fpcn_dist.tasks.base import Setting, Task, TaskOutput
+from fpcn_dist.tasks.last_regions import LastRegions
 from fpcn_dist.tasks.losses import ClassCenters, center_loss, gated_contrast_loss, hardest_pairs
 
 
@@ -33,9 +34,16 @@ class Contrast(Task):
         super().__init__(model, recipe, setting)
         self.config, self.group = recipe.contrast, setting.group
         self.centers = ClassCenters(model.classifier.out_features, model.backbone.channels)
+        self.regions: LastRegions | None = None
+        if recipe.data.augment.region != "none":
+            self.regions = LastRegions(setting.images, recipe.data, setting.group)
 
     def encode(self, batch: Batch, step: int) -> Tensor:
-        return self.model.pool(batch.images).pooled
+        if self.regions is None:
+            return self.model.pool(batch.images).pooled
+        pool = self.model.pool(self.regions.shown(batch))
+        self.regions.note(batch, pool.mask)
+        return pool.pooled
 
     def criterion(self, pooled: Tensor, batch: Batch, step: int) -> TaskOutput:
         loss = self._class_loss(pooled, batch.labels, key(self.recipe.seed, step))

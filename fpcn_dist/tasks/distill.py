@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
@@ -20,7 +19,6 @@ class Distill(Task):
         assert batch.teacher_logits is not None, "the training loop attaches them"
         logits = self.model.logits(pooled)
         config = self.recipe.distill
-        labels, smoothing = batch.labels, self.recipe.loss.label_smoothing
-        loss = distillation_loss(logits, batch.teacher_logits, labels, config.temperature, config.alpha, smoothing)
-        class_loss = F.cross_entropy(logits.detach(), batch.labels)
-        return TaskOutput(loss, logits.detach(), {"class_loss": class_loss})
+        class_loss = self.class_loss(logits, batch.labels, batch.targets)
+        loss = distillation_loss(logits, batch.teacher_logits, class_loss, config.temperature, config.alpha)
+        return TaskOutput(loss, logits.detach(), {"class_loss": class_loss.detach()})

@@ -10,6 +10,7 @@ any parameter, whether it comes before or after ``pooled``. Ranks may hold diffe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,24 +97,61 @@ def center_loss(
     return half_square * world_size(group)
 
 
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+def classification_loss(
+    logits: Tensor,
     labels: Tensor,
-    temperature: float,
-    alpha: float,
+    *,
+    targets: Tensor | None = None,
+    weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """(1 - alpha) CE(student, labels) + alpha T^2 KL(teacher at T || student at T), mean over images (eq. 13, 14).
+    """Cross-entropy, mean over images: - 1/B sum_i sum_k w_k t_ik log p_ik.
+
+    Dividing by the number of images, and not by their weights, keeps the mean over ranks and over parts of a batch
+    equal to the loss of the whole.
+
+    Args:
+        logits: [B, K].
+        labels: [B] int64.
+        targets: [B, K], the shares t of classes in each image; ``None``: 1 for its label.
+        weights: [K], w; ``None``: 1.
+        label_smoothing: share of each target that is spread evenly over all classes.
+    """
+    target = labels if targets is None else targets
+    if weights is None:
+        return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    options = {"weight": weights, "reduction": "sum", "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits, target, **options) / len(logits)
+
+
+_BETA = 0.999
+
+
+def class_weights(kind: Literal["inverse", "effective"], counts: Sequence[int]) -> Tensor:
+    """Weights [K] float32 of classes with so many training images, 1 on average.
+
+        "inverse":   w ~ 1 / n
+        "effective": w ~ (1 - beta) / (1 - beta^n) at beta = 0.999    (Cui et al. 2019, eq. 2)
+
+    Batches show all classes alike, so an image weighs 1 on average, too.
+    """
+    count_K = torch.tensor(counts, dtype=torch.float64)
+    weight_K = 1 / count_K if kind == "inverse" else (1 - _BETA) / (1 - _BETA**count_K)
+    return (weight_K / weight_K.mean()).float()
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, class_loss: Tensor, temperature: float, alpha: float
+) -> Tensor:
+    """(1 - alpha) class loss + alpha T^2 KL(teacher at T || student at T), mean over images (eq. 13, 14).
 
     T^2 keeps the gradients of the second term at the scale of the first, whatever T is. The teacher gets no gradient.
 
     Args:
         student_logits, teacher_logits: [B, K].
-        labels: [B] int64.
+        class_loss: scalar, the student's cross-entropy with the labels.
         temperature: T > 0.
         alpha: share of the teacher, in [0, 1].
-        label_smoothing: share of the target of CE that is spread evenly over all classes.
 
     Raises:
         UserError: temperature or alpha out of bounds.
@@ -132,8 +170,7 @@ def distillation_loss(
         reduction="batchmean",
         log_target=True,
     )
-    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-    return (1 - alpha) * hard + alpha * temperature**2 * divergence
+    return (1 - alpha) * class_loss + alpha * temperature**2 * divergence
 
 
 @torch.no_grad()

@@ -49,4 +49,4 @@ class MMALNetTask(Task):
     def _class_loss(self, branches_BRC: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy over images and branches."""
         logits = self.model.logits(branches_BRC.flatten(0, 1))
-        return self.cross_entropy(logits, labels.repeat_interleave(branches_BRC.shape[1]))
+        return self.class_loss(logits, labels.repeat_interleave(branches_BRC.shape[1]))

@@ -61,8 +61,8 @@ class PCANetTask(Task):
         raw = attentive_pool(features, attention)
         logits = self.model.logits(raw)
         losses = [
-            self.cross_entropy(logits, batch.labels),
-            self.cross_entropy(self.model.logits(erased), batch.labels),
+            self.class_loss(logits, batch.labels),
+            self.class_loss(self.model.logits(erased), batch.labels),
             self._co_attention_loss(features, attention, batch.labels, step),
         ]
         loss = torch.stack(losses).mean()
@@ -87,7 +87,7 @@ class PCANetTask(Task):
         looked = []
         for partner_B in partners_Bk.unbind(1):
             fused = co_attention(attention, everyone[partner_B])
-            looked.append(self.cross_entropy(self.model.logits(attentive_pool(features, fused)), labels))
+            looked.append(self.class_loss(self.model.logits(attentive_pool(features, fused)), labels))
         return torch.stack(looked).mean()
 
     def _partners(self, images: int) -> int:

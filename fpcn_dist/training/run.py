@@ -76,8 +76,15 @@ class TrainingRun:
     def _build(self, state: TrainingState | None, freeze: Depth = "none") -> None:
         # A state replaces pretrained weights, which may not even be reachable any more.
         recipe = self.recipe if state is None else self.recipe.changed(**{"model.pretrained": False})
-        classes, per_epoch = len(self.manifest.classes), self.schedule.per_epoch
-        task = build_task(recipe, classes, self.ranks.group, steps_per_epoch=per_epoch)
+        counts = self.manifest.class_counts("train")
+        task = build_task(
+            recipe,
+            len(counts),
+            self.ranks.group,
+            steps_per_epoch=self.schedule.per_epoch,
+            class_counts=counts,
+            images=len(self.manifest.images),
+        )
         self.engine = build_engine(self.recipe, task, self.ranks, freeze=freeze, state=state)
 
     def train(self, batch: Batch, step: int, waited: float) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._augmentations import AUGMENTATIONS, by_v2
+from benchmarks.loader import augmentation_benchmark
 from fpcn_dist.data.backends import has_dali
+from fpcn_dist.recipe.schema import DataConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +29,23 @@ def test_table_of_all_loaders(rocks: Path) -> None:
     assert "80 images, resize 64, crop 56" in run.stdout
     rows = [line for line in run.stdout.splitlines() if "PIL" in line or "decode_jpeg" in line or "fpcn_dist" in line]
     assert len(rows) == 3 + has_dali()
+
+
+def test_table_of_all_augmentations(rocks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DataConfig(resize=24, crop=16, threads=1)
+    costs = augmentation_benchmark(rocks, config, images=40, repeats=1)
+    shown = capsys.readouterr().out
+    assert len(costs) == len(AUGMENTATIONS) and "40 images, resize 24, crop 16" in shown
+    for name, pair in costs.items():
+        assert all(len(cost.cpu_ms) == 1 and cost.cpu_ms[0] > 0 for cost in pair)
+        assert name in shown
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_both_sides_make_images_of_the_crop(rocks: Path, name: str) -> None:
+    config = DataConfig(resize=24, crop=16).changed(**AUGMENTATIONS[name])
+    image = by_v2(config)(str(rocks / "dolomite" / "0001.jpg"))
+    assert image.shape == (3, 16, 16) and image.isfinite().all()
 
 
 @pytest.mark.slow

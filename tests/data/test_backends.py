@@ -20,9 +20,12 @@ from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.images import check_images
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.data.manifest import build_manifest
+from fpcn_dist.data.resizing import view_crop
+from fpcn_dist.data.views import centre_views
 from fpcn_dist.recipe.preprocessing import IMAGENET, Interpolation
 from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
 from fpcn_dist.runtime.errors import UserError
+from tests.helpers.views import crop_views
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="needs DALI")
 CPU = torch.device("cpu")
@@ -32,7 +35,7 @@ LEVEL = 1.01 / 255
 
 def _decoded(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tensor:
     """[B, 3, crop, crop] as a backend gives them to the network."""
-    request = BatchRequest([str(path) for path in paths], crops)
+    request = BatchRequest([str(path) for path in paths], crop_views(crops, config))
     decoding = open_backend(config.backend).decoding(iter([request]), config, CPU, len(paths), 2)
     with contextlib.closing(decoding):
         return decoding.next()
@@ -95,13 +98,16 @@ def _by_both_resizers(sources: list[np.ndarray], corners: np.ndarray, config: Da
     """[B, crop, crop, 3] grey levels by the GPU's resizer, here on the CPU, and by the CPU's."""
     from nvidia.dali import Pipeline, fn
 
-    from fpcn_dist.data.dali import resize_by_dali, resize_by_torch
+    from fpcn_dist.data.dali import resize_by_dali
 
     pipeline = Pipeline(batch_size=len(sources), num_threads=1, device_id=None)
     with pipeline:
         decoded, corner = fn.external_source(source=[(sources, corners)], num_outputs=2, layout=["HWC", None])
-        pipeline.set_outputs(resize_by_dali(decoded, corner, config), resize_by_torch(decoded, corner, config, 1))
-    dali, ours = (torch.from_dlpack(out.as_tensor()).int() for out in pipeline.run())
+        pipeline.set_outputs(resize_by_dali(decoded, corner, config))
+    (dali,) = (torch.from_dlpack(out.as_tensor()).int() for out in pipeline.run())
+    views = crop_views(np.pad(corners, ((0, 0), (0, 1))), config)
+    cut = [view_crop(torch.from_numpy(source), view, config) for source, view in zip(sources, views, strict=True)]
+    ours = torch.stack(cut).int()
     assert dali.shape == ours.shape == (len(sources), config.crop, config.crop, 3)
     return dali, ours
 
@@ -110,7 +116,7 @@ def _by_both_resizers(sources: list[np.ndarray], corners: np.ndarray, config: Da
 @pytest.mark.parametrize(("resize", "crop"), [(64, 56), (200, 160)])
 def test_both_resizers_agree(rocks: Path, resize: int, crop: int) -> None:
     """One grey level, away from the edge of the whole image."""
-    sources = [np.asarray(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
+    sources = [np.array(Image.open(path)) for path in sorted(rocks.rglob("*.jpg"))[::6]]
     corners = np.random.default_rng(1).integers(1, resize - crop, size=(len(sources), 2), dtype=np.int32)
     dali, ours = _by_both_resizers(sources, corners, DataConfig(resize=resize, crop=crop))
     assert (dali - ours).abs().max() <= 1
@@ -158,7 +164,7 @@ def files(rocks: Path) -> list[str]:
 def _requests(files: list[str], asked: list[str]) -> Iterator[BatchRequest]:
     for file in files:
         asked.append(file)
-        yield BatchRequest([file], np.zeros((1, 3), dtype=np.int64))
+        yield BatchRequest([file], centre_views(1))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import DataConfig
+from tests.helpers.views import crop_views
 
 pytestmark = pytest.mark.usefixtures("backend")
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ LEVEL = 1.01 / 255
 
 def _pipeline(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tensor:
     """[B, 3, crop, crop] pixels in [0, 1] as a backend makes them."""
-    request = BatchRequest([str(path) for path in paths], crops)
+    request = BatchRequest([str(path) for path in paths], crop_views(crops, config))
     decoding = open_backend("auto").decoding(iter([request]), config, CPU, len(paths), 2)
     with contextlib.closing(decoding):
         images = decoding.next()

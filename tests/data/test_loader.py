@@ -18,10 +18,11 @@ from fpcn_dist.data.backends import open_backend
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.manifest import Manifest, build_manifest
-from fpcn_dist.data.sampler import views
 from fpcn_dist.data.synthetic import generate
+from fpcn_dist.data.views import centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
+from tests.helpers.views import views_cut_as
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -63,7 +64,7 @@ def _joined(batches: list[Batch]) -> Batch:
 def _decoded(manifest: Manifest, image_ids: Tensor, crops: Tensor) -> Tensor:
     """The images, each decoded on its own."""
     requests = [
-        BatchRequest([str(manifest.path(i))], crops[None].numpy())
+        BatchRequest([str(manifest.path(i))], views_cut_as(crops[None]))
         for i, crops in zip(image_ids.tolist(), crops, strict=True)
     ]
     decoding = open_backend("auto").decoding(iter(requests), CONFIG, CPU, 1, 1)
@@ -73,12 +74,12 @@ def _decoded(manifest: Manifest, image_ids: Tensor, crops: Tensor) -> Tensor:
 def test_a_batch_tells_the_truth(manifest: Manifest) -> None:
     for batch in _take(_train(manifest), 3):
         assert batch.images.shape == (12, 3, 32, 32) and batch.images.dtype == torch.float32
-        assert all(getattr(batch, name).dtype == torch.int64 for name in COLUMNS[1:])
+        assert all(getattr(batch, name).dtype == torch.int64 for name in COLUMNS[1:-1])
         assert batch.labels.tolist() == manifest.labels[batch.image_ids.numpy()].tolist()
         assert batch.labels.bincount().tolist() == [4, 4, 4]
         assert set(batch.image_ids.tolist()) <= set(manifest.ids("train").tolist())
         expected = views(5, batch.image_ids.numpy(), batch.view_ids.numpy(), CONFIG)
-        assert batch.crops.tolist() == expected.tolist()
+        assert batch.crops.tolist() == crops(expected).tolist()
         assert torch.equal(batch.images, _decoded(manifest, batch.image_ids, batch.crops))
 
 
@@ -131,7 +132,9 @@ def test_evaluation_sees_each_image_once(manifest: Manifest, world_size: int, co
         assert all(len(batch) == 4 for batch in batches[:-1])
         for batch in batches:
             assert batch.labels.tolist() == manifest.labels[batch.image_ids.numpy()].tolist()
-            assert batch.crops.tolist() == [[4, 4, 0]] * len(batch) and set(batch.view_ids.tolist()) == {-1}
+            assert batch.crops.tolist() == crops(centre_views(len(batch))).tolist() and set(
+                batch.view_ids.tolist()
+            ) == {-1}
             assert torch.equal(batch.images, _decoded(manifest, batch.image_ids, batch.crops))
         seen += [i for batch in batches for i in batch.image_ids.tolist()]
     assert sorted(seen) == ids.tolist()
@@ -145,7 +148,8 @@ def test_views_are_shown_in_turn(manifest: Manifest) -> None:
     repeated = 0
     for free, batch in zip(endless, in_turn, strict=True):
         assert torch.equal(batch.image_ids, free.image_ids) and torch.equal(batch.view_ids, free.view_ids % 2)
-        assert batch.crops.tolist() == views(5, batch.image_ids.numpy(), batch.view_ids.numpy(), CONFIG).tolist()
+        expected = views(5, batch.image_ids.numpy(), batch.view_ids.numpy(), CONFIG)
+        assert batch.crops.tolist() == crops(expected).tolist()
         for image, *view in zip(batch.images, batch.image_ids.tolist(), batch.view_ids.tolist(), strict=True):
             repeated += tuple(view) in shown
             assert torch.equal(shown.setdefault(tuple(view), image), image)
@@ -253,7 +257,7 @@ def test_a_file_that_turns_bad_is_replaced(fragile: Manifest, how: str, reason: 
         at = slice(place, place + 1)
         assert torch.equal(batch.images[at], _decoded(fragile, batch.image_ids[at], batch.crops[at]))
         expected = views(5, batch.image_ids[at].numpy(), batch.view_ids[at].numpy(), CONFIG)
-        assert batch.crops[at].tolist() == expected.tolist()
+        assert batch.crops[at].tolist() == crops(expected).tolist()
 
 
 def test_replacement_does_not_depend_on_history_or_ranks(fragile: Manifest) -> None:

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from fpcn_dist.data.sampler import (
     BalancedSampler,
     WholeSampler,
-    centre_views,
     check_division,
     check_whole_division,
     share,
     substitutes,
-    views,
 )
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
@@ -112,37 +110,7 @@ def test_batches_and_their_order_change_with_seed_and_pass() -> None:
 def test_the_stream_is_the_published_one() -> None:
     """Resuming an old run on a newer NumPy must give the same batches: these numbers must never change."""
     ids, view_ids = _sampler([5, 6, 4], 2, 2, 11).batch(4)
-    crops = views(11, ids, view_ids, DataConfig())
     assert ids.tolist() == [1001, 1005, 1000, 1010] and view_ids.tolist() == [1, 1, 1, 1]
-    assert crops.tolist() == [[24, 25, 0], [31, 16, 1], [48, 39, 0], [16, 36, 1]]
-
-
-@FAST
-@given(st.integers(0, 2**31 - 1), st.integers(1, 40), st.integers(0, 9), st.booleans())
-def test_views_are_in_bounds_and_a_function_of_seed_image_and_view(
-    seed: int, crop: int, slack: int, flip: bool
-) -> None:
-    config = DataConfig(resize=crop + slack, crop=crop, flip=flip)
-    ids, view_ids = np.arange(50), np.arange(50) % 4
-    crops = views(seed, ids, view_ids, config)
-    assert crops.dtype == np.int64 and crops.shape == (50, 3)
-    assert crops.min() >= 0 and crops[:, :2].max() <= slack and crops[:, 2].max() <= int(flip)
-    order = np.argsort(ids[::-1] % 7)
-    np.testing.assert_array_equal(views(seed, ids[order], view_ids[order], config), crops[order])
-
-
-def test_views_cover_all_positions_and_flip_half_of_them() -> None:
-    config = DataConfig(resize=12, crop=8)
-    crops = views(0, np.arange(4000) // 2, np.arange(4000) % 2, config)
-    for column, span in ((0, 5), (1, 5), (2, 2)):
-        counts = np.bincount(crops[:, column], minlength=span)
-        assert counts.size == span and abs(counts / 4000 - 1 / span).max() < 0.03
-    assert not np.array_equal(crops[::2], crops[1::2])
-
-
-def test_centre_view_rounds_like_torchvision() -> None:
-    assert centre_views(2, DataConfig(resize=512, crop=448)).tolist() == [[32, 32, 0]] * 2
-    assert centre_views(1, DataConfig(resize=11, crop=8)).tolist() == [[2, 2, 0]]  # CenterCrop: round(1.5)
 
 
 def test_substitutes_are_a_keyed_order_of_the_candidates() -> None:

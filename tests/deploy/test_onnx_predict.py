@@ -97,13 +97,13 @@ def test_pillow_makes_the_pixels_of_evaluation(tmp_path: Path) -> None:
     files = _photographs(tmp_path)
     ids = np.arange(len(files))
     cubic = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    sizes = [(104, 96), (97, 64)]  # odd: the centre is rounded
-    for (resize, crop), own in itertools.product(sizes, ({}, cubic)):
-        config = DataConfig(resize=resize, crop=crop, threads=1, **own)
+    # Odd sizes: the centre is rounded.
+    for resize, fit, own in itertools.product((104, 97), ("squeeze", "pad", "short_side"), ({}, cubic)):
+        config = DataConfig(resize=resize, crop=64, fit=fit, threads=1, **own)
         loader = EvalLoader(files, ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
         (batch,) = loader
         for file, image in zip(files, batch.images, strict=True):
-            pixels = onnx_predict.read_image(file, resize, crop, config.preprocessing.interpolation)
+            pixels = onnx_predict.read_image(file, resize, 64, fit, config.preprocessing.interpolation)
             difference = np.abs(to_pixels(image, config).astype(int) - pixels.astype(int))
             assert pixels.shape == difference.shape and difference.max() <= 1, file.name
 
@@ -227,6 +227,15 @@ def test_a_file_that_is_not_an_onnx_model_of_ours_is_refused(tmp_path: Path) -> 
         onnx_predict.open_model(tmp_path)
 
 
+def test_an_older_model_squeezes_its_images(model_file: Path, tmp_path: Path) -> None:
+    model = onnx.load(model_file)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata.pop("fit") == "squeeze"
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert onnx_predict.open_model(tmp_path / "model.onnx").fit == "squeeze"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -237,6 +246,7 @@ def test_a_file_that_is_not_an_onnx_model_of_ours_is_refused(tmp_path: Path) -> 
         ("crop", "64", "is damaged .*do not fit the input"),
         ("crop", "wide", "is damaged"),
         ("mean", "[0.5]", "is damaged .*1 values for red, green and blue"),
+        ("fit", "stretch", "is damaged .*unknown fit 'stretch'"),
         ("task", None, "is damaged .*KeyError 'task'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from fpcn_dist.recipe import command_line
+from fpcn_dist.recipe.augment import AugmentConfig
 from fpcn_dist.recipe.reading import dump_recipe, load_recipe
 from fpcn_dist.recipe.schema import DataConfig, Recipe
 from fpcn_dist.runtime.errors import UserError
@@ -65,6 +67,25 @@ def test_the_papers_setting():
         ("model: {companion: true}", ["companion", "'largest'"]),
         ("engine: {zero_stage: 2}", ["zero_stage 2", "'deepspeed'"]),
         ("optim: {ema_decay: 0.9}\nengine: {name: deepspeed, zero_stage: 3}", ["ema_decay", "zero_stage 3"]),
+        ("data: {fit: stretch}", ["data.fit", "'stretch'", "'squeeze'"]),
+        ("data: {augment: {random_resized_crop: [0.9, 0.1]}}", ["random_resized_crop 0.9 0.1", "use 0.08 1.0"]),
+        ("data: {augment: {ratio: [0, 1]}}", ["data.augment", "ratio 0.0 1.0 is no range above 0"]),
+        ("data: {augment: {hue: 0.7}}", ["data.augment.hue", "less than or equal to 0.5"]),
+        ("data: {augment: {brightnes: 0.7}}", ["data.augment.brightnes", "did you mean 'brightness'?"]),
+        ("data: {augment: {mixup: 0.2}}", ["data.augment.mixup 0.2", "'contrast' contrasts pairs", "set it to 0"]),
+        ("task: pca_net\ncontrast: {pairs: random}\ndata: {augment: {cutmix: 1}}", ["cutmix 1.0", "'pca_net'"]),
+        ("task: mmal_net\ndata: {augment: {cutmix: 1}}", ["cutmix 1.0", "'mmal_net' looks for one object"]),
+        ("task: distill\ndata: {views: 4, augment: {mixup: 1}}", ["mixup 1.0", "holds no logits", "use 'online'"]),
+        ("data: {class_weights: inverse}", ["data.class_weights 'inverse'", "task 'contrast'", "set it to 'none'"]),
+        (
+            "task: classify\ndata: {augment: {region: crop}}",
+            ["region 'crop' needs", "'classify'", "task to 'contrast'"],
+        ),
+        ("data: {augment: {region: drop}}\nmodel: {region: none}", ["region 'drop' finds no region", "'threshold'"]),
+        ("data: {fit: short_side, augment: {region: crop}}", ["data.fit is 'short_side'", "use 'squeeze' or 'pad'"]),
+        ("data: {augment: {region: crop, policy: rand}}", ["turned or sheared", "set that to 'none'"]),
+        ("data: {views: 1, augment: {region: crop}}", ["data.views is 1", "raise it to 2 or more"]),
+        ("data: {augment: {region: crop}}\ntrain: {micro_batches: 2}", ["micro_batches 2 computes", "set that to 1"]),
         ("- 1", ["mapping"]),
         ("a: [", ["not YAML"]),
         ("task: segment", ["task", "'segment'"]),
@@ -83,6 +104,19 @@ def test_bad_recipes_are_explained(tmp_path, text, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: classify\ndata: {class_weights: inverse, augment: {mixup: 0.2, cutmix: 1}}",
+        "task: distill\ndistill: {teacher_mode: online}\ndata: {class_weights: effective, augment: {mixup: 0.2}}",
+        "task: bilinear_cnn\ndata: {augment: {cutmix: 1}}",
+        "data: {augment: {random_resized_crop: [0.08, 1], hue: 0.1, policy: rand, erasing: 0.1}}",
+    ],
+)
+def test_what_tasks_allow(tmp_path, text):
+    load_recipe(write(tmp_path, text))
+
+
 def test_missing_recipe_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_recipe(tmp_path / "absent.yaml")
@@ -95,6 +129,19 @@ def test_overrides_reach_every_section_and_launchers_flags_are_ignored(tmp_path)
     recipe = command_line.parse(Args, argv).overrides
     assert (recipe.optim.lr, recipe.optim.momentum, recipe.train.epochs) == (0.5, 0.8, 7)
     assert (recipe.data.images_per_class, recipe.contrast.num_pairs) == (6, 99)
+
+
+def test_ranges_are_two_words_or_a_list_and_survive_a_round_trip(tmp_path):
+    path = write(tmp_path, "data: {augment: {random_resized_crop: [0.2, 1]}}")
+    recipe = load_recipe(path)
+    assert recipe.data.augment.random_resized_crop == (0.2, 1.0)
+    argv = ["--recipe", str(path), "--data.augment.random-resized-crop", "0.08", "1", "--data.fit", "pad"]
+    changed = command_line.parse(Args, argv).overrides
+    assert (changed.data.augment.random_resized_crop, changed.data.fit) == ((0.08, 1.0), "pad")
+    assert load_recipe(write(tmp_path, dump_recipe(changed))) == changed
+    assert json.loads(json.dumps(changed.model_dump())) == changed.model_dump()  # as checkpoints keep it
+    argv = ["--recipe", str(path), "--data.augment.random-resized-crop", "None"]
+    assert command_line.parse(Args, argv).overrides.data.augment.random_resized_crop is None
 
 
 def test_the_last_recipe_counts(tmp_path):
@@ -184,7 +231,9 @@ def test_batch_size_of_all_classes_or_some():
 def test_what_decides_the_pixels_of_a_view():
     """Whatever is added to the section does, unless it is said not to."""
     shown = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bilinear"}
-    assert DataConfig().pixels() == shown | {"resize": 512, "crop": 448, "flip": True, "views": None}
+    shown |= {"resize": 512, "crop": 448, "fit": "squeeze", "flip": True, "views": None}
+    augment = AugmentConfig().model_dump(mode="json", exclude={"mixup", "cutmix", "region"})
+    assert DataConfig().pixels() == shown | {f"augment.{name}": value for name, value in augment.items()}
     whole_image = DataConfig(resize=448, flip=False)
     assert (whole_image.distinct_views, whole_image.views_are_drawn) == (1, False)
     assert (DataConfig().distinct_views, DataConfig(views=4).distinct_views) == (None, 4)

@@ -103,6 +103,7 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
     assert config["preprocessing"] == {
         "resize": 72,
         "crop": 64,
+        "fit": "squeeze",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "interpolation": "bilinear",
@@ -115,6 +116,17 @@ def test_a_model_of_before_others_were_known_was_shown_images_as_for_imagenet(da
     del config["preprocessing"]["interpolation"]
     (damaged / "config.json").write_text(json.dumps(config))
     assert load_model(damaged)[1].preprocessing.preprocessing == IMAGENET
+
+
+def test_the_fit_of_images_is_kept_and_is_squeeze_in_older_folders(tmp_path: Path) -> None:
+    recipe = _recipe().changed(**{"data.fit": "short_side"})
+    save_model(tmp_path, _trained(recipe), recipe, CLASSES)
+    assert load_model(tmp_path)[1].preprocessing.fit == "short_side"
+    assert "a short side of 72 pixels" in (tmp_path / "README.md").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["preprocessing"]["fit"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path)[1].preprocessing.fit == "squeeze"
 
 
 def test_loading_asks_no_network_for_pretrained_weights(damaged: Path) -> None:
@@ -182,6 +194,7 @@ def test_a_foreign_config_is_refused(damaged: Path, text: str, message: str) -> 
         (("preprocessing", "std"), [0.5, 0.5, 0.0]),
         (("preprocessing", "interpolation"), "lanczos"),
         (("preprocessing", "crop"), 100),
+        (("preprocessing", "fit"), "stretch"),
         (("task",), "segment"),
         (("model",), None),
     ],

@@ -10,7 +10,15 @@ from fpcn_kernels import PairHead
 from torch import Tensor
 
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.tasks.losses import ClassCenters, center_loss, distillation_loss, gated_contrast_loss, hardest_pairs
+from fpcn_dist.tasks.losses import (
+    ClassCenters,
+    center_loss,
+    class_weights,
+    classification_loss,
+    distillation_loss,
+    gated_contrast_loss,
+    hardest_pairs,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -26,6 +34,41 @@ def assert_same_with_gradients(loss: Tensor, expected: Tensor, inputs: list[Tens
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert expected_gradient.abs().max() > 0
         torch.testing.assert_close(gradient, expected_gradient, **EXACT)
+
+
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_classification_is_the_weighted_cross_entropy_of_shares(mixed: bool, weighted: bool) -> None:
+    logits, labels = randn(6, 4), torch.tensor([0, 3, 2, 1, 1, 0])
+    targets = torch.rand(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    targets = targets / targets.sum(1, keepdim=True) if mixed else torch.eye(4, dtype=torch.float64)[labels]
+    weights = torch.tensor([0.5, 2.0, 1.25, 0.25], dtype=torch.float64) if weighted else torch.ones(4)
+    total = 0.0
+    for z, t in zip(logits, targets, strict=True):
+        log_p = (z.exp() / z.exp().sum()).log()
+        total = total - sum(weights[k] * t[k] * log_p[k] for k in range(4))
+    options = {"targets": targets if mixed else None, "weights": weights if weighted else None}
+    loss = classification_loss(logits, labels, **options)
+    assert_same_with_gradients(loss, total / 6, [logits])
+    parts = [
+        classification_loss(logits[rows], labels[rows], **options | {"targets": targets[rows] if mixed else None})
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss, **EXACT)
+
+
+def test_class_weights_are_one_on_average_and_those_of_their_definitions() -> None:
+    counts = (10, 40, 1000)
+    inverse = class_weights("inverse", counts)
+    torch.testing.assert_close(inverse[0] / inverse, torch.tensor([1.0, 4.0, 100.0]))
+    effective = class_weights("effective", counts)
+    numbers = torch.tensor([(1 - 0.999**n) / (1 - 0.999) for n in counts])
+    torch.testing.assert_close(effective[0] / effective, numbers / numbers[0])
+    for weights in (inverse, effective):
+        torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
 
 
 # --- centre loss ------------------------------------------------------------------------------------------------------
@@ -104,14 +147,15 @@ def test_distillation_is_equations_13_and_14(alpha: float, temperature: float) -
         divergence = (p_teacher * (p_teacher / p_student).log()).sum()
         cross_entropy = -(s.exp() / s.exp().sum())[y].log()
         total = total + (1 - alpha) * cross_entropy + alpha * temperature**2 * divergence
-    loss = distillation_loss(student, teacher, labels, temperature, alpha)
+    loss = distillation_loss(student, teacher, classification_loss(student, labels), temperature, alpha)
     assert_same_with_gradients(loss, total / 6, [student])
     assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
 
 
 def test_distillation_stays_finite_for_extreme_logits() -> None:
     student = torch.tensor([[1000.0, -1000.0]], requires_grad=True)
-    loss = distillation_loss(student, torch.tensor([[-1000.0, 1000.0]]), torch.tensor([0]), 1.0, 0.5)
+    class_loss = classification_loss(student, torch.tensor([0]))
+    loss = distillation_loss(student, torch.tensor([[-1000.0, 1000.0]]), class_loss, 1.0, 0.5)
     loss.backward()
     assert loss.item() == 1000.0
     assert student.grad is not None and student.grad.isfinite().all()
@@ -123,13 +167,13 @@ def test_distillation_stays_finite_for_extreme_logits() -> None:
 )
 def test_distillation_refuses_values_out_of_bounds(temperature: float, alpha: float, field: str) -> None:
     with pytest.raises(UserError) as caught:
-        distillation_loss(randn(2, 3), randn(2, 3), torch.tensor([0, 1]), temperature, alpha)
+        distillation_loss(randn(2, 3), randn(2, 3), torch.tensor(0.0), temperature, alpha)
     assert caught.value.field == f"distill.{field}"
 
 
 def test_distillation_refuses_a_teacher_of_other_classes() -> None:
     with pytest.raises(ValueError, match=r"\[2, 3\] and \[2, 4\]"):
-        distillation_loss(randn(2, 3), randn(2, 4), torch.tensor([0, 1]), 2.0, 0.5)
+        distillation_loss(randn(2, 3), randn(2, 4), torch.tensor(0.0), 2.0, 0.5)
 
 
 # --- hardest pairs ----------------------------------------------------------------------------------------------------

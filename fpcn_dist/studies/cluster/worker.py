@@ -65,7 +65,7 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
     index = torch.arange(images, device=device)
     pixels = torch.randn(images, 3, data.crop, data.crop, device=device)
     soft = torch.zeros(images, classes, device=device)
-    batch = Batch(pixels, index % classes, index, index, index.unsqueeze(1).expand(images, 3), soft)
+    batch = Batch(pixels, index % classes, index, index, index.double().unsqueeze(1).expand(images, 5), soft)
     times = []
     for _ in range(1 + _TIMED_STEPS):
         start = time.perf_counter()

@@ -139,7 +139,7 @@ def _require_same_images(teacher: Recipe, student: Recipe) -> None:
         UserError: names the first field that differs.
     """
     preprocessing = tuple(f"data.{name}" for name in Preprocessing.model_fields)
-    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop", *preprocessing):
+    for field in (*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop", "data.fit", *preprocessing):
         section, _, name = field.rpartition(".")
         theirs, ours = (getattr(getattr(r, section) if section else r, name) for r in (teacher, student))
         left_to_the_teacher = field in preprocessing and ours is None

@@ -46,7 +46,7 @@ _FIXED = {
     "search": "it describes the search itself",
 }
 _BANK = {
-    *("data.resize", "data.crop", "data.flip", "data.views", "train.precision", "distill.teacher_mode"),
+    *("data.resize", "data.crop", "data.fit", "data.flip", "data.views", "train.precision", "distill.teacher_mode"),
     *("data.mean", "data.std", "data.interpolation"),
 }
 """Fields that soft labels depend on."""
@@ -206,7 +206,7 @@ def _checked(name: str, dimension: Dimension, stage: str) -> Dimension:
     for fixed, reason in _FIXED.items():
         if name == fixed or name.startswith(fixed + "."):
             raise UserError(field, None, f"cannot be searched: {reason}", "take it out")
-    if stage == "student" and name in _BANK:
+    if stage == "student" and (name in _BANK or name.startswith("data.augment.")):
         reason = "cannot be searched: all trials learn from the same soft labels, which depend on it"
         raise UserError(field, None, reason, "take it out")
     if dimension.choices is not None:

@@ -169,7 +169,7 @@ class DeepSpeedEngine:
         places = torch.zeros(size, dtype=torch.int64, device=self.ranks.device)
         images = torch.zeros(size, 3, data.crop, data.crop, device=self.ranks.device)
         labels = torch.arange(size, device=self.ranks.device) % classes
-        crops, soft = places.unsqueeze(1).expand(size, 3), images.new_zeros(size, classes)
+        crops, soft = places.double().unsqueeze(1).expand(size, 5), images.new_zeros(size, classes)
         batch = Batch(images, labels, places, places, crops, soft)
         self.backward(self.forward(batch, state.step).loss)
         ema, self.ema = self.ema, None

@@ -99,11 +99,13 @@ def attach_features(
 
 def _obstacle(recipe: Recipe, task: Task, manifest: Manifest, schedule: Schedule) -> str | None:
     """Why the features of this run are not, or not worth being, computed once."""
-    views = recipe.data.distinct_views
+    views, augment = recipe.data.distinct_views, recipe.data.augment
     if not schedule.frozen:
         return "the backbone learns from the first step on"
     if not task.encodes_views:
         return f"what task {recipe.task!r} computes of an image differs from step to step"
+    if augment.mixes or augment.region != "none":
+        return "data.augment lets an image look otherwise at each visit, whatever its view"
     if views is None:
         return "each view of an image is a new one (data.views is null)"
     if recipe.train.feature_bank is True and schedule.frozen * schedule.batch_size <= views * len(

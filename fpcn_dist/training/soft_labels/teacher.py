@@ -136,6 +136,9 @@ def _require_same_images(teacher: Teacher, recipe: Recipe) -> None:
                 f"the teacher was trained with {wanted}, and both see the same images",
                 "leave data.mean, data.std and data.interpolation out: they are then the teacher's",
             )
+    if ours.fit != theirs.fit:
+        reason = f"the teacher was trained with {theirs.fit!r}, and both see the same images"
+        raise UserError("data.fit", ours.fit, reason, f"give --data.fit {theirs.fit}")
     for field, value, wanted in (("resize", ours.resize, theirs.resize), ("crop", ours.crop, theirs.crop)):
         if value != wanted:
             raise UserError(

@@ -21,10 +21,11 @@ OTHER: dict[str, Any] = {
     "data.max_pixels": 10**6,
     "data.resize": 48,
     "data.crop": 24,
+    "data.fit": "pad",
 }
 
 
-@pytest.mark.parametrize("field", [*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop"])
+@pytest.mark.parametrize("field", [*SPLIT_FIELDS, *CHECK_FIELDS, "data.resize", "data.crop", "data.fit"])
 def test_a_student_of_a_joint_search_sees_its_teachers_images(field):
     teacher, student = recipe("contrast"), recipe("distill")
     checked(SearchRequest(teacher, "joint", student))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -17,7 +18,6 @@ from fpcn_dist.runs.checkpoint import CheckpointInfo, require_same_recipe
 from fpcn_dist.runs.model_folder import load_model, save_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.tasks import build_task
-from fpcn_dist.tasks.losses import distillation_loss
 from fpcn_dist.training.engine import build_engine, forward_backward
 from fpcn_dist.training.engine.optim import build_optimizer, set_rate
 from tests.training.engine.test_engine import MODEL, RANKS, batch, engine_for, recipe
@@ -111,11 +111,15 @@ def test_label_smoothing_of_the_plain_classifier_is_that_of_torch():
 
 
 def test_label_smoothing_of_a_student_is_of_the_hard_part_alone():
-    student, teacher, labels = torch.randn(6, 3), torch.randn(6, 3), torch.arange(6) % 3
-    plain = distillation_loss(student, teacher, labels, 2.0, 0.25)
-    smooth = distillation_loss(student, teacher, labels, 2.0, 0.25, 0.1)
-    difference = F.cross_entropy(student, labels, label_smoothing=0.1) - F.cross_entropy(student, labels)
-    torch.testing.assert_close(smooth - plain, 0.75 * difference)
+    pooled, teacher, losses = torch.randn(12, 512), torch.randn(12, 3), []
+    data = dataclasses.replace(batch(), teacher_logits=teacher)
+    for smoothing in (0.0, 0.1):
+        distill = {"teacher": "run", "teacher_mode": "online", "alpha": 0.25}
+        task = build_task(recipe(task="distill", distill=distill, loss={"label_smoothing": smoothing}), 3)
+        losses.append(task.criterion(pooled, data, 0).loss)
+        logits = task.model.logits(pooled)
+    difference = F.cross_entropy(logits, data.labels, label_smoothing=0.1) - F.cross_entropy(logits, data.labels)
+    torch.testing.assert_close(losses[1] - losses[0], 0.75 * difference)
 
 
 def test_the_contrast_refuses_label_smoothing():

@@ -116,6 +116,11 @@ def test_students_that_share_batches_each_look_up_their_own(rocks, tmp_path):
     [
         (frozen(epochs=0), "the backbone learns from the first step on"),
         (frozen(data={"views": None}), r"each view of an image is a new one \(data.views is null\)"),
+        (
+            frozen("classify", data={"augment": {"mixup": 0.2}}),
+            "data.augment lets an image look otherwise at each visit",
+        ),
+        (frozen(data={"augment": {"region": "drop"}}), "data.augment lets an image look otherwise at each visit"),
     ],
 )
 def test_a_bank_that_cannot_be_used_is_refused_where_it_is_asked_for(chosen, reason, rocks, tmp_path):

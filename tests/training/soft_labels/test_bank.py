@@ -158,6 +158,8 @@ def test_a_bank_trains_as_the_teacher_itself(folder, rocks, chosen):
         ({"data": {"crop": 24}}, "crop 32 instead of 24"),
         ({"data": {"resize": 48}}, "resize 40 instead of 48"),
         ({"data": {"flip": False}}, "flip True instead of False"),
+        ({"data": {"fit": "pad"}}, "fit squeeze instead of pad"),
+        ({"data": {"augment": {"hue": 0.1}}}, "augment.hue 0.0 instead of 0.1"),
         ({"train": {"precision": "bf16"}}, "precision fp32 instead of bf16"),
         ({"data": {"interpolation": "bicubic"}}, "interpolation bilinear instead of bicubic"),
         ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(0\.485, 0\.456, 0\.406\) instead of \(0\.5, 0\.5, 0\.5\)"),
@@ -198,6 +200,17 @@ def test_what_does_not_change_the_logits_does_not_change_the_bank(chosen, manife
     values["model"] |= {"backbone": "resnet34"}
     values["engine"] |= {"name": "deepspeed"}
     assert prepare_bank(whole.folder, Recipe.model_validate(values), manifest).missing() == 0
+
+
+def test_a_bank_from_before_there_were_fits_and_augmentations_is_taken(tmp_path, chosen, manifest):
+    prepare_bank(tmp_path, chosen, manifest)
+    said = json.loads((tmp_path / "bank.json").read_text())
+    known = {name: value for name, value in said.items() if name != "fit" and not name.startswith("augment.")}
+    assert len(known) < len(said) - 5
+    (tmp_path / "bank.json").write_text(json.dumps(known))
+    assert prepare_bank(tmp_path, chosen, manifest).missing() == 11
+    with pytest.raises(UserError, match="fit squeeze instead of short_side"):
+        prepare_bank(tmp_path, chosen.changed(**{"data.fit": "short_side"}), manifest)
 
 
 @pytest.mark.parametrize("text", ["", "logits", "[]", "{}", '{"chunk": "12"}'])

@@ -131,6 +131,11 @@ def test_other_sizes(rocks, tmp_path, copied, field, value):
     assert "give --data.resize 40 --data.crop 32" in message
 
 
+def test_another_fit(rocks, tmp_path, copied):
+    message = refusal(rocks, tmp_path, distill={"teacher": str(copied)}, data={"fit": "pad"})
+    assert "data.fit pad: the teacher was trained with 'squeeze'" in message and "give --data.fit squeeze" in message
+
+
 def test_a_teacher_that_has_seen_what_its_students_are_measured_on(rocks, tmp_path, trained):
     message = refusal(rocks, tmp_path, distill={"teacher": str(trained)}, seed=1)
     assert "it was trained on" in message and "images that its students would be measured on, such as" in message
