@@ -104,8 +104,9 @@ def bare(tmp_path: Path) -> Path:
         _recipe("classify"),
         _recipe(region="none", norm="sync_batch"),
         _recipe(backbone="resnet18", norm="group", head="gated", area_scale=False, activation="identity"),
+        _recipe(backbone="test_vit"),
     ],
-    ids=["fpcn", "classifier", "whole-map", "gated-group"],
+    ids=["fpcn", "classifier", "whole-map", "gated-group", "tokens"],
 )
 def test_any_batch_gives_the_logits_of_pytorch(recipe: Recipe) -> None:
     model = _model(recipe)
