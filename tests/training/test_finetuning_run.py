@@ -17,6 +17,7 @@ from tests.helpers.launching import losses
 VIT = {"backbone": "test_vit", "norm": "batch"}
 
 
+@pytest.mark.slow
 def test_a_transformer_trains_with_a_region_from_start_to_report(rocks, tmp_path):
     chosen = recipe("contrast", model=VIT | {"drop_path": 0.1}, optim={"layer_decay": 0.8, "head_lr": 2.0})
     train(chosen, rocks, tmp_path / "run", ALONE)
@@ -45,6 +46,7 @@ def test_a_backbone_that_is_frozen_for_ever_is_the_same_at_the_end(rocks, tmp_pa
     assert changed == {"model.classifier.weight", "model.classifier.bias"}
 
 
+@pytest.mark.slow
 def test_a_stem_that_is_frozen_at_first_thaws_and_a_resumed_run_is_the_same(rocks, tmp_path):
     model = {"backbone": "test_resnet", "norm": "batch"}
     chosen = recipe("classify", model=model, optim={"freeze": "stem", "freeze_epochs": 1})
