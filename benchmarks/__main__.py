@@ -15,6 +15,10 @@ BENCHMARKS = {
     "gpu": ("benchmarks.gpu.command", "all that needs a GPU: tests, kernels, steps, a training, profiles"),
     "table": ("benchmarks.gpu.table", "a file that `gpu` has written"),
     "loader": ("benchmarks.loader", "the data pipeline beside torchvision's DataLoader"),
+    "backbones": (
+        "benchmarks.backbones",
+        "which of timm's networks give a feature map: the table of docs/backbones.md",
+    ),
     "distill": ("benchmarks.distill", "all students at once beside one after the other"),
     "scaling": ("benchmarks.scaling.tables", "bytes and memory of each rank; step times on many GPUs, computed"),
 }

@@ -32,9 +32,6 @@ Way = Callable[[Any, Tensor], Tensor]
 
 _IMAGENET_CLASSES = 1000
 
-_TORCHVISION_SIDE = 224
-"""Side in pixels of the images that its networks take as they are built here."""
-
 
 def build_backbone(
     name: str, *, pretrained: bool | str = False, norm: str = "batch", drop_path: float | None = None
@@ -159,7 +156,7 @@ class TorchvisionNet(Backbone):
         try:
             features = self.net(images)
         except REFUSALS as error:
-            explain_refusal(self.net, nn.Module.__call__, images, _TORCHVISION_SIDE, error)
+            explain_refusal(self.net, nn.Module.__call__, images, self.published_side, error)
             raise
         return features if features.ndim == 4 else features[:, :, None, None]
 
@@ -192,7 +189,7 @@ class TimmNet(Backbone):
             ignored = [*_classifiers(net), *removed, *_lacking(name, net)]
             weights.load_file(net, pretrained, ignored, functools.partial(_adapted, net))
         super().__init__(net, features.shape[1], norm, has_map=way is not _vector)
-        self.published_side: int = net.pretrained_cfg["input_size"][-1]
+        self.published_side = net.pretrained_cfg["input_size"][-1]
         self.ends_in_tokens = way in (_tokens, _raw_tokens)
         self._way = way
 

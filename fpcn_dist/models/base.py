@@ -25,11 +25,13 @@ class Backbone(nn.Module):
         channels: C.
         has_map: whether the features still have places, or are one vector [B, C, 1, 1].
         ends_in_tokens: whether the map is made of a transformer's patch tokens.
+        published_side: side in pixels of the images that it was published for.
         frozen: how deep the network is frozen; see :meth:`freeze`.
     """
 
     net: nn.Module
     ends_in_tokens = False
+    published_side = 224
 
     def __init__(self, net: nn.Module, channels: int, norm: str, *, has_map: bool = True) -> None:
         super().__init__()

@@ -133,8 +133,9 @@ def test_an_export_shows_images_as_the_model_was_trained(
         _recipe("classify"),
         _recipe(region="none", norm="sync_batch"),
         _recipe(backbone="resnet18", norm="group", head="gated", area_scale=False, activation="identity"),
+        _recipe(backbone="test_vit"),
     ],
-    ids=["fpcn", "classifier", "whole-map", "gated-group"],
+    ids=["fpcn", "classifier", "whole-map", "gated-group", "tokens"],
 )
 def test_any_batch_gives_the_logits_of_pytorch(recipe: Recipe) -> None:
     model = _model(recipe)

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
@@ -16,14 +17,14 @@ from tests.training.engine.test_engine import MODEL, batch, frozen_norms, recipe
 pytestmark = pytest.mark.slow
 
 
-def check(_: int, optim: dict) -> None:
+def check(_: int, optim: dict, freeze: Depth) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     with connect() as ranks:
         for stage in range(4):
             engine = {"name": "deepspeed", "zero_stage": stage}
             chosen = recipe(optim=optim, engine=engine, train={"channels_last": True})
-            engine = build_engine(chosen, build_task(chosen, 3), ranks, freeze="backbone")
+            engine = build_engine(chosen, build_task(chosen, 3), ranks, freeze=freeze)
             for step in range(2):
                 forward_backward(engine, batch(step, 42), step, 1)
                 engine.update(0.01)
@@ -38,9 +39,18 @@ def check(_: int, optim: dict) -> None:
             assert any(name.startswith("model.backbone") for name in after.optimizer) or stage == 0
 
 
-@pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "sgd"}, {"momentum": 0.0}], ids=str)
-def test_states_survive_every_stage(optim):
-    start_ranks(check, optim, ranks=1)
+@pytest.mark.parametrize(
+    ("optim", "freeze"),
+    [
+        ({"name": "adamw"}, "backbone"),
+        ({"name": "sgd"}, "backbone"),
+        ({"momentum": 0.0}, "backbone"),
+        ({"name": "adamw", "freeze": "stem", "layer_decay": 0.8, "head_lr": 3.0}, "stem"),
+    ],
+    ids=str,
+)
+def test_states_survive_every_stage(optim, freeze):
+    start_ranks(check, optim, freeze, ranks=1)
 
 
 def check_frozen_norms(_: int) -> None:
