@@ -39,7 +39,7 @@ class Contrast(Task):
             self.regions = LastRegions(setting.images, recipe.data, setting.group)
 
     def encode(self, batch: Batch, step: int) -> Tensor:
-        if self.regions is None:
+        if self.regions is None or not self.training:
             return self.model.pool(batch.images).pooled
         pool = self.model.pool(self.regions.shown(batch))
         self.regions.note(batch, pool.mask)

@@ -25,7 +25,7 @@ def forward_flops(task: Task, image_size: int, step: int) -> int:
     parameter = next(task.parameters())
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     zero = torch.zeros(1, dtype=torch.int64, device=parameter.device)
-    batch = Batch(image, zero, zero, zero, zero.expand(1, 3))
+    batch = Batch(image, zero, zero, zero, zero.double().expand(1, 5))
     # Not inference_mode, whose tensors no later step could use where a task keeps them.
     with evaluating(task), torch.no_grad():
         return count_flops(lambda: task.encode(batch, step))

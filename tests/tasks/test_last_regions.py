@@ -17,8 +17,10 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.views import crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import Preempted
+from fpcn_dist.tasks import build_task
 from fpcn_dist.tasks.last_regions import LastRegions
 from fpcn_dist.training.loop import train
+from fpcn_dist.training.meter import forward_flops
 from tests.helpers.distilling import ALONE, recipe
 from tests.helpers.forked import start_ranks
 from tests.helpers.launching import losses
@@ -96,6 +98,12 @@ def test_a_dropped_box_is_the_mean_colour_and_the_rest_stays() -> None:
         expected[:, 16:48, left:right] = 0
         assert torch.equal(image, expected)
     assert torch.equal(found[3], images[3])
+
+
+def test_the_flops_of_a_step_are_counted_without_a_trace() -> None:
+    task = build_task(recipe("contrast", data={"augment": {"region": "crop"}}), 3, images=5)
+    assert forward_flops(task, 32, step=0) > 0
+    assert task.regions is not None and task.regions.boxes.isnan().all()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _noted(rows: slice, group: dist.ProcessGroup | None) -> Tensor:

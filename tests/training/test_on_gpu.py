@@ -29,6 +29,22 @@ def test_gpu_decoding_gives_the_images_of_the_cpu(rocks, backend):
     assert difference.mean() < 1.0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fit", ["squeeze", "pad", "short_side"])
+def test_augmented_views_of_a_gpu_are_those_of_the_cpu(rocks, backend, fit):
+    augment = {"random_resized_crop": (0.3, 1.0), "brightness": 0.3, "hue": 0.1, "erasing": 0.5}
+    values = {"resize": 72, "crop": 64, "classes_per_batch": None, "images_per_class": 4, "fit": fit}
+    config = DataConfig.model_validate(values | {"backend": backend, "augment": augment})
+    manifest = build_manifest(rocks, config, seed=0)
+    loaders = [
+        TrainLoader(manifest, config, 0, rank=0, world_size=1, device=device) for device in (CUDA, torch.device("cpu"))
+    ]
+    for _ in range(3):
+        on_gpu, on_cpu = (next(loader) for loader in loaders)
+        difference = (on_gpu.images.cpu() - on_cpu.images).abs() * 255 * 0.225
+        assert difference.mean() < 1.0
+
+
 def test_batches_of_pinned_copies_are_those_of_the_cpu(rocks):
     """Ten batches in a row: a pinned buffer that is used again too early would show."""
     config = DataConfig(backend="torchvision", resize=72, crop=64, classes_per_batch=None, images_per_class=4)

@@ -60,7 +60,7 @@ def step_seconds(recipe: dict[str, Any], classes: int) -> float:
     # Weights that a file or a hub would give do not change the cost; which pairs are taken hardly does, and their count
     # is that of the whole batch.
     untrained = parsed.changed(**{"model.pretrained": False, "contrast": _any_pairs(parsed)})
-    task = build_task(untrained, classes).to(device).train()
+    task = build_task(untrained, classes, images=images).to(device).train()
     optimizer = build_optimizer(parsed.optim, task)
     index = torch.arange(images, device=device)
     pixels = torch.randn(images, 3, data.crop, data.crop, device=device)

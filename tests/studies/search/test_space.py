@@ -123,6 +123,10 @@ def test_what_soft_labels_depend_on_is_not_searched_with_one_bank():
     student = recipe({"data.views": {"choices": [2, 4]}}, task="distill", data={"views": 2})
     with pytest.raises(UserError, match=r"data\.views: cannot be searched: all trials learn from the same soft labels"):
         Space(student, "student", classes=3)
+    for name, choices in (("data.fit", ["pad", "squeeze"]), ("data.augment.hue", [0.0, 0.1])):
+        student = recipe({name: {"choices": choices}}, task="distill", data={"views": 2})
+        with pytest.raises(UserError, match=rf"{name}: cannot be searched: all trials learn from the same soft"):
+            Space(student, "student", classes=3)
 
 
 @pytest.mark.parametrize(
