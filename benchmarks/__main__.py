@@ -16,6 +16,7 @@ BENCHMARKS = {
     "table": ("benchmarks.gpu.table", "a file that `gpu` has written"),
     "loader": ("benchmarks.loader", "the data pipeline beside torchvision's DataLoader"),
     "distill": ("benchmarks.distill", "all students at once beside one after the other"),
+    "features": ("benchmarks.features", "a head on features computed once beside computed in every step"),
     "scaling": ("benchmarks.scaling.tables", "bytes and memory of each rank; step times on many GPUs, computed"),
 }
 
