@@ -23,17 +23,20 @@ from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 
 
-def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks) -> None:
+def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks, *, evaluate: bool = True) -> None:
     """Export the best checkpoint (the newest if nothing was validated), evaluate it, write the report. Collective.
 
-    Where the data have neither validation nor test images, the report says that nothing was evaluated.
+    Where the data have neither validation nor test images, or ``evaluate`` is false, the report says that nothing was
+    evaluated.
     """
     name, step = ranks.on_first(lambda: _export(run, checkpoints))
     _, manifest = run.open()
-    if len(manifest.ids("val")) or len(manifest.ids("test")):
+    measurable = len(manifest.ids("val")) or len(manifest.ids("test"))
+    if evaluate and measurable:
         evaluate_run(run, ranks, checkpoint=name, step=step)
     else:
-        ranks.on_first(lambda: _report_alone(run))
+        why = "it was not asked for" if measurable else "the data have no validation or test images"
+        ranks.on_first(lambda: _report_alone(run, why))
 
 
 def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
@@ -47,12 +50,12 @@ def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
     return path.name, info.step
 
 
-def _report_alone(run: RunFolder) -> None:
+def _report_alone(run: RunFolder, why: str) -> None:
     # What an evaluation has left there was of other weights.
     (run.path / EVALUATION_FILE).unlink(missing_ok=True)
     shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
     console = Console(soft_wrap=True)
-    console.print("nothing was evaluated: the data have no validation or test images", highlight=False)
+    console.print(f"nothing was evaluated: {why}", highlight=False)
     console.print(f"report {build_report(run.path)}", highlight=False)
 
 

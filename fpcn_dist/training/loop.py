@@ -70,6 +70,7 @@ def train_together(
     profile: bool = False,
     watch: Watch | None = None,
     preemption: Preemption | None = None,
+    evaluate: bool = True,
 ) -> dict[Path, str]:
     """Train several recipes at once, on the same decoded batches, each as if it were trained alone.
 
@@ -81,6 +82,7 @@ def train_together(
         data: the image folder; or a manifest, whose images are not checked again.
         ranks, resume, profile, preemption: see :func:`train`.
         watch: may end the training by raising.
+        evaluate: whether the models of those that come to their end are evaluated image by image for their reports.
 
     Returns:
         Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
@@ -120,7 +122,7 @@ def train_together(
         for training in _active(trainings, total):
             with _isolated(training, trainings):
                 training.close()
-    _finish(trainings, total)
+    _finish(trainings, total, evaluate=evaluate)
     return {training.run.path: training.failure for training in trainings if training.failure is not None}
 
 
@@ -231,11 +233,11 @@ def _validate(
     return accuracies
 
 
-def _finish(trainings: Sequence[TrainingRun], total: int) -> None:
+def _finish(trainings: Sequence[TrainingRun], total: int, *, evaluate: bool) -> None:
     """Export, evaluate and report those that came to their end. Collective."""
     for training in _active(trainings, total):
         with _isolated(training, trainings):
-            finish_run(training.run, training.checkpoints, training.ranks)
+            finish_run(training.run, training.checkpoints, training.ranks, evaluate=evaluate)
             training.ranks.on_first(lambda run=training.run: run.set_outcome("finished"))
 
 

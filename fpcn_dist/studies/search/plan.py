@@ -42,6 +42,7 @@ class Plan:
         workers: ranks of a trial.
         latency: whether a trial also tells the milliseconds of an image.
         population: whether trials take over one another's weights (population-based training).
+        features: whether all trials look features up in the bank that ``main`` names, and never at an image.
     """
 
     stage: Stage
@@ -53,6 +54,7 @@ class Plan:
     workers: int
     latency: bool
     population: bool
+    features: bool = False
 
     @property
     def main(self) -> Recipe:

@@ -8,11 +8,12 @@ from typing import Literal
 
 from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.recipe.preprocessing import Preprocessing
-from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.search.plan import Plan, build_spaces
 from fpcn_dist.studies.search.resources import Bundle
 from fpcn_dist.studies.search.space import Stage
+from fpcn_dist.tasks import TASKS
 from fpcn_dist.training.soft_labels.students import check_recipe, check_students
 
 Scheduler = Literal["asha", "pbt", "none"]
@@ -106,12 +107,15 @@ def make_plan(request: SearchRequest, output: Path, classes: int, bundles: list[
         bundles: resources of a trial, one a rank.
     """
     threads = {"data.threads": int(bundles[0]["CPU"])}
-    student = request.student
+    teacher, student, features = request.teacher, request.student, feature_regions(request, classes) is not None
     if request.stage == "student" and student is not None and student.distill.bank is None:
         student = student.changed(**{"distill.bank": str(output / "bank")})
+    if features:
+        bank = {"train.feature_bank": str(output / "features")}
+        teacher, student = (recipe and recipe.changed(**bank) for recipe in (teacher, student))
     return Plan(
         stage=request.stage,
-        teacher=request.teacher and request.teacher.changed(**threads),
+        teacher=teacher and teacher.changed(**threads),
         student=student and student.changed(**threads),
         students=request.students,
         output=output,
@@ -119,7 +123,25 @@ def make_plan(request: SearchRequest, output: Path, classes: int, bundles: list[
         workers=len(bundles),
         latency="latency" in request.objectives,
         population=request.scheduler == "pbt",
+        features=features,
     )
+
+
+def feature_regions(request: SearchRequest, classes: int) -> list[ModelConfig] | None:
+    """The regions of the features that all trials of a checked request share: the backbone is frozen for ever, shows
+    the same views in each, and what is searched is the head alone. ``None`` where that is not so.
+
+    Raises:
+        UserError: see :class:`Space`.
+    """
+    spaces = build_spaces(request.stage, request.teacher, request.student, classes)
+    recipe = request.student or request.recipe
+    frozen = recipe.optim.freeze == "backbone" and recipe.optim.freeze_epochs is None
+    alone = request.stage != "joint" and len(request.students) <= 1 and recipe.train.feature_bank is True
+    if not (frozen and alone) or recipe.data.distinct_views is None or not TASKS[recipe.task].encodes_views:
+        return None
+    (space,) = spaces.values()
+    return space.regions()
 
 
 def _absolute(recipe: Recipe) -> Recipe:

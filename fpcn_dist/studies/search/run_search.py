@@ -18,10 +18,10 @@ from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.ranks import CPU
 from fpcn_dist.studies.cluster import connect_ray, find_slots
-from fpcn_dist.studies.cluster.bank_job import write_bank
+from fpcn_dist.studies.cluster.bank_job import write_bank, write_features
 from fpcn_dist.studies.search.finish import finish_search
 from fpcn_dist.studies.search.plan import Plan
-from fpcn_dist.studies.search.request import SearchRequest, checked, make_plan, require_searchable
+from fpcn_dist.studies.search.request import SearchRequest, checked, feature_regions, make_plan, require_searchable
 from fpcn_dist.studies.search.resources import Bundle, require_places, trial_bundles
 from fpcn_dist.training.soft_labels.teacher import open_teacher
 
@@ -66,6 +66,10 @@ def search(
         if request.stage == "student" and recipe.distill.teacher_mode == "bank":
             assert plan.student is not None
             write_bank(ray, slots, plan.student, manifest, output)
+        if plan.features:
+            regions = feature_regions(request, len(manifest.classes))
+            assert regions is not None
+            write_features(ray, slots, plan.main, manifest, output, regions)
         rank = ", ".join(f"{amount:g} {kind}" for kind, amount in bundles[0].items())
         print(f"{request.trials} trials, {places} at a time, each of {len(bundles)} rank(s) with {rank}", flush=True)
         began = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -11,8 +13,9 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 from pydantic import BaseModel
 
 from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
+from fpcn_dist.models.fpcn import region_name
 from fpcn_dist.recipe.reading import recipe_from_dict
-from fpcn_dist.recipe.schema import Dimension, Recipe
+from fpcn_dist.recipe.schema import Dimension, ModelConfig, Recipe
 from fpcn_dist.runtime.errors import UserError, nearest
 
 Stage = Literal["teacher", "student", "joint"]
@@ -52,6 +55,13 @@ _BANK = {
 """Fields that soft labels depend on."""
 _MUTABLE = ("contrast.", "distill.temperature", "distill.alpha", "optim.lr", "optim.weight_decay", "optim.momentum")
 """Fields that may change while a network is trained."""
+_HEAD = (
+    *("contrast.", "distill.temperature", "distill.alpha", "optim.", "train.micro_batches", "data.images_per_class"),
+    *("model.head", "model.hidden", "model.activation", "model.dropout", "model.fuse_init", "model.inference"),
+)
+"""Fields that the features of a frozen backbone do not depend on."""
+_REGION = ("model.region", "model.companion", "model.theta", "model.area_scale")
+"""Fields that say where they are pooled, which a bank of features holds several of."""
 _BESIDE = 1 / 8
 """How likely a value beside a range is, before anything is known, as a share of how likely the range is."""
 
@@ -129,6 +139,25 @@ class Space:
             section, _, field = name.rpartition(".")
             (values[section] if section else values)[field] = value
         return recipe_from_dict(values, "trial")
+
+    def regions(self) -> list[ModelConfig] | None:
+        """The regions that trials pool features in, where nothing else that is searched changes the features of a
+        backbone that is frozen; ``None`` where something does.
+
+        Raises:
+            UserError: the fields of regions do not go together.
+        """
+        searched = {name: dimension for name, dimension in self.dimensions.items() if not name.startswith(_HEAD)}
+        if any(name.startswith("optim.freeze") for name in self.dimensions):
+            return None
+        if any(name not in _REGION or dimension.choices is None for name, dimension in searched.items()):
+            return None
+        drawn = itertools.product(*(dimension.choices or [] for dimension in searched.values()))
+        found = []
+        for values in drawn:
+            with contextlib.suppress(UserError):  # no trial has it either
+                found.append(self.recipe(dict(zip(searched, values, strict=True))).model)
+        return list({region_name(config): config for config in found}.values())
 
     def batch_size(self, settings: Mapping[str, Any]) -> int:
         """N, the images of a global batch."""

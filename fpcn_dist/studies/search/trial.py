@@ -121,7 +121,8 @@ def _train(
             teacher = plan.teacher_folder(settings)
             if ranks.on_first(lambda: RunFolder(teacher).read_outcome()[0]) != "finished":
                 train_together({teacher: plan.teacher_recipe(settings)}, manifest, ranks)
-        failures = train_together(plan.runs(number, settings), manifest, ranks, watch=watch)
+        runs = plan.runs(number, settings)
+        failures = train_together(runs, manifest, ranks, watch=watch, evaluate=not plan.features)
     for run, reason in failures.items():
         raise UserError("student", run.name, reason, "see its log")
 

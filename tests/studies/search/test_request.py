@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
+from fpcn_dist.models.fpcn import region_name
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.studies.search.request import SearchRequest, checked, require_searchable
+from fpcn_dist.studies.search.request import SearchRequest, checked, feature_regions, make_plan, require_searchable
 from tests.helpers.distilling import recipe
 
 OTHER: dict[str, Any] = {
@@ -55,3 +56,63 @@ def test_spaces_are_checked_before_there_is_a_cluster():
     seed = recipe("distill", search={"space": {"seed": {"choices": [1, 2]}}})
     with pytest.raises(UserError, match=r"search\.space\.seed: cannot be searched"):
         require_searchable(SearchRequest(recipe("contrast"), "joint", seed), classes=3)
+
+
+@pytest.mark.parametrize(
+    ("sections", "regions"),
+    [
+        ({}, ["threshold, theta 0"]),
+        ({"search": {"space": {"model.hidden": {"choices": [8, 16]}, "optim.lr": {"low": 0.01, "high": 0.1}}}}, None),
+        (
+            {
+                "search": {
+                    "space": {"model.region": {"choices": ["none", "largest"]}, "model.theta": {"choices": [0, 0.5]}}
+                }
+            },
+            ["none", "largest, theta 0", "largest, theta 0.5"],
+        ),
+        (
+            {
+                "model": {"region": "largest"},
+                "search": {
+                    "space": {
+                        "model.region": {"choices": ["none", "largest"]},
+                        "model.companion": {"choices": [False, True]},
+                    }
+                },
+            },
+            ["none", "largest, theta 0", "largest with companion, theta 0"],
+        ),
+    ],
+    ids=["lambda and pairs", "the head", "regions", "regions that do not all go together"],
+)
+def test_trials_of_a_frozen_backbones_head_share_its_features(sections, regions):
+    chosen = recipe("contrast", optim={"freeze": "backbone"}, **sections)
+    found = feature_regions(checked(SearchRequest(chosen, "teacher")), classes=3)
+    assert found is not None and [region_name(config) for config in found] == (regions or ["threshold, theta 0"])
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optim": {"freeze": "none"}},
+        {"optim": {"freeze": "backbone", "freeze_epochs": 1}},
+        {"data": {"views": None}},
+        {"train": {"feature_bank": False}},
+        {"search": {"space": {"data.views": {"choices": [1, 2]}}}},
+        {"search": {"space": {"model.theta": {"low": 0, "high": 0.5}}}},
+        {"search": {"space": {"optim.freeze": {"choices": ["stem", "backbone"]}}}},
+    ],
+    ids=str,
+)
+def test_trials_whose_features_differ_share_none(sections):
+    sections = {"optim": {"freeze": "backbone"}} | sections
+    assert feature_regions(checked(SearchRequest(recipe("contrast", **sections), "teacher")), classes=3) is None
+
+
+def test_each_trial_looks_its_features_up(tmp_path):
+    frozen = SearchRequest(recipe("contrast", optim={"freeze": "backbone"}), "teacher")
+    plan = make_plan(checked(frozen), tmp_path, 3, [{"CPU": 1}])
+    assert plan.features and plan.main.train.feature_bank == str(tmp_path / "features")
+    free = make_plan(checked(SearchRequest(recipe("contrast"), "teacher")), tmp_path, 3, [{"CPU": 1}])
+    assert not free.features and free.main.train.feature_bank is True
