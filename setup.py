@@ -48,6 +48,8 @@ setup(
         "ray": ["ray[tune]>=2.50,<3", "optuna>=5.0,<6"],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.
         "export": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"],
+        # The probe of a pretrained backbone: launch/probe.py, and a line in the report of each pretrained run.
+        "probe": ["scikit-learn>=1.5,<2"],
         # Earlier versions ask for opencv-python, which needs libGL and X11 where this one needs no system library.
         "reproduce": ["grad-cam>=1.5.7,<2"],
         "dev": [
