@@ -15,6 +15,7 @@ BENCHMARKS = {
     "gpu": ("benchmarks.gpu.command", "all that needs a GPU: tests, kernels, steps, a training, profiles"),
     "table": ("benchmarks.gpu.table", "a file that `gpu` has written"),
     "loader": ("benchmarks.loader", "the data pipeline beside torchvision's DataLoader"),
+    "inference": ("benchmarks.inference", "a frozen backbone on the CPU: onnxruntime beside eager PyTorch"),
     "distill": ("benchmarks.distill", "all students at once beside one after the other"),
     "scaling": ("benchmarks.scaling.tables", "bytes and memory of each rank; step times on many GPUs, computed"),
 }
