@@ -165,6 +165,7 @@ def _train_on_a_rank(rank: int, port: int, chosen: Recipe, data: Path, output: P
         train(chosen, data, output, ranks)
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_makes_it(chosen, rocks, finished, tmp_path):
     start_ranks(_train_on_a_rank, free_port(), chosen, rocks, tmp_path / "run", ranks=2)
     assert Probe.load(tmp_path / "run") == Probe.load(finished)
