@@ -25,12 +25,13 @@ class Args:
 
 def main() -> None:
     args = command_line.parse(Args)
+    from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
     from fpcn_dist.runs.finish import evaluate_run
     from fpcn_dist.runs.folder import RunFolder
     from fpcn_dist.runtime.ranks import connect
 
     with connect() as ranks:
-        evaluate_run(RunFolder(args.run), ranks, split=args.split, data=args.data)
+        evaluate_run(RunFolder(args.run), ranks, split=args.split, data=args.data, frozen=with_frozen_backbone)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ _ELSEWHERE = (
     "jinja2",
 )
 _ELSEWHERE += ("huggingface_hub", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
-_ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging")
+_ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging", "sklearn")
 
 
 _TIMEOUTS = importlib.util.find_spec("pytest_timeout") is not None

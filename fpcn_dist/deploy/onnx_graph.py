@@ -87,39 +87,57 @@ def to_onnx(exportable: ExportableModel, info: ModelInfo) -> tuple[onnx.ModelPro
     """The model with its metadata, and the names of the nodes of its head.
 
     Raises:
-        UserError: PyTorch's exporter does not know an operator of the backbone.
+        UserError: see :func:`export_graph`.
     """
     size = info.preprocessing.crop
+    proto = export_graph(
+        exportable.eval(), torch.zeros(2, 3, size, size), [LOGITS, MASK, "features"], info.model.backbone
+    )
+    # The features are an output only to tell backbone and head apart.
+    head = _nodes_after(proto.graph, proto.graph.output.pop().name)
+    describe(proto, info)
+    return proto, head
+
+
+def export_graph(module: nn.Module, example: Tensor, outputs: list[str], backbone: str) -> onnx.ModelProto:
+    """A module in ONNX's operators, for any number of images of the size of ``example``, two images [2, 3, H', W'].
+
+    Args:
+        module: in evaluation mode.
+        example: shows the size of an image alone.
+        outputs: names of what the module returns.
+        backbone: names it in errors.
+
+    Raises:
+        UserError: PyTorch's exporter does not know an operator of the backbone, or its code fixes the number of images.
+    """
     try:
         program = torch.onnx.export(
-            exportable.eval(),
-            (torch.zeros(2, 3, size, size),),
+            module,
+            (example,),
             dynamo=True,
             verbose=False,
             external_data=False,
             opset_version=_OPSET,
             input_names=[INPUT],
-            output_names=[LOGITS, MASK, "features"],
+            output_names=outputs,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         detail = str(error).strip().splitlines()[0][:200]
         reason = f"PyTorch cannot export it to ONNX ({detail})"
-        raise UserError("model.backbone", info.model.backbone, reason, _OTHERWISE) from error
+        raise UserError("model.backbone", backbone, reason, _OTHERWISE) from error
     assert program is not None
     proto = program.model_proto
     # Python code that asks for the number of images fixes it, without an error.
     if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         reason = "its code fixes the number of images of a batch"
-        raise UserError("model.backbone", info.model.backbone, reason, _OTHERWISE)
+        raise UserError("model.backbone", backbone, reason, _OTHERWISE)
     # The exporter notes source lines of this machine.
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         del part.metadata_props[:]
         part.doc_string = ""
-    # The features are an output only to tell backbone and head apart.
-    head = _nodes_after(proto.graph, proto.graph.output.pop().name)
-    describe(proto, info)
-    return proto, head
+    return proto
 
 
 def _nodes_after(graph: onnx.GraphProto, tensor: str) -> list[str]:

@@ -80,10 +80,16 @@ class OnnxModel:
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
 
 
-def open_session(model: str | bytes) -> onnxruntime.InferenceSession:
-    """A session on the CPU, from a path or from the bytes of a model, that prints nothing but errors."""
+def open_session(model: str | bytes, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A session on the CPU, from a path or from the bytes of a model, that prints nothing but errors.
+
+    ``threads`` are as many as the machine has cores unless given; then they leave the cores to others between batches.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

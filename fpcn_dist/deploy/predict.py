@@ -19,6 +19,7 @@ from rich.progress import track
 from fpcn_dist.data.folders import find_files
 from fpcn_dist.data.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
+from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.classifier import object_share
@@ -63,6 +64,7 @@ def predict(
     overlays = Path(output) / "overlays"
     make_folder(Path(output))
     make_folder(overlays)
+    model = with_frozen_backbone(model, len(files))
     found = _classify(model, info, files, overlays, torch.device(device), precision)
     total = -(-len(files) // info.preprocessing.eval_batch_size)
     predictions = [

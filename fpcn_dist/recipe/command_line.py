@@ -53,8 +53,8 @@ def parse(
 ) -> Args:
     """Parse the command line into ``args_type``, a dataclass whose docstring describes the command.
 
-    A field ``overrides: Overrides`` takes its defaults from the ``--recipe`` file. The ``--local_rank`` that some
-    launchers append is dropped: the environment says the same.
+    A field ``overrides: Overrides`` takes its defaults from the ``--recipe`` file, or that of the dataclass. The
+    ``--local_rank`` that some launchers append is dropped: the environment says the same.
 
     Args:
         args_type: the dataclass.
@@ -72,7 +72,8 @@ def parse(
     default: dict[str, Any] = {}
     if any(field.name == "overrides" for field in fields):
         if presets is None:
-            path = Path(given) if (given := _option(words, "recipe")) else None
+            own = next((f.default for f in fields if f.name == "recipe" and isinstance(f.default, Path)), None)
+            path = Path(given) if (given := _option(words, "recipe")) else own
         else:
             flag, usual, recipes = presets
             path = recipes.get(_option(words, flag.removeprefix("--")) or usual)  # an unknown value is refused below

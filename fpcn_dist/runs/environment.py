@@ -16,7 +16,7 @@ import torch
 from fpcn_dist.runtime.ranks import Ranks
 
 _DECODERS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow")
-_PACKAGES = ("torch", "torchvision", "triton", *_DECODERS, "deepspeed", "timm")
+_PACKAGES = ("torch", "torchvision", "triton", *_DECODERS, "deepspeed", "timm", "onnxruntime")
 
 
 @functools.cache

@@ -90,9 +90,15 @@ class Evaluation:
     def classes(self) -> tuple[str, ...]:
         return tuple(score.name for score in self.per_class)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean over the classes of the share of their images that is found; also in evaluation.json."""
+        return balanced_accuracy(self.confusion)
+
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
         values["per_class"] = [{"class": score.pop("name"), **score} for score in values["per_class"]]
+        values["balanced_accuracy"] = self.balanced_accuracy
         return json.dumps(values, indent=2)
 
     @classmethod
@@ -104,6 +110,7 @@ class Evaluation:
         """
         try:
             values = json.loads(text)
+            values.pop("balanced_accuracy", None)  # follows from the confusion; files of earlier versions lack it
             values["per_class"] = tuple(ClassScore(name=score.pop("class"), **score) for score in values["per_class"])
             values["area_quartiles"] = tuple(AreaScore(**score) for score in values["area_quartiles"])
             values["confusion"] = tuple(tuple(row) for row in values["confusion"])
@@ -258,6 +265,12 @@ def evaluate(
     for batch in loader:
         evaluator.update(batch)
     return evaluator.result(num_images=num_images, split=split, checkpoint=checkpoint, step=step, group=group)
+
+
+def balanced_accuracy(confusion: Sequence[Sequence[int]]) -> float:
+    """Mean recall of the classes that have images; ``confusion`` [K][K] has true classes as rows."""
+    recalls = [row[label] / sum(row) for label, row in enumerate(confusion) if sum(row)]
+    return sum(recalls) / len(recalls)
 
 
 def _ratio(part: float, whole: float) -> float | None:

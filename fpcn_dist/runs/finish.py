@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.models import build_model
+from fpcn_dist.models import Classifier, build_model
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import CheckpointFolder, model_weights
 from fpcn_dist.runs.evaluation import EVALUATION_FILE, Evaluation, evaluate
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import load_model, save_model, write_card
+from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runs.report.run import build_report
 from fpcn_dist.runs.report.samples import FOLDER as SAMPLES
 from fpcn_dist.runs.report.samples import SampleCollector
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 
+Frozen = Callable[[Classifier, int], Classifier]
+"""Prepares a model to look at so many images, and never to be trained again."""
 
-def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks, *, evaluate: bool = True) -> None:
+
+def finish_run(
+    run: RunFolder,
+    checkpoints: CheckpointFolder,
+    ranks: Ranks,
+    frozen: Frozen = lambda model, _: model,
+    *,
+    evaluate: bool = True,
+) -> None:
     """Export the best checkpoint (the newest if nothing was validated), evaluate it, write the report. Collective.
 
     Where the data have neither validation nor test images, or ``evaluate`` is false, the report says that nothing was
@@ -33,7 +45,7 @@ def finish_run(run: RunFolder, checkpoints: CheckpointFolder, ranks: Ranks, *, e
     _, manifest = run.open()
     measurable = len(manifest.ids("val")) or len(manifest.ids("test"))
     if evaluate and measurable:
-        evaluate_run(run, ranks, checkpoint=name, step=step)
+        evaluate_run(run, ranks, checkpoint=name, step=step, frozen=frozen)
     else:
         why = "it was not asked for" if measurable else "the data have no validation or test images"
         ranks.on_first(lambda: _report_alone(run, why))
@@ -67,6 +79,7 @@ def evaluate_run(
     data: Path | None = None,
     checkpoint: str | None = None,
     step: int | None = None,
+    frozen: Frozen = lambda model, _: model,
 ) -> Evaluation:
     """Evaluate the exported model of a run; rewrite evaluation.json, samples, model card and report. Collective.
 
@@ -76,6 +89,7 @@ def evaluate_run(
         split: "train", "val" or "test"; ``None`` takes test images where the data have some, else val.
         data: the image folder, where it is no longer where it was during training.
         checkpoint, step: what the exported weights are; known from the last evaluation if omitted.
+        frozen: see :data:`Frozen`; by default the model is evaluated as it is.
 
     Raises:
         UserError: no run or no model in the folder, no images in the split, an image that cannot be read.
@@ -96,7 +110,7 @@ def evaluate_run(
         manifest, split, recipe.data, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
     )
     evaluation = evaluate(
-        model,
+        frozen(model, len(manifest.ids(split)) // ranks.world_size),
         loader,
         info.classes,
         num_images=len(manifest.ids(split)),
@@ -114,7 +128,8 @@ def evaluate_run(
 
 def _write(run: RunFolder, recipe: Recipe, evaluation: Evaluation) -> None:
     evaluation.save(run.path)
-    write_card(run.path, recipe, evaluation.classes, evaluation)
+    probe = Probe.load(run.path)
+    write_card(run.path, recipe, evaluation.classes, evaluation, probe)
     report = build_report(run.path)
     table = Table(title=f"{run.path}: {evaluation.images} {evaluation.split} images", title_justify="left")
     for column in ("class", "images", "precision", "recall", "F1"):
@@ -123,7 +138,10 @@ def _write(run: RunFolder, recipe: Recipe, evaluation: Evaluation) -> None:
         table.add_row(row.name, str(row.images), *(_percent(x) for x in (row.precision, row.recall, row.f1)))
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"{evaluation.split} accuracy {_percent(evaluation.accuracy)}", highlight=False)
+    accuracies = f"accuracy {_percent(evaluation.accuracy)}, balanced {_percent(evaluation.balanced_accuracy)}"
+    console.print(f"{evaluation.split} {accuracies}", highlight=False)
+    if probe is not None:
+        console.print(probe.verdict(evaluation), highlight=False)
     console.print(f"report {report}", highlight=False)
 
 

@@ -24,6 +24,7 @@ from fpcn_dist.models.weights import MODEL_FILE
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors, write_text
 
@@ -87,7 +88,9 @@ def save_model(
     write_card(run_dir, recipe, classes, evaluation)
 
 
-def write_card(run_dir: Path, recipe: Recipe, classes: Sequence[str], evaluation: Evaluation | None) -> None:
+def write_card(
+    run_dir: Path, recipe: Recipe, classes: Sequence[str], evaluation: Evaluation | None, probe: Probe | None = None
+) -> None:
     """Write README.md, the model card; call it again once there is an evaluation."""
     templates = Environment(
         loader=PackageLoader("fpcn_dist.runs.report", "."),
@@ -98,7 +101,7 @@ def write_card(run_dir: Path, recipe: Recipe, classes: Sequence[str], evaluation
     templates.filters["yaml"] = json.dumps  # a JSON string is a YAML string, whatever characters a name holds
     templates.filters["cell"] = _table_cell
     text = templates.get_template("card.md.j2").render(
-        recipe=recipe, classes=list(classes), evaluation=evaluation, version=__version__
+        recipe=recipe, classes=list(classes), evaluation=evaluation, probe=probe, version=__version__
     )
     write_text(Path(run_dir) / CARD, text)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.loader import Replacement, TrainLoader
 from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluator
 from fpcn_dist.runs.finish import finish_run
@@ -17,6 +18,7 @@ from fpcn_dist.runs.folder import RunFolder, owning
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads
+from fpcn_dist.training.probe import probe_run
 from fpcn_dist.training.profiler import profiled
 from fpcn_dist.training.progress import Progress
 from fpcn_dist.training.run import TrainingRun
@@ -58,7 +60,7 @@ def train(
         Preempted: a signal has ended it.
     """
     with owning(output, ranks):
-        train_together({output: recipe}, data, ranks, resume=resume, profile=profile, preemption=preemption)
+        train_together({output: recipe}, data, ranks, resume=resume, profile=profile, preemption=preemption, probe=True)
 
 
 def train_together(
@@ -71,6 +73,7 @@ def train_together(
     watch: Watch | None = None,
     preemption: Preemption | None = None,
     evaluate: bool = True,
+    probe: bool = False,
 ) -> dict[Path, str]:
     """Train several recipes at once, on the same decoded batches, each as if it were trained alone.
 
@@ -83,6 +86,7 @@ def train_together(
         ranks, resume, profile, preemption: see :func:`train`.
         watch: may end the training by raising.
         evaluate: whether the models of those that come to their end are evaluated image by image for their reports.
+        probe: print and keep the bar that each pretrained network has to beat (:mod:`fpcn_dist.training.probe`).
 
     Returns:
         Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
@@ -91,6 +95,8 @@ def train_together(
         UserError, Preempted: see :func:`train`. Before the first step whatever is wrong with one recipe stops all.
     """
     loader, teacher, trainings = _set_up(recipes, data, ranks, resume)
+    for training in trainings if probe else []:
+        probe_run(training)
     first_step, total = min(training.first_step for training in trainings), trainings[0].schedule.total
     with (
         contextlib.ExitStack() as written,
@@ -237,7 +243,7 @@ def _finish(trainings: Sequence[TrainingRun], total: int, *, evaluate: bool) -> 
     """Export, evaluate and report those that came to their end. Collective."""
     for training in _active(trainings, total):
         with _isolated(training, trainings):
-            finish_run(training.run, training.checkpoints, training.ranks, evaluate=evaluate)
+            finish_run(training.run, training.checkpoints, training.ranks, with_frozen_backbone, evaluate=evaluate)
             training.ranks.on_first(lambda run=training.run: run.set_outcome("finished"))
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fpcn_dist.deploy import onnx_backbone
 from fpcn_dist.deploy.predict import Prediction, overlay_names, predict
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
@@ -58,6 +59,21 @@ def test_files_and_folders(model_dir: Path, rocks: Path, tmp_path: Path) -> None
         assert row["predicted"] == one.predicted and row["overlay"] == one.overlay
         assert float(row["probability marble"]) == pytest.approx(one.probabilities["marble"], abs=1e-6)
     assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == sorted(one.overlay for one in predictions)
+
+
+def test_many_files_go_through_onnxruntime_with_the_same_results(
+    model_dir: Path, rocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    expected, _ = _predict(model_dir, [rocks / "basalt"], tmp_path / "eager")
+    assert "onnxruntime" not in capsys.readouterr().out
+    monkeypatch.setattr(onnx_backbone, "WORTH_EXPORTING", len(expected))
+    found, _ = _predict(model_dir, [rocks / "basalt"], tmp_path / "onnxruntime")
+    assert "frozen backbone: onnxruntime" in capsys.readouterr().out
+    for one, other in zip(found, expected, strict=True):
+        assert (one.predicted, one.object_share) == (other.predicted, other.object_share)
+        assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), abs=1e-4)
+    a, b = (sorted((tmp_path / name / "overlays").iterdir()) for name in ("eager", "onnxruntime"))
+    assert [path.read_bytes() for path in a] == [path.read_bytes() for path in b]
 
 
 def test_numbers_are_those_of_the_model_on_the_same_pixels(model_dir: Path, tmp_path: Path) -> None:

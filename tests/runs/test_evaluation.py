@@ -135,6 +135,7 @@ def test_json_comes_back_equal(tmp_path: Path) -> None:
         "per_class",
         "confusion",
         "area_quartiles",
+        "balanced_accuracy",
     ]
     assert list(values["per_class"][0]) == ["class", "precision", "recall", "f1", "images"]
     assert list(values["area_quartiles"][0]) == ["area", "images", "accuracy"]

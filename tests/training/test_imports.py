@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-LATER = {"matplotlib", "onnx", "ray", "deepspeed", "timm", "torchvision"}
+LATER = {"matplotlib", "onnx", "onnxruntime", "sklearn", "ray", "deepspeed", "timm", "torchvision"}
 """Imported where a figure is drawn, a network of theirs is built, or an engine or cluster is asked for."""
 
 

@@ -26,8 +26,9 @@ def test_it_finishes_with_the_last_weights_and_a_report(tmp_path, rocks, capsys)
     with pytest.raises(UserError, match="--split val: the data have no such images; choose one of train"):
         evaluate_run(run, ALONE)
 
-    evaluate_run(run, ALONE, split="train")
-    assert (run.path / "evaluation.json").exists()
+    looked_at = []
+    evaluate_run(run, ALONE, split="train", frozen=lambda model, images: looked_at.append(images) or model)
+    assert (run.path / "evaluation.json").exists() and looked_at == [72]
     shutil.rmtree(run.checkpoints)
     train(chosen, rocks, run.path, ALONE)  # other weights, for all that is known
     assert not (run.path / "evaluation.json").exists() and not (run.path / "samples").exists()

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runs.report.page import write_page
 from fpcn_dist.runs.report.samples import FOLDER, read_samples
 from fpcn_dist.runtime.errors import UserError
@@ -42,6 +43,7 @@ def build_report(run_dir: Path) -> Path:
     manifest = Manifest.load(run_dir / "manifest.json") if (run_dir / "manifest.json").is_file() else None
     environment = _read_environment(run_dir / "environment.json")
     evaluation = Evaluation.load(run_dir)
+    probe = Probe.load(run_dir)
     samples = [(sample, _data_uri(run_dir / FOLDER / sample.file)) for sample in read_samples(run_dir)]
     replaced = [line for line in metrics if line["kind"] == "replaced"]
 
@@ -53,6 +55,8 @@ def build_report(run_dir: Path) -> Path:
         tiles=_tiles(evaluation, manifest, metrics),
         charts=_charts(metrics),
         evaluation=evaluation,
+        probe=probe,
+        verdict=probe.verdict(evaluation) if probe else "",
         confusion=_confusion_rows(evaluation) if evaluation else [],
         confused=_most_confused(evaluation) if evaluation else [],
         mistakes=[entry for entry in samples if not entry[0].correct],
@@ -96,6 +100,8 @@ def _tiles(
         note = f"{evaluation.images:,} {evaluation.split} images, step {evaluation.step:,}"
         note += f" ({evaluation.checkpoint})" if evaluation.checkpoint else ""
         tiles.append({"name": "accuracy", "value": _percent(evaluation.accuracy), "note": note})
+        balanced = {"name": "balanced accuracy", "value": _percent(evaluation.balanced_accuracy)}
+        tiles.append(balanced | {"note": "mean over the classes"})
     if manifest:
         counts = Counter(image.split for image in manifest.images)
         note = ", ".join(f"{counts[split]:,} {split}" for split in _SPLITS if counts[split])

@@ -46,7 +46,7 @@ def train_rank(
     print(describe_rank(rank, world_size, node), flush=True)
     parsed = {Path(folder): Recipe.model_validate(values) for folder, values in recipes.items()}
     with join(rank, world_size, meeting) as ranks:
-        failures = train_together(parsed, Manifest.load(Path(manifest)), ranks)
+        failures = train_together(parsed, Manifest.load(Path(manifest)), ranks, probe=True)
     return {str(folder): reason for folder, reason in failures.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.manifest import SPLIT_FIELDS, Manifest
+from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.modes import autocast
 from fpcn_dist.recipe.schema import Recipe
@@ -26,7 +27,7 @@ class Teacher:
         folder: where it comes from.
         sha256: hash of its weights file.
         evaluation: what it scored, where that is known.
-        model: the network.
+        model: the network; on a CPU its backbone may run through onnxruntime, in banks and in steps alike.
         info: its classes and how its images were cut.
         precision: "fp32" or "bf16", the arithmetic of the recipe that it teaches in.
     """
@@ -104,11 +105,13 @@ def open_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> Te
     model, info = load_model(folder, device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    # As many for a bank as for a teacher in each step: both must round alike, and do on any number of ranks.
+    views = len(manifest.ids("train")) * (recipe.data.views or recipe.train.epochs)
     teacher = Teacher(
         folder,
         recipe.distill.teacher_sha256,
         Evaluation.load(folder),
-        model.requires_grad_(False),
+        with_frozen_backbone(model.requires_grad_(False), views),
         info,
         recipe.train.precision,
     )

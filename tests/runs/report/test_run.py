@@ -133,6 +133,7 @@ def test_everything_is_told(run: Path) -> None:
         "Command",
     ):
         assert f">{heading}</h" in page.html, heading
+    assert f"{100 * evaluation.balanced_accuracy:.1f} %" in page.text
     assert f"{100 * evaluation.accuracy:.1f} %" in page.text and "36 val images, step 40" in page.text
     assert "50.0 %" in page.text and "step 40, epoch 10" in page.text  # the best validation
     assert "Figure 4" in page.text and all(area in page.text for area in AREAS)

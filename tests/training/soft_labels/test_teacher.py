@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.manifest import build_manifest
+from fpcn_dist.deploy import onnx_backbone
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.training.loop import train
 from fpcn_dist.training.soft_labels import attach
+from fpcn_dist.training.soft_labels.bank import prepare_bank
 from fpcn_dist.training.soft_labels.teacher import Teacher, name_teacher, open_teacher, weights_sha256
 from tests.helpers.distilling import ALONE, CPU, make_teacher, recipe
 from tests.helpers.launching import losses
@@ -75,6 +80,28 @@ def test_logits_are_those_of_the_evaluation(rocks, trained):
     half = Teacher(teacher.folder, teacher.sha256, None, teacher.model, teacher.info, "bf16")(images)
     assert half.dtype == torch.float32 and not torch.equal(half, logits)
     torch.testing.assert_close(half, logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_a_bank_and_the_teacher_in_the_step_agree_bit_for_bit_through_onnxruntime(
+    tmp_path, rocks, trained, monkeypatch, capsys
+):
+    online = name_teacher(recipe(distill={"teacher": str(trained), "teacher_mode": "online"}))
+    manifest = build_manifest(rocks, online.data, 0)
+    eager = open_teacher(online, manifest, CPU)
+    views = 2 * len(manifest.ids("train"))
+    monkeypatch.setattr(onnx_backbone, "WORTH_EXPORTING", views)  # of either mode
+    banked = online.changed(**{"distill.teacher_mode": "bank"})
+    bank = prepare_bank(tmp_path / "bank", banked, manifest)
+    bank.write(open_teacher(banked, manifest, CPU), share=0, shares=1, device=CPU)
+    teacher = open_teacher(online, manifest, CPU)
+    for batch in islice(TrainLoader(manifest, online.data, 0, rank=0, world_size=1, device=CPU), 7):
+        logits = teacher(batch.images)
+        assert np.array_equal(bank(batch.image_ids.numpy(), batch.view_ids.numpy()), logits.numpy())
+        torch.testing.assert_close(logits, eager(batch.images), rtol=1e-3, atol=1e-4)
+    assert capsys.readouterr().out.count("frozen backbone: onnxruntime") == 2
+    monkeypatch.setattr(onnx_backbone, "WORTH_EXPORTING", views + 1)
+    assert not isinstance(open_teacher(online, manifest, CPU).model.backbone, onnx_backbone.FrozenBackbone)
 
 
 def test_a_model_of_unknown_accuracy_teaches_too(rocks, copied):
