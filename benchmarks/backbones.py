@@ -22,7 +22,7 @@ SIDE, OTHER = 224, 192
 """Pixels: what each network is shown, and what it is shown beside that."""
 
 _LARGE = ("base", "large", "huge", "giant", "gigantic", "enormous")
-_MOST = 100_000_000
+_MOST = 200_000_000
 """Parameters above which a network that has no form on the meta device is not built."""
 _BEGIN, _END = "<!-- python -m benchmarks backbones -->", "<!-- end -->"
 

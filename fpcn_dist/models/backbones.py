@@ -185,12 +185,20 @@ class TimmNet(Backbone):
         _norm_before_pooling(net)
         way, features = _way(name, net)
         removed = _remove_unused(net, features)
+        ends_in_tokens = way in (_tokens, _raw_tokens)
+        if removed and ends_in_tokens:
+            try:
+                with torch.no_grad():
+                    way(net, torch.zeros(1, *net.pretrained_cfg["input_size"]))
+            except REFUSALS:  # CrossViT
+                reason = "its map cannot be had without layers that would never learn"
+                raise UserError("model.backbone", name, reason, "use another (docs/backbones.md lists them)") from None
         if isinstance(pretrained, str):
             ignored = [*_classifiers(net), *removed, *_lacking(name, net)]
             weights.load_file(net, pretrained, ignored, functools.partial(_adapted, net))
         super().__init__(net, features.shape[1], norm, has_map=way is not _vector)
         self.published_side = net.pretrained_cfg["input_size"][-1]
-        self.ends_in_tokens = way in (_tokens, _raw_tokens)
+        self.ends_in_tokens = ends_in_tokens
         self._way = way
 
     def forward(self, images: Tensor) -> Tensor:
@@ -255,17 +263,18 @@ def _way(name: str, net: Any) -> tuple[Way, Tensor]:
     blank = torch.zeros(1, *net.pretrained_cfg["input_size"])
     try:
         features = net.forward_features(blank)
-        if not isinstance(features, Tensor):
-            reason = "its features are several tensors, of which none is the map"
-            raise UserError("model.backbone", name, reason, "use another network (docs/backbones.md lists them)")
-        if features.ndim == 4:
+        if isinstance(features, Tensor) and features.ndim == 4:
             nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
             return (_last_channels, features.permute(0, 3, 1, 2)) if nhwc else (_map, features)
-        # timm knows of each network whether its tokens lie on a grid, and in which order.
-        if features.ndim == 3 and hasattr(net, "forward_intermediates"):
+        # timm knows of each network whether its tokens lie on a grid, and in which order. Networks of several scales
+        # (CoaT, CrossViT) give the map of the last one.
+        if hasattr(net, "forward_intermediates") and not (isinstance(features, Tensor) and features.ndim == 2):
             with contextlib.suppress(AssertionError):  # of Hiera, which normalises after the pooling alone
                 return _tokens, _tokens(net, blank)
             return _raw_tokens, _raw_tokens(net, blank)
+        if not isinstance(features, Tensor):
+            reason = "its features are several tensors, of which none is the map"
+            raise UserError("model.backbone", name, reason, "use another network (docs/backbones.md lists them)")
         return _vector, _one_token(net, features)
     finally:
         net.train()
@@ -334,7 +343,8 @@ def _remove_unused(net: nn.Module, features: Tensor) -> list[str]:
     """Take out of ``net`` the modules whose parameters ``features`` do not depend on; returns their names.
 
     Some networks normalise or project after the pooling, which is ours. Parameters that never get a gradient would
-    make data-parallel training fail; of a module that is used for others they stay as buffers.
+    make data-parallel training fail; of a module that is used for others they stay as buffers, as do those that are
+    constants as published.
     """
     used, visited = set(), set()
     nodes: list[Any] = [features.grad_fn]
@@ -354,7 +364,7 @@ def _remove_unused(net: nn.Module, features: Tensor) -> list[str]:
             removed.append(name)
     for module in net.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad and id(parameter) not in used:
+            if id(parameter) not in used:
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
     return removed

@@ -154,6 +154,23 @@ def test_a_compiled_map_of_tokens_is_the_same() -> None:
     torch.testing.assert_close(backbone(images), expected)
 
 
-def test_a_network_of_several_maps_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model.backbone crossvit_9_240: its features are several tensors"):
+def test_of_several_scales_the_map_is_the_last() -> None:
+    backbone = build_backbone("coat_lite_tiny")
+    features = backbone(torch.zeros(2, 3, 224, 224))
+    assert features.shape == (2, backbone.channels, 7, 7) == (2, 320, 7, 7)
+    features.sum().backward()
+    assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+def test_what_never_learns_is_a_constant() -> None:
+    """A parameter that is none of the map's, and one that is fixed as published, are not made to learn by a thaw."""
+    backbone = build_backbone("efficientvim_m1")
+    backbone.freeze("none")
+    assert not backbone.net.weights.requires_grad
+    backbone(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_network_whose_map_hangs_on_what_never_learns_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model.backbone crossvit_9_240: its map cannot be had without layers"):
         build_backbone("crossvit_9_240")

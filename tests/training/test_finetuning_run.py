@@ -11,6 +11,7 @@ from fpcn_dist.runs.checkpoint import read_checkpoint
 from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.training.loop import train
+from fpcn_dist.training.soft_labels.students import _require_seeing
 from tests.helpers.distilling import ALONE, recipe
 from tests.helpers.launching import losses
 
@@ -66,3 +67,10 @@ def test_a_stem_that_is_frozen_at_first_thaws_and_a_resumed_run_is_the_same(rock
     assert losses(again) == losses(whole)
     resumed = read_checkpoint(again / "checkpoints" / "step-00000006.safetensors")[0].weights
     assert all(torch.equal(resumed[name], last[name]) for name in last)
+
+
+def test_a_student_that_cannot_see_the_recipes_crop_is_named_with_crops_that_it_sees():
+    with pytest.raises(
+        UserError, match=r"--students test_vit: it cannot see images of 30 px .*; use 16 or 32\); leave"
+    ):
+        _require_seeing("test_vit", recipe("distill", model={"norm": "batch"}, data={"crop": 30}))
