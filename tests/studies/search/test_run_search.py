@@ -167,6 +167,21 @@ def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
     assert results.pareto and "Pareto" in (output / "report.html").read_text()
 
 
+def test_trials_of_a_frozen_backbones_head_share_one_bank_of_features(search):
+    space = {"model.region": {"choices": ["none", "threshold"]}, "contrast.center_weight": None}
+    values = VALUES | {"data": VALUES["data"] | {"views": 2}, "optim": {"freeze": "backbone"}}
+    recipe = search.recipe("frozen", values, search={"space": space})
+    shown = finish(search.start("frozen", recipe, "teacher", "--trials", "3", "--scheduler", "none"))
+    output, results = search.folder / "frozen", search.results("frozen")
+    assert len(results.finished) == 3 and "features, train: 100 %" in shown
+    described = json.loads((output / "features/train/bank.json").read_text())
+    assert described["regions"] == ["none", "threshold, theta 0"]
+    for trial in results.finished:
+        run = output / "trials" / f"{trial.number:05d}"
+        assert (run / "model.safetensors").is_file() and (run / "report.html").is_file()
+        assert not (run / "features").exists() and not (run / "evaluation.json").exists()
+
+
 def test_joint_trials_share_teachers(search):
     short = {"train": VALUES["train"] | {"epochs": 1}}
     recipe = search.recipe("joint", VALUES, **short, search={"trials_per_teacher": 3})
