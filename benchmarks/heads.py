@@ -263,6 +263,8 @@ def _spread(shares: list[float]) -> str:
 
 def run(args: Args) -> None:
     """Measure all rows, and show them."""
+    if args.folds < 3:
+        raise UserError("--folds", args.folds, "one is to test on, one to choose rates on, the rest to learn", "take 3")
     recipe = name_preprocessing(args.overrides)
     recipe = recipe.changed(
         **{"data.val_fraction": 0.0, "data.test_fraction": 0.0, "data.views": recipe.data.views or 4}

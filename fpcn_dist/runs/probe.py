@@ -61,7 +61,7 @@ class Probe:
     Attributes:
         backbone, pretrained: the network and its weights, as the recipe names them.
         manifest: hash of the images and their splits.
-        size: side in pixels of the central view.
+        pixels: what decides the pixels of a view, by the names of recipe fields; the central view was shown.
         split: the images that were classified: "val" or "test"; or "all", each by the classifiers of the other folds.
         folds: folds of the cross-validation; 0: one fit on the training images.
         training, images: number of images fitted (in one fit) and classified.
@@ -71,12 +71,17 @@ class Probe:
     backbone: str
     pretrained: bool | str
     manifest: str
-    size: int
+    pixels: dict[str, Any]
     split: str
     folds: int
     training: int
     images: int
     scores: tuple[Score, ...]
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the central view."""
+        return self.pixels["crop"]
 
     @property
     def bar(self) -> Score:

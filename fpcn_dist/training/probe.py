@@ -90,7 +90,7 @@ def probe_backbone(
         backbone=recipe.model.backbone,
         pretrained=recipe.model.pretrained,
         manifest=manifest.hash,
-        size=recipe.data.crop,
+        pixels=recipe.data.pixels(),
         split=split,
         folds=folds,
         training=len(ids) - len(ids) // folds if folds else len(train),
@@ -130,7 +130,7 @@ def probe_folder(
 def probe_run(training: TrainingRun) -> None:
     """Leave the probe of a run's own pretrained backbone in its folder, before the first step. Collective.
 
-    One that is there already, of the same network, weights, images and size, stays. What stands in the way is printed:
+    One that is there already, of the same network, weights, images and pixels, stays. What stands in the way is printed:
     no run fails for lack of a probe.
     """
     recipe, manifest, folder = training.recipe, training.manifest, training.run.path
@@ -150,8 +150,8 @@ def _probe_run(backbone: Backbone, recipe: Recipe, manifest: Manifest, folder: P
         found = Probe.load(folder)
     except UserError:
         found = None
-    wanted = (recipe.model.backbone, recipe.model.pretrained, manifest.hash, recipe.data.crop, 0)
-    if found and (found.backbone, found.pretrained, found.manifest, found.size, found.folds) == wanted:
+    wanted = (recipe.model.backbone, recipe.model.pretrained, manifest.hash, recipe.data.pixels(), 0)
+    if found and (found.backbone, found.pretrained, found.manifest, found.pixels, found.folds) == wanted:
         return
     (folder / PROBE_FILE).unlink(missing_ok=True)
     try:

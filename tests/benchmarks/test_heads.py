@@ -58,17 +58,22 @@ def test_every_row_is_measured(
     rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "ALIKE", 1.1)  # to a network that knows nothing all photographs are alike
-    args = heads.Args(rocks, folds=2, seeds=2, steps=3, output=tmp_path / "heads.json", overrides=TINY)
+    args = heads.Args(rocks, folds=3, seeds=2, steps=3, output=tmp_path / "heads.json", overrides=TINY)
     heads.run(args)
     found = json.loads((tmp_path / "heads.json").read_text())
     shown = capsys.readouterr().out
-    assert "72 photographs, 2 folds, 2 seeds, 3 steps" in shown
+    assert "72 photographs, 3 folds, 2 seeds, 3 steps" in shown
     names = ["probe, logistic regression", "probe, nearest class mean", *(row.name for row in heads.rows(12))]
     assert list(found["rows"]) == names
     for row in heads.rows(12):
         result = found["rows"][row.name]
         assert len(result["accuracies"]) == 2 and result["rate"] in heads.RATES and result["seconds"] > 0
         assert all(0 <= share <= 1 for share in result["accuracies"] + result["balanced"])
+
+
+def test_two_folds_leave_nothing_to_learn_from(rocks: Path) -> None:
+    with pytest.raises(UserError, match="--folds 2: one is to test on"):
+        heads.run(heads.Args(rocks, folds=2, overrides=TINY))
 
 
 def test_photographs_that_are_all_alike_make_no_folds() -> None:

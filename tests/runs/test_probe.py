@@ -103,7 +103,7 @@ PROBE = Probe(
     "mobilenet_v2",
     True,
     "0" * 64,
-    224,
+    {"crop": 224},
     "test",
     0,
     100,
