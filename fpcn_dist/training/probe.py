@@ -130,8 +130,8 @@ def probe_folder(
 def probe_run(training: TrainingRun) -> None:
     """Leave the probe of a run's own pretrained backbone in its folder, before the first step. Collective.
 
-    One that is there already, of the same network, weights, images and pixels, stays. What stands in the way is printed:
-    no run fails for lack of a probe.
+    One that is there already, of the same network, weights, images and pixels, stays. What stands in the way is
+    printed: no run fails for lack of a probe.
     """
     recipe, manifest, folder = training.recipe, training.manifest, training.run.path
     if training.first_step:
