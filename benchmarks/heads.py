@@ -62,13 +62,18 @@ class Row(NamedTuple):
 def rows(batch_size: int) -> list[Row]:
     """The heads that are compared; random pairs and shifts are as many as the hardest pairs."""
     few = 2 * batch_size
+
+    def fpcn(pairs: str, num_pairs: int | None, head: str = "product") -> dict[str, Any]:
+        return {"task": "contrast", "contrast.pairs": pairs, "contrast.num_pairs": num_pairs, "model.head": head}
+
     return [
-        Row("linear head", "none", {"task": "classify"}),
-        Row("FPCN, all pairs", "none", {"contrast.pairs": "all", "contrast.num_pairs": None}),
-        Row("FPCN, hardest pairs", "none", {"contrast.pairs": "hardest", "contrast.num_pairs": few}),
-        Row("FPCN, random pairs", "none", {"contrast.pairs": "random", "contrast.num_pairs": few}),
-        Row("FPCN, shifts", "none", {"contrast.pairs": "shifts", "contrast.num_pairs": few}),
-        Row("FPCN, all pairs, region", "threshold", {"contrast.pairs": "all", "contrast.num_pairs": None}),
+        Row("linear head", "none", fpcn("all", None) | {"task": "classify"}),
+        Row("FPCN, all pairs", "none", fpcn("all", None)),
+        Row("FPCN, hardest pairs", "none", fpcn("hardest", few)),
+        Row("FPCN, random pairs", "none", fpcn("random", few)),
+        Row("FPCN, shifts", "none", fpcn("shifts", few)),
+        Row("FPCN, gates, hardest pairs", "none", fpcn("hardest", few, "gated")),
+        Row("FPCN, all pairs, region", "threshold", fpcn("all", None)),
     ]
 
 
