@@ -24,6 +24,7 @@ from fpcn_dist.training.meter import forward_flops
 from tests.helpers.distilling import ALONE, recipe
 from tests.helpers.forked import start_ranks
 from tests.helpers.launching import losses
+from tests.helpers.preempting import StopAfter
 
 
 def _config(region: str = "crop", **augment) -> DataConfig:
@@ -134,23 +135,12 @@ def test_all_ranks_know_the_boxes_of_the_global_batch(tmp_path: Path) -> None:
         assert torch.equal(boxes.nan_to_num(-1), alone.nan_to_num(-1))
 
 
-class _After:
-    """Ends a training after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def agreed(self) -> str | None:
-        self._left -= 1
-        return "SIGTERM" if self._left == 0 else None
-
-
 @pytest.mark.slow
 def test_a_training_goes_on_with_the_regions_that_it_knew(tmp_path: Path, rocks: Path) -> None:
     chosen = recipe("contrast", data={"augment": {"region": "crop"}}, train={"epochs": 3})
     train(chosen, rocks, tmp_path / "whole", ALONE)
     with pytest.raises(Preempted):
-        train(chosen, rocks, tmp_path / "parts", ALONE, preemption=_After(5))  # pyright: ignore[reportArgumentType]
+        train(chosen, rocks, tmp_path / "parts", ALONE, preemption=StopAfter(5))  # pyright: ignore[reportArgumentType]
     train(chosen, rocks, tmp_path / "parts", ALONE)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     saved = load_file(max((tmp_path / "whole/checkpoints").glob("step-*.safetensors")))

@@ -19,20 +19,10 @@ from fpcn_dist.training.loop import train
 from fpcn_dist.training.soft_labels import attach
 from tests.helpers.distilling import ALONE, CPU, make_teacher, recipe
 from tests.helpers.launching import losses
+from tests.helpers.preempting import StopAfter
 
 CHANGED = {"random_resized_crop": [0.2, 1.0], "brightness": 0.3, "hue": 0.1, "policy": "rand", "erasing": 0.3}
 MIXED = CHANGED | {"mixup": 0.3, "cutmix": 1.0}
-
-
-class _After:
-    """Ends a training after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def agreed(self) -> str | None:
-        self._left -= 1
-        return "SIGTERM" if self._left == 0 else None
 
 
 @pytest.mark.slow
@@ -40,7 +30,7 @@ def test_a_training_goes_on_with_the_same_views_and_mixtures(tmp_path, rocks) ->
     chosen = recipe("classify", data={"augment": MIXED, "fit": "short_side", "class_weights": "effective"})
     train(chosen, rocks, tmp_path / "whole", ALONE)
     with pytest.raises(Preempted):
-        train(chosen, rocks, tmp_path / "parts", ALONE, preemption=_After(4))  # pyright: ignore[reportArgumentType]
+        train(chosen, rocks, tmp_path / "parts", ALONE, preemption=StopAfter(4))  # pyright: ignore[reportArgumentType]
     train(load_recipe(tmp_path / "parts/recipe.yaml"), rocks, tmp_path / "parts", ALONE)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
