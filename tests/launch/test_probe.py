@@ -15,7 +15,7 @@ def test_the_command_takes_its_own_recipe_unless_another_is_given(runs, tmp_path
     done = runs.run([*PROBE, "--data", str(runs.data), *sizes, *network, "--output", str(tmp_path)])
     assert "frozen test_resnet at 32 px, 6 test images, fitted to 60" in done.stdout  # a tenth of each class
     assert f"Wrote {tmp_path}/probe.json" in done.stdout
-    assert json.loads((tmp_path / "probe.json").read_text())["size"] == 32
+    assert json.loads((tmp_path / "probe.json").read_text())["pixels"]["crop"] == 32
     done = runs.run([*PROBE, "--data", str(runs.data), "--recipe", str(runs.recipe)])
     assert "frozen test_resnet at 32 px, 15 test images, fitted to 42" in done.stdout
 

@@ -188,7 +188,7 @@ def test_validation_images_are_decoded_once_for_all(tmp_path, rocks, monkeypatch
             yield batch
 
     monkeypatch.setattr(EvalLoader, "__iter__", counting)
-    monkeypatch.setattr(loop, "finish_run", lambda *_: None)  # which evaluates each again
+    monkeypatch.setattr(loop, "finish_run", lambda *_, **__: None)  # which evaluates each again
     recipes = {tmp_path / name: recipe("classify", train={"epochs": 1}) for name in ("a", "b")}
     assert train_together(recipes, rocks, ALONE) == {}
     images = len(RunFolder(tmp_path / "a").open()[1].ids("val"))

@@ -31,7 +31,7 @@ def _save(folder: Path, backbone: str, task: str, accuracy: float, images: int =
 
 
 def _score(folder: Path, accuracy: float, images: int = 200) -> None:
-    Evaluation("test", "best.safetensors", 7, images, 0.5, accuracy, (), (), ()).save(folder)
+    Evaluation("test", "best.safetensors", 7, images, 0.5, accuracy, (), ((images,),), ()).save(folder)
 
 
 @pytest.fixture(scope="module")
