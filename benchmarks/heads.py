@@ -256,7 +256,7 @@ def show(results: dict[str, dict[str, Any]], title: str) -> None:
         table.add_column(column, justify="left" if column == "row" else "right")
     for name, result in results.items():
         shown = [_spread(result[key]) for key in ("accuracies", "balanced")]
-        rest = [f"{result[key]:.{digits}g}" if key in result else "-" for key, digits in (("rate", 1), ("seconds", 2))]
+        rest = [f"{result[key]:.{digits}g}" if key in result else "-" for key, digits in (("rate", 1), ("seconds", 3))]
         table.add_row(name, *shown, *rest)
     Console(soft_wrap=True).print(table)
 
