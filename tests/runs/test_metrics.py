@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ def test_lines_hold_what_was_logged(tmp_path: Path) -> None:
 
 def test_resuming_drops_exactly_the_later_steps(tmp_path: Path) -> None:
     _log_steps(tmp_path, 1, 9)
+    time.sleep(
+        1.1
+    )  # TensorBoard orders files by the second that they were begun in; no process resumes in the same one
     _log_steps(tmp_path, 7, 8, start_step=6, offset=0.5)
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
         *((step, step) for step in range(1, 7)),
