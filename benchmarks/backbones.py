@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 
 from fpcn_dist.models import Backbone, build_backbone
-from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.errors import UserError, nearest
 
 SIDE, OTHER = 224, 192
 """Pixels: what each network is shown, and what it is shown beside that."""
@@ -116,7 +116,13 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="modules of timm (all of them)")
     parser.add_argument("--docs", type=Path, help="a page whose table is replaced (printed only)")
     arguments = parser.parse_args()
-    families = sorted(arguments.families or timm.list_modules())
+    known = timm.list_modules()
+    for family in arguments.families:
+        if family not in known:
+            parser.error(f"{family!r} is no module of timm; {nearest(family, known)}")
+    if arguments.docs is not None and not arguments.docs.is_file():
+        parser.error(f"argument --docs: {arguments.docs}: there is no such page; give one with the table's marks")
+    families = sorted(arguments.families or known)
     written = table(row(family) for family in track(families, "Building", transient=True))
     print(written)
     if arguments.docs is not None:

@@ -19,6 +19,7 @@ from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.metrics import read_metrics
+from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks, connect
 from fpcn_dist.training import run as training_run
 from fpcn_dist.training.loop import train
@@ -93,6 +94,9 @@ def features(
         "train.eval_every": epochs,
         "model.pretrained": False,
     }
+    for name, count in (("--epochs", epochs), ("--images-per-class", images_per_class)):
+        if count < 1:
+            raise UserError(name, count, "there would be nothing to train on", "take 1 or more")
     with tempfile.TemporaryDirectory(prefix="fpcn-features-") as folder, connect() as ranks:
         root = Path(folder)
         if data is None:

@@ -36,7 +36,7 @@ from fpcn_dist.runs.evaluation import balanced_accuracy
 from fpcn_dist.runs.probe import score_split
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.ranks import use_threads
 from fpcn_dist.tasks import Task, build_task
 from fpcn_dist.training.engine.optim import build_optimizer, learning_rate, set_rate
@@ -270,6 +270,13 @@ def run(args: Args) -> None:
     """Measure all rows, and show them."""
     if args.folds < 3:
         raise UserError("--folds", args.folds, "one is to test on, one to choose rates on, the rest to learn", "take 3")
+    for name in ("seeds", "steps"):
+        if (count := getattr(args, name)) < 1:
+            raise UserError(f"--{name}", count, "there would be nothing to measure", "take 1 or more")
+    if args.output is not None:  # known before the hour of work that it is for
+        make_folder(args.output.parent)
+        if args.output.is_dir():
+            raise UserError("--output", args.output, "is a folder", "name a file in it")
     recipe = name_preprocessing(args.overrides)
     recipe = recipe.changed(
         **{"data.val_fraction": 0.0, "data.test_fraction": 0.0, "data.views": recipe.data.views or 4}

@@ -76,6 +76,17 @@ def test_two_folds_leave_nothing_to_learn_from(rocks: Path) -> None:
         heads.run(heads.Args(rocks, folds=2, overrides=TINY))
 
 
+@pytest.mark.parametrize("change", [{"seeds": 0}, {"steps": 0}])
+def test_nothing_to_measure(rocks: Path, change: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"--(seeds|steps) 0: there would be nothing to measure; take 1 or more"):
+        heads.run(heads.Args(rocks, overrides=TINY, **change))
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(rocks: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        heads.run(heads.Args(rocks, overrides=TINY, output=tmp_path))
+
+
 def test_photographs_that_are_all_alike_make_no_folds() -> None:
     with pytest.raises(UserError, match="--folds 5: the 6 photographs are 2 groups of near-duplicates"):
         heads.folds_of(np.array([0, 0, 0, 0, 0, 1]), np.zeros(6, dtype=np.int64), 5, 0)
