@@ -23,7 +23,7 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.models.classifier import object_share
 from fpcn_dist.models.modes import autocast, evaluating
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.files import read_record, write_text
 
 if TYPE_CHECKING:
     from fpcn_dist.models import Classifier
@@ -129,13 +129,7 @@ class Evaluation:
         Raises:
             UserError: the file is damaged.
         """
-        path = Path(run_dir) / EVALUATION_FILE
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UserError("file", path, str(error), "evaluate the run again") from error
+        return read_record(Path(run_dir) / EVALUATION_FILE, cls.from_json, "evaluate the run again")
 
 
 class Evaluator:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fpcn_dist.runs.evaluation import Evaluation, balanced_accuracy
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.files import read_record, write_text
 
 PROBE_FILE = "probe.json"
 LOGISTIC, NEAREST = "logistic regression", "nearest class mean"
@@ -111,15 +111,21 @@ class Probe:
         Raises:
             UserError: the file is damaged.
         """
-        path = Path(folder) / PROBE_FILE
+        return read_record(Path(folder) / PROBE_FILE, cls.from_json, "remove it")
+
+    @classmethod
+    def from_json(cls, text: str) -> Probe:
+        """Inverse of what :meth:`save` writes.
+
+        Raises:
+            ValueError: not JSON, or not a probe.
+        """
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = json.loads(text)
             values["scores"] = tuple(Score(**score) for score in values["scores"])
             return cls(**values)
-        except FileNotFoundError:
-            return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError("file", path, f"is not a probe ({error})", "remove it") from None
+            raise ValueError(f"is not a probe ({error})") from error
 
 
 def require_scikit_learn() -> None:

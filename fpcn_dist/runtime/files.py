@@ -1,4 +1,4 @@
-"""Writing files whole or not at all: whoever reads, or kills, a run sees the old file or the new one, never half.
+"""Files written whole or not at all: whoever reads, or kills, a run sees the old file or the new one, never half.
 
 Machines that only run an ONNX model use this too: torch and safetensors are imported where tensors are written.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fpcn_dist.runtime.errors import Outage, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 def make_folder(path: Path) -> None:
@@ -73,3 +76,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             save_file(dict(tensors), temporary, dict(metadata))
         except SafetensorError as error:  # its name for a full disk
             raise OSError(str(error)) from error
+
+
+def read_record(path: Path, parse: Callable[[str], T], hint: str) -> T | None:
+    """What ``parse`` makes of a text file; ``None`` where there is none.
+
+    Raises:
+        UserError: ``parse`` raises a ValueError, which says why; ``hint`` is what to do about it.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError("file", path, str(error), hint) from error
