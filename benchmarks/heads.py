@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import Manifest, build_manifest
 from fpcn_dist.data.loader import EvalLoader, ViewLoader
-from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.data.sampler import BalancedSampler
 from fpcn_dist.deploy.onnx_backbone import frozen_features
 from fpcn_dist.models import FPCN, build_model
@@ -118,8 +118,8 @@ def compute(recipe: Recipe, manifest: Manifest, regions: list[str]) -> Bank:
     ids, views = np.arange(len(manifest.images)), recipe.data.distinct_views
     assert views is not None, "checked by main"
     drawn = ViewLoader(manifest, recipe.data, recipe.seed, ids.repeat(views), np.tile(np.arange(views), len(ids)), _CPU)
-    paths = [manifest.path(image_id) for image_id in ids.tolist()]
-    central = EvalLoader(paths, manifest.labels, ids, recipe.data, rank=0, world_size=1, device=_CPU)
+    blobs = [manifest.blob(image_id) for image_id in ids.tolist()]
+    central = EvalLoader(blobs, manifest.labels, ids, recipe.data, rank=0, world_size=1, device=_CPU)
 
     def look(loader: EvalLoader, title: str) -> dict[str, Tensor]:
         table = torch.cat([encode(batch.images) for batch in track(loader, title, len(loader), transient=True)])

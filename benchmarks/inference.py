@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._harness import Spread, arguments, machine, positive, show, write_json
-from fpcn_dist.data.folders import find_images
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.folders import find_images
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import FrozenBackbone
 from fpcn_dist.models import Backbone, build_backbone
@@ -98,10 +99,10 @@ def measure(name: str, images: Tensor, repeats: int) -> list[dict[str, object]]:
 
 def measure_pass(name: str, data: Path, batch: int, size: int) -> dict[str, float]:
     """CPU seconds of a pass over a folder: decoding alone, with eager PyTorch, with onnxruntime and its export."""
-    paths = list(find_images(data))
+    blobs = Blob.of_files(find_images(data))
     config = DataConfig(resize=size, crop=size, eval_batch_size=batch, threads=torch.get_num_threads())
-    ids = np.arange(len(paths))
-    loader = EvalLoader(paths, 0 * ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
+    ids = np.arange(len(blobs))
+    loader = EvalLoader(blobs, 0 * ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
     sides: dict[str, Callable[[], Callable[[Tensor], object]]] = {
         "decoding": lambda: len,
         "eager": lambda: FrozenBackbone(_backbone(name)).eager,
@@ -115,7 +116,7 @@ def measure_pass(name: str, data: Path, batch: int, size: int) -> dict[str, floa
         seconds[side] = time.process_time() - began
     listed = ", ".join(f"{side} {taken:.1f} s" for side, taken in seconds.items())
     gain = seconds["eager"] / seconds["onnxruntime"]
-    print(f"{name}, CPU time of a pass over {len(paths)} images: {listed}: {gain:.1f} times as fast as eager")
+    print(f"{name}, CPU time of a pass over {len(blobs)} images: {listed}: {gain:.1f} times as fast as eager")
     return seconds
 
 

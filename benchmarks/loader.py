@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks._augmentations import AUGMENTATIONS, by_v2, mixed_by_v2
-from fpcn_dist.data.backends import has_dali, open_backend
 from fpcn_dist.data.batch import BatchRequest
-from fpcn_dist.data.folders import find_images
-from fpcn_dist.data.images import cache_file, check_images
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import has_dali, open_backend
+from fpcn_dist.data.index.folders import find_images
+from fpcn_dist.data.index.images import cache_file, check_images
 from fpcn_dist.data.mixing import mix, mixture
 from fpcn_dist.data.views import views
 from fpcn_dist.recipe import command_line
@@ -78,7 +79,7 @@ def _pil(config: DataConfig) -> Callable[[str], Any]:
 def _ours(paths: Sequence[str], config: DataConfig, threads: int) -> Iterator[Tensor]:
     ids = np.arange(len(paths))
     parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(paths), _BATCH_SIZE)]
-    requests = (BatchRequest(list(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
+    requests = (BatchRequest(Blob.of_files(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
     decoding = open_backend(config.backend).decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
     with contextlib.closing(decoding):
         for step in range(len(parts)):

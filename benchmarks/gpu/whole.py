@@ -77,12 +77,12 @@ def measure_convergence(bench: Bench, seeds: int, steps: int) -> dict[str, Any]:
 
 def measure_loader(bench: Bench, where: str) -> dict[str, Any]:
     """Images a second that DALI decodes, resizes and crops, from a folder of drawn photographs."""
-    from fpcn_dist.data.backends import has_dali
+    from fpcn_dist.data.decoding.backends import has_dali
 
     if not has_dali():
         return {"skipped": "DALI is not installed"}
+    from fpcn_dist.data.index.manifest import build_manifest
     from fpcn_dist.data.loader import TrainLoader
-    from fpcn_dist.data.manifest import build_manifest
     from fpcn_dist.data.synthetic import generate
     from fpcn_dist.recipe.schema import DataConfig
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.views import Views
 
 BATCHES_IN_FLIGHT = 2
@@ -18,11 +19,11 @@ class BatchRequest(NamedTuple):
     """What a backend needs to make the images of one batch.
 
     Attributes:
-        paths: B files.
+        blobs: B encoded images.
         views: [B] of :data:`fpcn_dist.data.views.VIEW`.
     """
 
-    paths: list[str]
+    blobs: list[Blob]
     views: Views
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -15,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fpcn_dist.data.backends import Decoding, open_backend
 from fpcn_dist.data.batch import Batch, BatchRequest
-from fpcn_dist.data.images import check_image
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import Decoding, open_backend
+from fpcn_dist.data.index.images import check_image
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import (
     BalancedSampler,
@@ -50,7 +50,7 @@ class Replacement(NamedTuple):
 class _Plan(NamedTuple):
     """A rank's share of a batch before it is decoded; columns as in :class:`Batch`."""
 
-    paths: list[str]
+    blobs: list[Blob]
     labels: Ids
     image_ids: Ids
     view_ids: Ids
@@ -58,7 +58,7 @@ class _Plan(NamedTuple):
 
     @property
     def request(self) -> BatchRequest:
-        return BatchRequest(self.paths, self.views)
+        return BatchRequest(self.blobs, self.views)
 
     def batch(self, images: Tensor, device: torch.device, soft_labels: SoftLabels | None = None) -> Batch:
         columns: list[NDArray] = [self.labels, self.image_ids, self.view_ids, crops(self.views)]
@@ -70,10 +70,10 @@ class _Plan(NamedTuple):
         """Which of the images cannot be decoded now, by image id."""
         decoder = open_backend(config.backend).decoder()
         checks = {
-            image_id: (path, check_image(Path(path), config.max_pixels, decoder).reason)
-            for image_id, path in zip(self.image_ids.tolist(), self.paths, strict=True)
+            image_id: (blob, check_image(blob, config.max_pixels, decoder).reason)
+            for image_id, blob in zip(self.image_ids.tolist(), self.blobs, strict=True)
         }
-        return {i: Replacement(i, path, reason) for i, (path, reason) in checks.items() if reason}
+        return {i: Replacement(i, str(blob), reason) for i, (blob, reason) in checks.items() if reason}
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
@@ -198,7 +198,7 @@ class TrainLoader:
             step += 1
 
     def _plan(self, step: int, *, decoded: bool = True) -> _Plan:
-        """This rank's share of a step; without paths and crops where nothing is decoded."""
+        """This rank's share of a step; without blobs and crops where nothing is decoded."""
         batch_ids, batch_views = self._sampler.batch(step)
         if self._config.views is not None:
             batch_views = batch_views % self._config.views
@@ -207,9 +207,9 @@ class TrainLoader:
         labels = self._labels[image_ids]
         if not decoded:
             return _Plan([], labels, image_ids, view_ids, np.zeros(len(labels), VIEW))
-        paths = [str(self._manifest.path(image_id)) for image_id in image_ids.tolist()]
+        blobs = [self._manifest.blob(image_id) for image_id in image_ids.tolist()]
         shown = views(self._seed, image_ids, view_ids, self._config)
-        return _Plan(paths, labels, image_ids, view_ids, shown)
+        return _Plan(blobs, labels, image_ids, view_ids, shown)
 
     def _readable(self, image_id: int, step: int, batch_ids: Ids) -> int:
         """The image itself, or what stands in for it where it is known to be unreadable."""
@@ -244,7 +244,7 @@ class EvalLoader:
     numbers are -1: the central crop is none of the training views. It can be iterated any number of times.
 
     Args:
-        paths: N image files.
+        blobs: N encoded images.
         labels: [N] class indices, -1 where unknown.
         image_ids: [N] ids that the batches carry.
         config: sizes, images per batch, threads.
@@ -258,7 +258,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        blobs: Sequence[Blob],
         labels: Ids,
         image_ids: Ids,
         config: DataConfig,
@@ -268,7 +268,7 @@ class EvalLoader:
         device: torch.device,
     ) -> None:
         mine = slice(rank, None, world_size)
-        self._paths = [str(path) for path in paths[mine]]
+        self._blobs = list(blobs[mine])
         self._labels, self._image_ids = np.asarray(labels)[mine], np.asarray(image_ids)[mine]
         self._config, self._device = config, device
 
@@ -278,15 +278,15 @@ class EvalLoader:
     ) -> EvalLoader:
         """The images of a split."""
         ids = manifest.ids(split)
-        paths = [manifest.path(image_id) for image_id in ids.tolist()]
-        return cls(paths, manifest.labels[ids], ids, config, rank=rank, world_size=world_size, device=device)
+        blobs = [manifest.blob(image_id) for image_id in ids.tolist()]
+        return cls(blobs, manifest.labels[ids], ids, config, rank=rank, world_size=world_size, device=device)
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return -(-len(self._paths) // self._config.eval_batch_size)
+        return -(-len(self._blobs) // self._config.eval_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        size = min(self._config.eval_batch_size, len(self._paths))
+        size = min(self._config.eval_batch_size, len(self._blobs))
         plans = [self._plan(slice(i * size, (i + 1) * size)) for i in range(len(self))]
         if not plans:
             return
@@ -301,8 +301,8 @@ class EvalLoader:
                 yield plan.batch(images, self._device)
 
     def _plan(self, part: slice) -> _Plan:
-        paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]
-        return _Plan(paths, labels, image_ids, np.full(len(paths), -1), centre_views(len(paths)))
+        blobs, labels, image_ids = self._blobs[part], self._labels[part], self._image_ids[part]
+        return _Plan(blobs, labels, image_ids, np.full(len(blobs), -1), centre_views(len(blobs)))
 
     def _explain(self, plan: _Plan, error: RuntimeError) -> NoReturn:
         for _, path, reason in plan.faults(self._config).values():
@@ -327,12 +327,12 @@ class ViewLoader(EvalLoader):
     def __init__(
         self, manifest: Manifest, config: DataConfig, seed: int, image_ids: Ids, view_ids: Ids, device: torch.device
     ) -> None:
-        paths = [manifest.path(image_id) for image_id in image_ids.tolist()]
+        blobs = [manifest.blob(image_id) for image_id in image_ids.tolist()]
         labels = manifest.labels[image_ids]
-        super().__init__(paths, labels, image_ids, config, rank=0, world_size=1, device=device)
+        super().__init__(blobs, labels, image_ids, config, rank=0, world_size=1, device=device)
         self._seed, self._view_ids = seed, view_ids
 
     def _plan(self, part: slice) -> _Plan:
-        paths, labels, image_ids = self._paths[part], self._labels[part], self._image_ids[part]
+        blobs, labels, image_ids = self._blobs[part], self._labels[part], self._image_ids[part]
         view_ids = self._view_ids[part]
-        return _Plan(paths, labels, image_ids, view_ids, views(self._seed, image_ids, view_ids, self._config))
+        return _Plan(blobs, labels, image_ids, view_ids, views(self._seed, image_ids, view_ids, self._config))

@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.folders import find_images
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.folders import find_images
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.data.synthetic import generate
 from fpcn_dist.deploy import onnx_predict
 from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
@@ -47,9 +48,9 @@ _OTHER_VERSIONS = "install the versions of constraints.txt, or use --format safe
 
 @dataclass(frozen=True)
 class _Photographs:
-    """Files to show to a model, with labels where they have any."""
+    """Images to show to a model, with labels where they have any."""
 
-    files: list[Path]
+    blobs: list[Blob]
     labels: NDArray[np.int64]
     name: str
 
@@ -60,13 +61,13 @@ class _Photographs:
         ids = manifest.ids(split)
         if most is not None and len(ids) > most:
             ids = ids[np.linspace(0, len(ids) - 1, most).round().astype(int)]
-        return cls([manifest.path(image_id) for image_id in ids.tolist()], manifest.labels[ids], f"{split} images")
+        return cls([manifest.blob(image_id) for image_id in ids.tolist()], manifest.labels[ids], f"{split} images")
 
     def batches(self, info: ModelInfo) -> Iterator[Batch]:
         config = info.preprocessing.changed(eval_batch_size=_BATCH)
-        ids = np.arange(len(self.files))
+        ids = np.arange(len(self.blobs))
         device = torch.device("cpu")
-        return iter(EvalLoader(self.files, self.labels, ids, config, rank=0, world_size=1, device=device))
+        return iter(EvalLoader(self.blobs, self.labels, ids, config, rank=0, world_size=1, device=device))
 
 
 def export_onnx(
@@ -104,7 +105,7 @@ def export_onnx(
             generate(Path(folder), images_per_class=6)
             files = list(find_images(Path(folder)))[:_PARITY_IMAGES]
             console.print(f"The photographs of {run_dir} are not at hand: generated images take their place.")
-            photographs = _Photographs(files, np.full(len(files), -1), "generated images")
+            photographs = _Photographs(Blob.of_files(files), np.full(len(files), -1), "generated images")
         else:
             photographs = _Photographs.of(manifest, ("val", "test", "train"), _PARITY_IMAGES)
         _check_parity(exportable, _open(proto, info, output), info, photographs, run_dir, console)
@@ -115,7 +116,7 @@ def export_onnx(
         images = (batch.images.numpy() for batch in calibration.batches(info))
         quantised = quantise(proto, info, head, images)
         written.append(_save(quantised, output / INT8_FILE))
-        console.print(f"Calibrated on {len(calibration.files)} {calibration.name}.", highlight=False)
+        console.print(f"Calibrated on {len(calibration.blobs)} {calibration.name}.", highlight=False)
         console.print(_compare(written, info, _Photographs.of(manifest, ("test", "val", "train"))))
     for path in written:
         console.print(f"Wrote {path} ({_megabytes(path)}).", highlight=False)
@@ -172,7 +173,7 @@ def _check_parity(
         reference, undecided = _reference(exportable, batch.images, mask, run_dir)
         ties += undecided
         try:
-            files = [photographs.files[index] for index in batch.image_ids.tolist()]
+            files = [Path(photographs.blobs[index].path) for index in batch.image_ids.tolist()]
             pixels = [exported.read(file) for file in files]
         except ValueError as error:
             raise UserError(
@@ -235,7 +236,7 @@ def _compare(paths: Sequence[Path], info: ModelInfo, photographs: _Photographs) 
     for batch in photographs.batches(info):
         predicted = np.stack([model.run(batch.images.numpy())[0].argmax(axis=1) for model in models])
         correct += (predicted == batch.labels.numpy()).sum(axis=1)
-    count = len(photographs.files)
+    count = len(photographs.blobs)
     table = Table("model", "size", f"accuracy on {count} {photographs.name}")
     for path, hits in zip(paths, correct.tolist(), strict=True):
         table.add_row(path.name, _megabytes(path), f"{100 * hits / count:.1f} %")

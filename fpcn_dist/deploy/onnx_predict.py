@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fpcn_dist.data.folders import find_files
+from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
@@ -163,7 +163,7 @@ def _check(model: OnnxModel) -> None:
 
 
 def read_image(path: Path, resize: int, crop: int, fit: str, interpolation: str) -> NDArray[np.uint8]:
-    """Grey levels [crop, crop, 3] of the central crop, upright, as evaluation cuts it: :mod:`fpcn_dist.data.dali`.
+    """Grey levels [crop, crop, 3] of the central crop, upright, as :mod:`fpcn_dist.data.decoding` cuts it.
 
     Raises:
         ValueError: the file is no readable image; says why.

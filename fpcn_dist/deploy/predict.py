@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from fpcn_dist.data.folders import find_files
-from fpcn_dist.data.images import Refused, check_images, refusal_table
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.folders import find_files
+from fpcn_dist.data.index.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
@@ -99,9 +100,15 @@ def _classify(
     model: Classifier, info: ModelInfo, files: list[Path], overlays: Path, device: torch.device, precision: str
 ) -> Iterator[list[Prediction]]:
     """Predictions batch by batch, in the order of ``files``; the overlays of a batch are on disk when it comes."""
-    count = len(files)
+    count, blobs = len(files), Blob.of_files(files)
     loader = EvalLoader(
-        files, np.full(count, -1), np.arange(count), info.preprocessing, rank=0, world_size=1, device=device
+        blobs,
+        np.full(count, -1),
+        np.arange(count),
+        info.preprocessing,
+        rank=0,
+        world_size=1,
+        device=device,
     )
     names = overlay_names(files)
 

@@ -13,6 +13,7 @@ from fpcn_kernels import reference
 from PIL import Image
 from torch import Tensor
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
 
@@ -22,7 +23,7 @@ _TOLERANCE = 1e-3
 
 def decoding(device: torch.device) -> Iterator[Finding]:
     """Compare what the pipeline of the training makes of one JPEG with what Pillow makes of it."""
-    from fpcn_dist.data.backends import open_backend
+    from fpcn_dist.data.decoding.backends import open_backend
     from fpcn_dist.data.loader import EvalLoader
 
     backend = open_backend("auto").name
@@ -33,7 +34,7 @@ def decoding(device: torch.device) -> Iterator[Finding]:
         file = Path(folder, "gradient.jpg")
         Image.fromarray(pixels).save(file, quality=95)
         label = np.zeros(1, dtype=np.int64)
-        (batch,) = EvalLoader([file], label, label, config, rank=0, world_size=1, device=device)
+        (batch,) = EvalLoader([Blob(str(file))], label, label, config, rank=0, world_size=1, device=device)
         with Image.open(file) as image:
             expected_HWC = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR), dtype=np.float32)
     mean, std = (np.array(values, np.float32) for values in (config.preprocessing.mean, config.preprocessing.std))
@@ -102,8 +103,8 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 
 def data(folder: Path) -> Iterator[Finding]:
     """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
-    from fpcn_dist.data.backends import open_backend
-    from fpcn_dist.data.manifest import build_manifest
+    from fpcn_dist.data.decoding.backends import open_backend
+    from fpcn_dist.data.index.manifest import build_manifest
 
     backend = open_backend("auto").name
     any_size = DataConfig(backend=backend, classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.reading import dump_recipe, load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.environment import describe_environment

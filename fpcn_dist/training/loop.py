@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import Replacement, TrainLoader
-from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluator

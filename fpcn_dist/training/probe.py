@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fpcn_dist.data.images import show_refused
+from fpcn_dist.data.index.images import show_refused
+from fpcn_dist.data.index.manifest import Manifest, build_manifest
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.deploy.onnx_backbone import frozen_features
 from fpcn_dist.models import Backbone, build_backbone
 from fpcn_dist.recipe.schema import Recipe
@@ -48,8 +48,8 @@ def centre_features(
     Raises:
         UserError: an image cannot be read.
     """
-    paths = [manifest.path(image_id) for image_id in ids.tolist()]
-    loader = EvalLoader(paths, manifest.labels[ids], ids, recipe.data, rank=0, world_size=1, device=device)
+    blobs = [manifest.blob(image_id) for image_id in ids.tolist()]
+    loader = EvalLoader(blobs, manifest.labels[ids], ids, recipe.data, rank=0, world_size=1, device=device)
     extract = frozen_features(backbone, device, recipe.data.threads, images=len(ids))
     batches = track(loader, "features", len(loader), console=Console(), transient=True)
     return np.concatenate([extract(batch.images).mean((2, 3)).float().cpu().numpy() for batch in batches])

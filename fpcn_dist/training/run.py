@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader, Replacement
-from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.models.cost import peak_flops
 from fpcn_dist.recipe.training import Depth
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks._augmentations import AUGMENTATIONS, by_v2
 from benchmarks.loader import augmentation_benchmark
-from fpcn_dist.data.backends import has_dali
+from fpcn_dist.data.decoding.backends import has_dali
 from fpcn_dist.recipe.schema import DataConfig
 
 ROOT = Path(__file__).parents[2]

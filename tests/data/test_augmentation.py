@@ -12,10 +12,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fpcn_dist.data.augmentation import color_jitter, policy_operation, view_pixels
-from fpcn_dist.data.backends import has_dali, open_backend
 from fpcn_dist.data.batch import BatchRequest
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import has_dali, open_backend
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import TrainLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.data.views import OPERATIONS, centre_views, views
 from fpcn_dist.recipe.schema import DataConfig
 
@@ -46,7 +47,7 @@ def _config(name: str, **values) -> DataConfig:
 def _requests(paths: list[Path], config: DataConfig) -> list[BatchRequest]:
     """Two batches of other views."""
     ids = np.arange(len(paths))
-    return [BatchRequest([str(path) for path in paths], views(1, ids, ids * 0 + step, config)) for step in (0, 1)]
+    return [BatchRequest(Blob.of_files(paths), views(1, ids, ids * 0 + step, config)) for step in (0, 1)]
 
 
 def _decoded(paths: list[Path], config: DataConfig) -> list[Tensor]:
@@ -78,14 +79,14 @@ def test_what_a_gpu_makes_of_decoded_images_is_the_same(paths: list[Path], name:
     """The pipeline of a GPU on the CPU: DALI decodes, PyTorch makes the views of its list of images."""
     from nvidia.dali import Pipeline
 
-    from fpcn_dist.data.dali import Afterwards, decoded_by_dali, is_plain
+    from fpcn_dist.data.decoding.dali import Afterwards, decoded_by_dali, is_plain
 
     config = _config(name)
     assert not is_plain(config)
     afterwards = Afterwards(config, CPU)
     pipeline = Pipeline(batch_size=len(paths), num_threads=1, device_id=None, prefetch_queue_depth=2)
     with pipeline:
-        pipeline.set_outputs(decoded_by_dali(afterwards.note(iter(_requests(paths, config))), "cpu"))
+        pipeline.set_outputs(decoded_by_dali(afterwards.note(iter(_requests(paths, config))), "cpu", 1))
     for expected in _decoded(paths, _config(name, backend="torchvision")):
         (images,) = pipeline.run()
         torch.testing.assert_close(afterwards(images), expected, rtol=0, atol=1e-5)
@@ -97,7 +98,7 @@ def test_what_a_gpu_makes_of_decoded_images_is_the_same(paths: list[Path], name:
 def test_plain_views_of_a_gpu_are_the_same_within_a_grey_level(paths: list[Path]) -> None:
     from nvidia.dali import Pipeline
 
-    from fpcn_dist.data.dali import is_plain, plain_views_by_dali
+    from fpcn_dist.data.decoding.dali import is_plain, plain_views_by_dali
 
     config = DataConfig(resize=40, crop=32, augment={"mixup": 0.2})  # pyright: ignore[reportArgumentType]
     assert is_plain(config)
@@ -108,7 +109,7 @@ def test_plain_views_of_a_gpu_are_the_same_within_a_grey_level(paths: list[Path]
         )
     pipeline = Pipeline(batch_size=len(paths), num_threads=1, device_id=None)
     with pipeline:
-        pipeline.set_outputs(plain_views_by_dali(iter(requests), config, "cpu"))
+        pipeline.set_outputs(plain_views_by_dali(iter(requests), config, "cpu", 1))
     (images,) = pipeline.run()
     decoding = open_backend("torchvision").decoding(iter(requests), config, CPU, len(paths), 1)
     with contextlib.closing(decoding):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import TrainLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.data.mixing import Mixture, mix, mixture
 from fpcn_dist.recipe.augment import AugmentConfig
 from fpcn_dist.recipe.schema import DataConfig

@@ -14,8 +14,8 @@ from fpcn_kernels import masked_pool
 from rich.console import Console
 from torch import nn
 
+from fpcn_dist.data.index.manifest import Manifest, build_manifest
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.deploy import onnx_export, onnx_graph, onnx_predict
 from fpcn_dist.deploy.onnx_export import export_onnx
 from fpcn_dist.deploy.onnx_graph import ExportableModel, to_onnx
@@ -114,7 +114,7 @@ def test_an_export_shows_images_as_the_model_was_trained(
     _export(run)
     model = onnx_predict.open_model(run / "model.onnx")
     assert (model.mean, model.std, model.interpolation) == (own.mean, own.std, own.interpolation)
-    files = [manifest.path(index) for index in range(0, len(manifest.images), 9)]
+    files = [Path(manifest.blob(index).path) for index in range(0, len(manifest.images), 9)]
     expected = [one.probabilities for one in predict(run, files, tmp_path / "out")]
     found, _ = onnx_predict.classify(model, files)
     others, _ = onnx_predict.classify(onnx_predict.open_model(exported[0] / "model.onnx"), files)

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fpcn_dist.data.folders import SUFFIXES
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.folders import SUFFIXES
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy import onnx_predict
 from fpcn_dist.deploy.onnx_graph import ExportableModel, to_onnx
@@ -100,7 +101,7 @@ def test_pillow_makes_the_pixels_of_evaluation(tmp_path: Path) -> None:
     # Odd sizes: the centre is rounded.
     for resize, fit, own in itertools.product((104, 97), ("squeeze", "pad", "short_side"), ({}, cubic)):
         config = DataConfig(resize=resize, crop=64, fit=fit, threads=1, **own)
-        loader = EvalLoader(files, ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
+        loader = EvalLoader(Blob.of_files(files), ids, ids, config, rank=0, world_size=1, device=torch.device("cpu"))
         (batch,) = loader
         for file, image in zip(files, batch.images, strict=True):
             pixels = onnx_predict.read_image(file, resize, 64, fit, config.preprocessing.interpolation)

@@ -226,7 +226,7 @@ def test_an_import_that_fails(monkeypatch):
 
 def test_a_decoder_that_is_wrong(monkeypatch):
     for backend in ("dali", "torchvision"):
-        monkeypatch.setattr(f"fpcn_dist.data.{backend}.view_pixels", lambda image, *_: 255 - image[:48, :48])
+        monkeypatch.setattr(f"fpcn_dist.data.decoding.{backend}.view_pixels", lambda image, *_: 255 - image[:48, :48])
     (line,) = found(computing.decoding, CPU)
     assert line.status == "problem" and "grey levels" in line.found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.data.backends import has_dali
+from fpcn_dist.data.decoding.backends import has_dali
 from tests.helpers.backends import without
 from tests.helpers.launching import ROOT, Runs, command, environment, losses
 from tests.launch.test_resume import copy_of
@@ -37,7 +37,7 @@ def test_every_module_but_one_is_imported_without_dali(blocked: dict[str, str], 
     done = run([sys.executable, "-W", "ignore", "-c", program], blocked, tmp_path)
     assert done.returncode == 0, done.stderr
     failed = [line.split() for line in done.stdout.splitlines()]
-    assert [module for module, missing in failed if missing.startswith("nvidia")] == ["fpcn_dist.data.dali"]
+    assert [module for module, missing in failed if missing.startswith("nvidia")] == ["fpcn_dist.data.decoding.dali"]
 
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.functional import classification as oracle
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import build_model
 from fpcn_dist.models.modes import evaluating
@@ -154,19 +155,20 @@ def _network(task: str = "contrast") -> nn.Module:
     return build_model(ModelConfig(backbone="test_resnet", pretrained=False, hidden=16), 3, task=task)
 
 
-def _photographs(root: Path, count: int) -> tuple[list[Path], np.ndarray]:
+def _photographs(root: Path, count: int) -> tuple[list[Blob], np.ndarray]:
     """``count`` of the rocks, class after class in turn, and their labels."""
     labels = np.arange(count) % 3
-    return [root / CLASSES[label] / f"{number // 3:04d}.jpg" for number, label in enumerate(labels)], labels
+    paths = [root / CLASSES[label] / f"{number // 3:04d}.jpg" for number, label in enumerate(labels)]
+    return Blob.of_files(paths), labels
 
 
 def _evaluate_photographs(
     root: Path, count: int, *, group: dist.ProcessGroup | None = None, samples: SampleCollector | None = None
 ) -> Evaluation:
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    paths, labels = _photographs(root, count)
+    blobs, labels = _photographs(root, count)
     loader = EvalLoader(
-        paths, labels, np.arange(count), DATA, rank=rank, world_size=world_size, device=torch.device("cpu")
+        blobs, labels, np.arange(count), DATA, rank=rank, world_size=world_size, device=torch.device("cpu")
     )
     return evaluate(_network(), loader, CLASSES, num_images=count, group=group, samples=samples)
 
@@ -174,8 +176,8 @@ def _evaluate_photographs(
 @pytest.mark.parametrize("task", ["contrast", "classify"])
 def test_networks_image_by_image(rocks: Path, task: str) -> None:
     """Batches of the evaluation give what each image gives alone; a model in training is left as it was."""
-    paths, labels = _photographs(rocks, 10)
-    loader = EvalLoader(paths, labels, np.arange(10), DATA, rank=0, world_size=1, device=torch.device("cpu"))
+    blobs, labels = _photographs(rocks, 10)
+    loader = EvalLoader(blobs, labels, np.arange(10), DATA, rank=0, world_size=1, device=torch.device("cpu"))
     batches = list(loader)
     model = _network(task).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import TrainLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runtime.errors import Preempted
 from fpcn_dist.tasks import build_task

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import TrainLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.recipe.schema import DataConfig
 from tests.helpers.backends import BACKENDS
 from tests.helpers.launching import command, losses

@@ -13,7 +13,8 @@ import timm.data
 import torch
 from PIL import Image
 
-from fpcn_dist.data.backends import has_dali
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import has_dali
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import Classifier
 from fpcn_dist.recipe.preprocessing import IMAGENET, Preprocessing
@@ -74,7 +75,7 @@ def test_logits_are_those_of_timms_own_pipeline(
         model=ModelConfig(backbone=name, pretrained=str(path)),
     )
     (batch,), (as_imagenet,) = (
-        EvalLoader(files, np.zeros(3), np.arange(3), chosen.data, rank=0, world_size=1, device=CPU)
+        EvalLoader(Blob.of_files(files), np.zeros(3), np.arange(3), chosen.data, rank=0, world_size=1, device=CPU)
         for chosen in (name_preprocessing(left), left.with_preprocessing(IMAGENET))
     )
     ours = Classifier(name, 1000, pretrained=str(path)).eval()

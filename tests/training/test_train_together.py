@@ -168,7 +168,7 @@ def test_a_file_that_turns_bad_is_in_the_records_of_all(tmp_path, rocks, monkeyp
     attach = loop.attach_teacher
 
     def damage_and_attach(chosen, output, manifest, ranks):
-        first = manifest.path(int(manifest.ids("train")[0]))
+        first = Path(str(manifest.blob(int(manifest.ids("train")[0]))))
         first.write_bytes(first.read_bytes()[:-200])
         return attach(chosen, output, manifest, ranks)
 

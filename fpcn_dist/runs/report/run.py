@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runs.probe import Probe

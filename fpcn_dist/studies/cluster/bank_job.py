@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.models import FPCN
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runtime.ranks import own_device, use_threads

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import ContrastConfig, Recipe
 from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.studies.cluster.ranks import Rendezvous, describe_rank, join, write_output_to

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpcn_dist import __version__
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runs.evaluation import AREAS, Evaluation
 from fpcn_dist.runs.metrics import read_metrics
@@ -304,5 +304,5 @@ def _costs(entry: Mapping[str, Any] | None, printed: paper.Student | None) -> tu
 
 
 def _load(manifest: Manifest, ids: Any, config: DataConfig, device: Any) -> EvalLoader:
-    files = [manifest.path(i) for i in ids.tolist()]
-    return EvalLoader(files, manifest.labels[ids], ids, config, rank=0, world_size=1, device=device)
+    blobs = [manifest.blob(i) for i in ids.tolist()]
+    return EvalLoader(blobs, manifest.labels[ids], ids, config, rank=0, world_size=1, device=device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.studies.cluster import Slots
 

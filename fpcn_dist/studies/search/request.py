@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
+from fpcn_dist.data.index.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runtime.errors import UserError

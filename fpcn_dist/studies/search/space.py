@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 
 from pydantic import BaseModel
 
-from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
+from fpcn_dist.data.index.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.models.fpcn import region_name
 from fpcn_dist.recipe.reading import recipe_from_dict
 from fpcn_dist.recipe.schema import Dimension, ModelConfig, Recipe

@@ -21,7 +21,7 @@ from ray import tune
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.models import build_model
 from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.reading import load_recipe

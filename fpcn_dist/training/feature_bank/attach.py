@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.models import FPCN
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
 from fpcn_dist.runtime.errors import Outage, UserError

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader, ViewLoader
-from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.training.view_bank import META, Ids, ViewBank, read_description
 
@@ -92,9 +92,9 @@ class FeatureBank(ViewBank):
         config = self.recipe.data.changed(eval_batch_size=size)
         if self.split == "train":
             return ViewLoader(self.manifest, config, self.recipe.seed, image_ids, view_ids, device)
-        paths = [self.manifest.path(image_id) for image_id in image_ids.tolist()]
+        blobs = [self.manifest.blob(image_id) for image_id in image_ids.tolist()]
         labels = self.manifest.labels[image_ids]
-        return EvalLoader(paths, labels, image_ids, config, rank=0, world_size=1, device=device)
+        return EvalLoader(blobs, labels, image_ids, config, rank=0, world_size=1, device=device)
 
     def open(self, region: str, device: torch.device) -> Features:
         """The features of one of its regions, on a device."""

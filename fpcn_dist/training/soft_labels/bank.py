@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from fpcn_dist.data.batch import Batch
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import ViewLoader
-from fpcn_dist.data.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.training.view_bank import Ids, ViewBank
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fpcn_dist.data.manifest import SPLIT_FIELDS, Manifest
+from fpcn_dist.data.index.manifest import SPLIT_FIELDS, Manifest
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.modes import autocast

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import EvalLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
 from fpcn_dist.runs.evaluation import AREAS, AreaScore, ClassScore, Evaluation, evaluate

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fpcn_dist.data.manifest import CHECK_FIELDS, SPLIT_FIELDS
+from fpcn_dist.data.index.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.models.fpcn import region_name
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.search.request import SearchRequest, checked, feature_regions, make_plan, require_searchable

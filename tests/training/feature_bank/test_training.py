@@ -63,7 +63,7 @@ def test_neither_images_nor_backbone_are_looked_at_while_it_is_frozen(rocks, tmp
     decoded, seen, decode, forward = [], [], loader._decode, TimmNet.forward
 
     def count(requests, *rest):
-        return decode((decoded.append(len(request.paths)) or request for request in requests), *rest)
+        return decode((decoded.append(len(request.blobs)) or request for request in requests), *rest)
 
     monkeypatch.setattr(loader, "_decode", count)
     monkeypatch.setattr(TimmNet, "forward", lambda net, images: seen.append(len(images)) or forward(net, images))

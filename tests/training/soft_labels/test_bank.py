@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fpcn_dist.data.index.manifest import Manifest, build_manifest
 from fpcn_dist.data.loader import TrainLoader
-from fpcn_dist.data.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
@@ -112,7 +112,7 @@ import sys
 from pathlib import Path
 from fpcn_dist.training.soft_labels.bank import prepare_bank
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.data.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.training.soft_labels.teacher import open_teacher
 from tests.training.soft_labels.test_bank import CPU, Counting
 recipe = Recipe.model_validate_json({chosen.model_dump_json()!r})

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import TrainLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.deploy import onnx_backbone
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runs.evaluation import Evaluation

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fpcn_dist.data import backends
-from fpcn_dist.data.backends import has_dali, open_backend
 from fpcn_dist.data.batch import BatchRequest
-from fpcn_dist.data.images import check_images
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding import backends
+from fpcn_dist.data.decoding.backends import has_dali, open_backend
+from fpcn_dist.data.index.images import check_images
+from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
-from fpcn_dist.data.manifest import build_manifest
 from fpcn_dist.data.resizing import view_crop
 from fpcn_dist.data.views import centre_views
 from fpcn_dist.recipe.preprocessing import IMAGENET, Interpolation
@@ -35,7 +36,7 @@ LEVEL = 1.01 / 255
 
 def _decoded(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tensor:
     """[B, 3, crop, crop] as a backend gives them to the network."""
-    request = BatchRequest([str(path) for path in paths], crop_views(crops, config))
+    request = BatchRequest(Blob.of_files(paths), crop_views(crops, config))
     decoding = open_backend(config.backend).decoding(iter([request]), config, CPU, len(paths), 2)
     with contextlib.closing(decoding):
         return decoding.next()
@@ -98,7 +99,7 @@ def _by_both_resizers(sources: list[np.ndarray], corners: np.ndarray, config: Da
     """[B, crop, crop, 3] grey levels by the GPU's resizer, here on the CPU, and by the CPU's."""
     from nvidia.dali import Pipeline, fn
 
-    from fpcn_dist.data.dali import resize_by_dali
+    from fpcn_dist.data.decoding.dali import resize_by_dali
 
     pipeline = Pipeline(batch_size=len(sources), num_threads=1, device_id=None)
     with pipeline:
@@ -164,7 +165,7 @@ def files(rocks: Path) -> list[str]:
 def _requests(files: list[str], asked: list[str]) -> Iterator[BatchRequest]:
     for file in files:
         asked.append(file)
-        yield BatchRequest([file], centre_views(1))
+        yield BatchRequest([Blob(file)], centre_views(1))
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_a_file_that_turns_bad_leaves_no_threads_behind(
     broken.write_bytes(Path(files[0]).read_bytes()[:-300])
     config = DataConfig(backend="torchvision", resize=32, crop=32, eval_batch_size=1)
     paths = [Path(files[0]), broken, Path(files[1])]
-    loader = EvalLoader(paths, np.zeros(3), np.arange(3), config, rank=0, world_size=1, device=CPU)
+    loader = EvalLoader(Blob.of_files(paths), np.zeros(3), np.arange(3), config, rank=0, world_size=1, device=CPU)
     with pytest.raises(UserError, match=f"image {broken}: the image data are truncated or damaged"):
         list(loader)
     assert threads() == 0

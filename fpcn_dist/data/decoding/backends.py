@@ -78,12 +78,12 @@ def open_backend(name: DecodingBackend) -> Backend:
         UserError: DALI is asked for, and is not installed.
     """
     if name == "torchvision" or (name == "auto" and not has_dali()):
-        from fpcn_dist.data import torchvision
+        from fpcn_dist.data.decoding import torchvision
 
         return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, torchvision.Decoder)
     if not has_dali():
         hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
         raise UserError("data.backend", name, "DALI is not installed here", hint)
-    from fpcn_dist.data import dali
+    from fpcn_dist.data.decoding import dali
 
     return Backend("dali", dali.VERSION, dali.Decoding, dali.Decoder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fpcn_dist.data.folders import SUFFIXES, find_images
-from fpcn_dist.data.images import Check, Refused, cache_file, check_images
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.folders import SUFFIXES, find_images
+from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
 from fpcn_dist.data.sampler import check_composition
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
@@ -98,9 +100,9 @@ class Manifest:
         """How many images of a split each class has."""
         return tuple(np.bincount(self.labels[self.ids(split)], minlength=len(self.classes)).tolist())
 
-    def path(self, image_id: int) -> Path:
-        """Where the image lies."""
-        return Path(self.root, self.images[image_id].path)
+    def blob(self, image_id: int) -> Blob:
+        """Where the bytes of the image lie."""
+        return Blob(os.path.join(self.root, self.images[image_id].path))
 
     def to_json(self) -> str:
         """Everything as JSON, one image a line; read back by :meth:`from_json`."""

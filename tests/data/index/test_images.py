@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fpcn_dist.data.backends import open_backend
-from fpcn_dist.data.images import Refused, cache_file, check_image, check_images, refusal_table
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import open_backend
+from fpcn_dist.data.index.images import Refused, cache_file, check_image, check_images, refusal_table
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -88,7 +89,7 @@ def test_a_huge_image_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch
     (path,) = _write(tmp_path, {"huge.png": _huge_png()})
     decoder = open_backend("auto").decoder()
     monkeypatch.setattr(decoder, "decodes", None)
-    assert "announces 20000 x 20000" in str(check_image(path, 100_000_000, decoder).reason)
+    assert "announces 20000 x 20000" in str(check_image(Blob(str(path)), 100_000_000, decoder).reason)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -160,7 +161,7 @@ def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
     script = (
-        "import sys; from pathlib import Path; from fpcn_dist.data.images import check_images\n"
+        "import sys; from pathlib import Path; from fpcn_dist.data.index.images import check_images\n"
         "paths = sorted(Path(sys.argv[1]).iterdir())\n"
         "for bound in [10**8, 10**7] * 20 + [10**8]:\n"
         "    assert all(check.ok for check in check_images(paths, bound, Path(sys.argv[2])))"

@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from fpcn_dist.data.backends import open_backend
 from fpcn_dist.data.batch import BatchRequest
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import open_backend
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import DataConfig
@@ -27,7 +28,7 @@ LEVEL = 1.01 / 255
 
 def _pipeline(paths: list[Path], crops: np.ndarray, config: DataConfig) -> Tensor:
     """[B, 3, crop, crop] pixels in [0, 1] as a backend makes them."""
-    request = BatchRequest([str(path) for path in paths], crop_views(crops, config))
+    request = BatchRequest(Blob.of_files(paths), crop_views(crops, config))
     decoding = open_backend("auto").decoding(iter([request]), config, CPU, len(paths), 2)
     with contextlib.closing(decoding):
         images = decoding.next()
@@ -78,7 +79,7 @@ def test_evaluation_equals_the_usual_torchvision_transform(rocks: Path) -> None:
             transforms.Normalize(IMAGENET.mean, IMAGENET.std),
         ]
     )
-    loader = EvalLoader(paths, np.zeros(8), np.arange(8), config, rank=0, world_size=1, device=CPU)
+    loader = EvalLoader(Blob.of_files(paths), np.zeros(8), np.arange(8), config, rank=0, world_size=1, device=CPU)
     images = torch.cat([batch.images for batch in loader])
     expected = torch.stack([usual(Image.open(path).convert("RGB")) for path in paths])
     assert (images - expected).abs().max() < LEVEL / min(IMAGENET.std)

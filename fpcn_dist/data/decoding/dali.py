@@ -1,6 +1,6 @@
 """All that touches NVIDIA DALI and nvImageCodec, its decoder: one pipeline for training, evaluation and prediction.
 
-    path --read--> bytes --decode--> RGB uint8 HWC --view--> [crop, crop] uint8 --normalise--> float32 CHW
+    file --read--> bytes --decode--> RGB uint8 HWC --view--> [crop, crop] uint8 --normalise--> float32 CHW
 
 EXIF orientation is applied. On the CPU the view is made by PyTorch inside DALI's pipeline: the same antialiased
 filter, vectorised for uint8, in a fraction of the time that DALI's takes. On a GPU all steps are DALI's where views
@@ -16,11 +16,12 @@ DALI once: by up to ten, in a pixel of 2,000.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +37,14 @@ from nvidia.dali.data_node import DataNode
 
 from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.normalisation import Normalisation
 from fpcn_dist.data.views import VIEW, Views
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import DataConfig
 
 VERSION: str = nvimgcodec.__version__
+_NO_IMAGE = b"unreadable"
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -73,9 +76,9 @@ class Decoding:
 
     def _images(self, requests: Iterator[BatchRequest], threads: int) -> DataNode:
         if self._afterwards is not None:
-            return decoded_by_dali(self._afterwards.note(requests), "mixed")
+            return decoded_by_dali(self._afterwards.note(requests), "mixed", threads)
         if self._device.type == "cuda":
-            return plain_views_by_dali(requests, self._config, "mixed")
+            return plain_views_by_dali(requests, self._config, "mixed", threads)
         return views_by_torch(requests, self._config, threads)
 
     def next(self) -> Tensor:
@@ -125,14 +128,34 @@ class Afterwards:
         return self._normalised(torch.stack(pixels))
 
 
-def _path_bytes(request: BatchRequest) -> list[NDArray[np.uint8]]:
-    """Paths in the form that the pipeline reads."""
-    return [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in request.paths]
+class _Read(NamedTuple):
+    """A request whose bytes are at hand."""
+
+    encoded: list[NDArray[np.uint8]]
+    views: Views
 
 
-def _decode(path: DataNode, device: str) -> DataNode:
-    # A file that is cut short while it is mapped into memory would kill the process, so read it.
-    encoded = fn.io.file.read(path, dont_use_mmap=True)
+def _read_ahead(requests: Iterator[BatchRequest], threads: int) -> Iterator[_Read]:
+    """Requests with their bytes, which threads read while the batches before them are decoded and used."""
+    ahead: deque[tuple[list[Future[NDArray[np.uint8]]], Views]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="reading") as pool:
+        for request in itertools.chain(requests, [None] * BATCHES_IN_FLIGHT):
+            if request is not None:
+                ahead.append(([pool.submit(_read, blob) for blob in request.blobs], request.views))
+            if ahead and (request is None or len(ahead) > BATCHES_IN_FLIGHT):
+                parts, views = ahead.popleft()
+                yield _Read([part.result() for part in parts], views)
+
+
+def _read(blob: Blob) -> NDArray[np.uint8]:
+    """Its bytes; of what cannot be read, bytes that no decoder takes, so that it fails with its own batch."""
+    try:
+        return np.frombuffer(blob.read() or _NO_IMAGE, dtype=np.uint8)
+    except OSError:
+        return np.frombuffer(_NO_IMAGE, dtype=np.uint8)
+
+
+def _decode(encoded: DataNode, device: str) -> DataNode:
     # Fancy upsampling is what the CPU decoder does to chroma; asked for, the GPU gives the same image.
     return fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
 
@@ -148,30 +171,32 @@ def _normalise(pixels: DataNode, shown: Preprocessing, flip: DataNode | int = 0)
     )
 
 
-def decoded_by_dali(requests: Iterator[BatchRequest], device: str) -> DataNode:
+def decoded_by_dali(requests: Iterator[BatchRequest], device: str, threads: int) -> DataNode:
     """The images as their files have them: uint8 HWC of any sizes; ``device`` is "mixed" (to a GPU) or "cpu"."""
-    return _decode(fn.external_source(source=lambda: _path_bytes(next(requests)), batch=True), device)
+    read = _read_ahead(requests, threads)
+    return _decode(fn.external_source(source=lambda: next(read).encoded, batch=True), device)
 
 
-def plain_views_by_dali(requests: Iterator[BatchRequest], config: DataConfig, device: str) -> DataNode:
+def plain_views_by_dali(requests: Iterator[BatchRequest], config: DataConfig, device: str, threads: int) -> DataNode:
     """Crops of the squeezed images, mirrored where their views say so, by DALI alone: float32 CHW, normalised."""
+    read = _read_ahead(requests, threads)
 
     def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32]]:
-        request, room = next(requests), config.resize - config.crop
-        corners = np.stack([request.views["down"], request.views["right"]], axis=1) * room
-        return _path_bytes(request), corners.round().astype(np.int32), request.views["flip"].astype(np.int32)
+        (encoded, views), room = next(read), config.resize - config.crop
+        corners = np.stack([views["down"], views["right"]], axis=1) * room
+        return encoded, corners.round().astype(np.int32), views["flip"].astype(np.int32)
 
-    path, corner, flip = fn.external_source(source=source, num_outputs=3, batch=True)
-    return _normalise(resize_by_dali(_decode(path, device), corner, config), config.preprocessing, flip)
+    encoded, corner, flip = fn.external_source(source=source, num_outputs=3, batch=True)
+    return _normalise(resize_by_dali(_decode(encoded, device), corner, config), config.preprocessing, flip)
 
 
 def views_by_torch(requests: Iterator[BatchRequest], config: DataConfig, threads: int) -> DataNode:
     """Views of any kind, made by PyTorch on the CPU: float32 CHW, normalised."""
-    pool = ThreadPoolExecutor(threads)
+    pool, read = ThreadPoolExecutor(threads), _read_ahead(requests, threads)
 
     def source() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
-        request = next(requests)
-        return _path_bytes(request), request.views.view(np.uint8).reshape(len(request.views), -1)
+        encoded, views = next(read)
+        return encoded, views.view(np.uint8).reshape(len(views), -1)
 
     def make(image: NDArray[np.uint8], view: NDArray[np.uint8]) -> NDArray[np.uint8]:
         pixels = view_pixels(torch.from_numpy(image), view.view(VIEW)[0], config)
@@ -180,8 +205,8 @@ def views_by_torch(requests: Iterator[BatchRequest], config: DataConfig, threads
     def make_batch(images: list[NDArray[np.uint8]], views: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
         return list(pool.map(make, images, views))
 
-    path, view = fn.external_source(source=source, num_outputs=2, batch=True)
-    images = _decode(path, "cpu")
+    encoded, view = fn.external_source(source=source, num_outputs=2, batch=True)
+    images = _decode(encoded, "cpu")
     made = fn.python_function(images, view, function=make_batch, batch_processing=True, output_layouts="HWC")
     return _normalise(made, config.preprocessing)
 

@@ -18,7 +18,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from fpcn_dist.data.backends import Decoder, has_dali, open_backend
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import Decoder, has_dali, open_backend
 from fpcn_dist.recipe.schema import DecodingBackend
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
@@ -85,7 +86,7 @@ def check_images(
     def check(i: int) -> Check:
         if not hasattr(local, "decoder"):
             local.decoder = opened.decoder()
-        return check_image(paths[i], max_pixels, local.decoder)
+        return check_image(Blob(os.fspath(paths[i])), max_pixels, local.decoder)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         results = track(
@@ -105,10 +106,10 @@ def check_images(
     return checks
 
 
-def check_image(path: Path, max_pixels: int, decoder: Decoder) -> Check:
-    """Read and decode one file."""
+def check_image(blob: Blob, max_pixels: int, decoder: Decoder) -> Check:
+    """Read and decode one image."""
     try:
-        data = path.read_bytes()
+        data = blob.read()
     except OSError as error:
         return Check(f"cannot be read ({error.strerror})", "", 0)
     return Check(_fault(data, max_pixels, decoder), hashlib.sha256(data).hexdigest(), len(data))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpcn_dist.data.manifest import Manifest, build_manifest
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.manifest import Manifest, build_manifest
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
@@ -50,7 +51,7 @@ def test_flat_folder_is_split_by_class(folder: Path) -> None:
     assert _counts(manifest) == {"train": [15] * 3, "val": [6] * 3, "test": [3] * 3}
     assert [image.path for image in manifest.images] == sorted(image.path for image in manifest.images)
     for image_id, image in enumerate(manifest.images):
-        assert manifest.path(image_id) == folder / image.path
+        assert manifest.blob(image_id) == Blob(str(folder / image.path))
         assert manifest.labels[image_id] == manifest.classes.index(image.path.split("/")[0])
         assert image.size == (folder / image.path).stat().st_size
     assert manifest.labels.dtype == manifest.ids("train").dtype == np.int64

@@ -2,9 +2,9 @@
 
     path --read, decode--> RGB uint8 HWC --view--> uint8 --to the device--> --normalise--> float32 CHW
 
-The images are those of :mod:`fpcn_dist.data.dali` on the CPU, bit for bit where a channel has 8 bits, and within one
-grey level where it has 16. torchvision decodes JPEG alone: its PNG decoder crashes on damaged files, and its WebP
-decoder ignores the EXIF orientation. All other formats are Pillow's.
+The images are those of :mod:`fpcn_dist.data.decoding.dali` on the CPU, bit for bit where a channel has 8 bits, and
+within one grey level where it has 16. torchvision decodes JPEG alone: its PNG decoder crashes on damaged files, and its
+WebP decoder ignores the EXIF orientation. All other formats are Pillow's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -27,6 +26,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.normalisation import Normalisation
 from fpcn_dist.recipe.schema import DataConfig
 
@@ -86,22 +86,22 @@ class Decoding:
         """
         side = self._config.crop
         pinned = self._device.type == "cuda"
-        pixels_BHWC = torch.empty(len(request.paths), side, side, 3, dtype=torch.uint8, pin_memory=pinned)
+        pixels_BHWC = torch.empty(len(request.blobs), side, side, 3, dtype=torch.uint8, pin_memory=pinned)
         # Through NumPy, threads may also write into what was made in inference mode, which they are not in.
-        parts = zip(request.paths, request.views, pixels_BHWC.numpy(), strict=True)
-        return pixels_BHWC, [self._pool.submit(_fill, path, view, pixels, self._config) for path, view, pixels in parts]
+        parts = zip(request.blobs, request.views, pixels_BHWC.numpy(), strict=True)
+        return pixels_BHWC, [self._pool.submit(_fill, blob, view, pixels, self._config) for blob, view, pixels in parts]
 
 
-def _fill(path: str, view: np.void, pixels_HWC: NDArray[np.uint8], config: DataConfig) -> None:
+def _fill(blob: Blob, view: np.void, pixels_HWC: NDArray[np.uint8], config: DataConfig) -> None:
     """Write a view of a file into [crop, crop, 3] uint8.
 
     Raises:
         RuntimeError: the file cannot be read or decoded.
     """
     try:
-        image_HWC = decode(Path(path).read_bytes())
+        image_HWC = decode(blob.read())
     except Exception as error:  # Pillow raises whatever its parsers stumble over
-        raise RuntimeError(f"{path} cannot be read or decoded: {error}") from error
+        raise RuntimeError(f"{blob} cannot be read or decoded: {error}") from error
     pixels_HWC[:] = view_pixels(image_HWC, view, config).numpy()
 
 
