@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
-from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.notices import Notice, listed, printable
 from fpcn_dist.data.index.places import describe, find_places
 from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
 from fpcn_dist.data.index.tree import Tree
@@ -137,7 +137,8 @@ def _require_each_folder_once(
         elif home(link) is not None and home(link) == home(target):
             known[link] = f"the same folder as {target}/, which is used already"
         else:
-            reason = f"{target}/ and {link}/ are the same folder, and an image cannot be of two classes or two splits"
+            both = " and ".join(printable(f"{folder}/") for folder in (target, link))
+            reason = f"{both} are the same folder, and an image cannot be of two classes or two splits"
             raise UserError("--data", root, reason, "remove one of the links to it")
     notices += _left_out(known)
 
@@ -215,7 +216,7 @@ def _describe_others(tree: Tree, members: Mapping[str, dict[str, list[str]]]) ->
         for suffix, count in tree.suffixes(folder).items():
             counts.setdefault(suffix, Counter())[folder] = count
     if hidden:
-        notices.append(Notice("hidden files", f"left out: {len(hidden):,}, such as {hidden[0]}"))
+        notices.append(Notice("hidden files", f"left out: {len(hidden):,}, such as {printable(hidden[0])}"))
     for suffix, by_folder in sorted(counts.items()):
         where = listed(f"{folder}/ ({count:,})" for folder, count in by_folder.most_common())
         text = f"left out: {by_folder.total():,} file(s) with the suffix of no image, in {where}"
