@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -128,4 +130,13 @@ def _leave(message: str, status: int) -> None:
         if message:
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
+    _tell_torchrun(message)
     os._exit(status)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Let torchrun end its own report with this message, where it would say that it knows of no cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and message:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
