@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from fpcn_dist.recipe.reading import explain, load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import Preempted, UserError
+from fpcn_dist.runtime.launchers import told
 from fpcn_dist.runtime.output import quiet_without_reader
 
 Args = TypeVar("Args")
@@ -100,8 +101,8 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _readable_exit() -> Iterator[None]:
-    rank = int(os.environ.get("RANK", 0))
-    prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = told("RANK", 0)
+    prefix = f"rank {rank}: " if told("WORLD_SIZE", 1) > 1 else ""
     try:
         yield
     except UserError as error:

@@ -46,6 +46,15 @@ class Placement(NamedTuple):
 ALONE = Placement(0, 1, 0, 1)
 
 
+def told(name: str, default: int) -> int:
+    """A whole number that the launcher has set; the default where it is missing, empty or something else.
+
+    For what must not fail, as messages: :func:`placement` refuses what is no number.
+    """
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
 def placement(*, join: bool = True) -> Placement:
     """Read the environment, and complete it with the variables of torchrun; no launcher means :data:`ALONE`.
 

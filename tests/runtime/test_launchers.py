@@ -155,6 +155,13 @@ def test_what_contradicts_itself_is_refused_by_name(
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(("value", "number"), [("3", 3), ("", 7), (None, 7), ("x", 7), ("-1", 7)])
+def test_what_is_told_or_else_the_default(monkeypatch: pytest.MonkeyPatch, value: str | None, number: int) -> None:
+    if value is not None:
+        monkeypatch.setenv("RANK", value)
+    assert launchers.told("RANK", 7) == number
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_who_does_not_join_is_alone_or_leaves(monkeypatch: pytest.MonkeyPatch, name: str, rank: str) -> None:
