@@ -22,8 +22,6 @@ import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import psutil
-
 from fpcn_dist.runtime.errors import UserError
 
 _PORTS = range(20000, 40000)
@@ -197,6 +195,8 @@ def in_interactive_shell(env: Mapping[str, str]) -> bool:
     """Whether the task of SLURM that this process belongs to is a shell at a terminal, as of ``srun --pty bash``."""
     if not sys.stdin or not sys.stdin.isatty() or not env.get("SLURM_TASK_PID", "").isdigit():
         return False
+    import psutil  # only here and below: the doctor reads this environment, too, and tells which package is missing
+
     try:
         name, *words = psutil.Process(int(env["SLURM_TASK_PID"])).cmdline() or [""]
     except psutil.Error:
@@ -210,22 +210,21 @@ def _has_siblings(env: Mapping[str, str]) -> bool:
     Where processes of the task are not seen under the numbers that SLURM gives them, as in a container with numbers of
     its own, nothing can be told, and the answer is yes.
     """
+    import psutil
+
     task = env.get("SLURM_TASK_PID", "")
     if task and task not in map(str, [os.getpid(), *(parent.pid for parent in psutil.Process().parents())]):
         return True
     until = time.monotonic() + _SIBLINGS_WITHIN
-    while not any(_is_sibling(process, env) for process in psutil.process_iter()):
+    while not any(_is_sibling(process.info["environ"], env) for process in psutil.process_iter(["environ"])):
         if time.monotonic() > until:
             return False
         time.sleep(0.2)
     return True
 
 
-def _is_sibling(process: psutil.Process, env: Mapping[str, str]) -> bool:
-    try:
-        theirs = process.environ()
-    except (psutil.Error, OSError):
+def _is_sibling(theirs: Mapping[str, str] | None, env: Mapping[str, str]) -> bool:
+    """Whether the environment of a process, ``None`` where it cannot be read, is that of another task of the step."""
+    if theirs is None or any(theirs.get(name) != env.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")):
         return False
-    step = ("SLURM_JOB_ID", "SLURM_STEP_ID")
-    same = all(theirs.get(name) == env.get(name) for name in step)
-    return same and theirs.get("SLURM_PROCID", env["SLURM_PROCID"]) != env["SLURM_PROCID"]
+    return theirs.get("SLURM_PROCID", env["SLURM_PROCID"]) != env["SLURM_PROCID"]
