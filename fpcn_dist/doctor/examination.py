@@ -154,6 +154,7 @@ def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: in
         *([check("nccl", machine.nccl, hint=reinstall)] if cuda else []),
         check("processor", machine.processor, ranks_here, hint="look at this machine's limits"),
         check("memory", machine.memory, ranks_here, hint="look at this machine's limits"),
+        check("limits", machine.limits, hint="look at this machine's limits"),
         check("disk", machine.disk, output, hint="choose another --output", seconds=60),
         check("host name", network.host_name, nodes > 1, hint="look at /etc/hosts and /etc/resolv.conf"),
         check("network", network.interfaces, cuda, hint="look at the machine's network"),
