@@ -65,6 +65,20 @@ class Blob(NamedTuple):
         """Files that hold one image each."""
         return [cls(os.fspath(path)) for path in paths]
 
+    @classmethod
+    def within(cls, folder: str, path: str, place: Blob | None) -> Blob:
+        """The image that a data folder calls ``path``: a file of that name, or what lies at a place of the folder.
+
+        Args:
+            folder: the data folder.
+            path: what the image is called.
+            place: where it lies, its file relative to the folder; ``None``: it is a file of its own.
+        """
+        if place is None:
+            return cls(os.path.join(folder, path))
+        file = os.path.join(folder, place.path)
+        return place._replace(path=file, name=f"{path} in {file}")
+
     def __str__(self) -> str:
         return self.name or self.path
 
