@@ -102,7 +102,7 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 
 
 def data(folder: Path) -> Iterator[Finding]:
-    """Tell what training would find in the data set, and its shape; whether the classes are large enough depends on the recipe."""
+    """Tell what training would find in the data; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.decoding.backends import open_backend
     from fpcn_dist.data.index.build import build_manifest
     from fpcn_dist.data.index.shapes.recognise import recognise

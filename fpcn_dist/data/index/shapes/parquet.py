@@ -181,8 +181,14 @@ def _read_rows(file: Path, image: str, chosen: dict[str, str]) -> Iterator[_Row]
             others = table.select(list(dict.fromkeys(chosen.values()))).to_pylist()
             located = _locate(file, opened.metadata.row_group(group), image, values)
             for path, place, row in zip(paths, located, others, strict=True):
-                plain = {name: cell if isinstance(cell, (int, type(None))) else str(cell) for name, cell in row.items()}
-                yield _Row(path, place and list(place), plain)
+                yield _Row(path, place and list(place), {name: _plain(cell) for name, cell in row.items()})
+
+
+def _plain(cell: Any) -> Any:
+    """A cell as JSON has it."""
+    if isinstance(cell, (list, dict)):
+        return list(map(str, cell))
+    return cell if isinstance(cell, int) or cell is None else str(cell)
 
 
 def _of_structs(images: pa.ChunkedArray, name: str) -> pa.ChunkedArray:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.images import Refused
 from fpcn_dist.data.index.layout import Candidate
 from fpcn_dist.data.index.shapes import columns as cells
@@ -94,7 +95,7 @@ def _read(file: Path) -> tuple[list[str], Iterator[Row]]:
         UserError: it cannot be read; at once, or on the way.
     """
     try:
-        content = file.read_text(encoding="utf-8-sig")
+        content = Blob(str(file)).read().decode("utf-8-sig")
     except OSError as error:
         raise UserError("--data", file, f"cannot be read ({error.strerror})", "check the file") from None
     except UnicodeDecodeError as error:
