@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.blob import Blob, file_state
 from fpcn_dist.data.decoding.backends import Decoder, has_dali, open_backend
 from fpcn_dist.recipe.schema import DecodingBackend
 from fpcn_dist.runtime.cores import usable_cores
@@ -56,17 +56,18 @@ class Refused(NamedTuple):
 
 
 def check_images(
-    paths: Sequence[Path], max_pixels: int, cache: Path | None = None, *, backend: DecodingBackend = "auto"
+    blobs: Sequence[Blob], max_pixels: int, cache: Path | None = None, *, backend: DecodingBackend = "auto"
 ) -> list[Check]:
-    """Read and decode files, or recall what doing so gave before, in the order of ``paths``.
+    """Read and decode images, or recall what doing so gave before, in the order of ``blobs``.
 
     Prints a line where the backend is not the one that is preferred.
 
     Args:
-        paths: image files.
-        max_pixels: files whose header announces more pixels are refused without being decoded.
-        cache: a file that remembers results by path, size and modification time; ``None`` remembers nothing. Several
-            processes may share it: it is replaced as a whole, and what the loser of a race found is found again.
+        blobs: encoded images.
+        max_pixels: images whose header announces more pixels are refused without being decoded.
+        cache: a file that remembers results by :attr:`Blob.key` and by the state of the file that holds the image;
+            ``None`` remembers nothing. Several processes may share it: it is replaced as a whole, and what the loser
+            of a race found is found again.
         backend: the recipe's ``data.backend``.
 
     Raises:
@@ -77,8 +78,9 @@ def check_images(
     opened = open_backend(backend)
     key = f"{opened.version}/{max_pixels}"
     known = _load(cache, key) if cache else {}
-    states = [_state(path) for path in paths]
-    names = [os.fspath(path.absolute()) for path in paths]
+    state_of = {path: file_state(path) for path in {blob.path for blob in blobs}}
+    states = [state and list(state) for state in (state_of[blob.path] for blob in blobs)]
+    names = [blob.key for blob in blobs]
     stale = [i for i, name in enumerate(names) if states[i] is None or known.get(name, [None])[0] != states[i]]
 
     local = threading.local()
@@ -86,7 +88,7 @@ def check_images(
     def check(i: int) -> Check:
         if not hasattr(local, "decoder"):
             local.decoder = opened.decoder()
-        return check_image(Blob(os.fspath(paths[i])), max_pixels, local.decoder)
+        return check_image(blobs[i], max_pixels, local.decoder)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         results = track(
@@ -150,15 +152,6 @@ def show_refused(refused: Sequence[Refused]) -> None:
     """Print which images were refused, and why; nothing is printed where none was."""
     if refused:
         Console(soft_wrap=True).print(refusal_table(refused))
-
-
-def _state(path: Path) -> list[int] | None:
-    """Size and modification time: what must not have changed for a remembered result to hold."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _load(cache: Path, key: str) -> dict[str, list]:

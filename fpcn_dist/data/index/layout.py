@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.folders import SUFFIXES, find_images
 from fpcn_dist.runtime.errors import UserError
 
@@ -21,11 +22,21 @@ _SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "
 
 
 class Candidate(NamedTuple):
-    """An image file as found: its path relative to the data folder, its class, and its split where its folder says."""
+    """An image as found, before anything is read of it.
+
+    Attributes:
+        path: relative to the data folder, or what it is called in what holds it.
+        name: its class.
+        split: ``train``, ``val`` or ``test``, where the data say.
+        group: images of one group never lie on both sides of a split.
+        place: where its bytes lie, in a file relative to the data folder; ``None`` where it is a file of its own.
+    """
 
     path: str
     name: str
     split: str | None
+    group: str | None = None
+    place: Blob | None = None
 
 
 def find(root: Path) -> list[Candidate]:

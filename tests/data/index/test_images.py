@@ -75,13 +75,13 @@ def _write(folder: Path, contents: dict[str, bytes]) -> list[Path]:
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     content, reason = BAD[name]
-    (check,) = check_images(_write(tmp_path, {name: content}), 100_000_000)
+    (check,) = check_images(Blob.of_files(_write(tmp_path, {name: content})), 100_000_000)
     assert not check.ok and check.reason == reason
 
 
 def test_a_png_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     """DALI's decoder calls that a damaged header."""
-    (check,) = check_images(_write(tmp_path, {"cut.png": _encoded("PNG")[:-500]}), 100_000_000)
+    (check,) = check_images(Blob.of_files(_write(tmp_path, {"cut.png": _encoded("PNG")[:-500]})), 100_000_000)
     assert check.reason is not None and "damaged" in check.reason
 
 
@@ -94,24 +94,24 @@ def test_a_huge_image_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_files_pass(name: str, tmp_path: Path) -> None:
-    (check,) = check_images(_write(tmp_path, {name: GOOD[name]}), 2400)
+    (check,) = check_images(Blob.of_files(_write(tmp_path, {name: GOOD[name]})), 2400)
     assert check.ok and check.size == len(GOOD[name]) and len(check.digest) == 64
 
 
 def test_the_bound_is_inclusive(tmp_path: Path) -> None:
     paths = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]})
-    assert [check_images(paths, bound)[0].ok for bound in (2399, 2400)] == [False, True]
+    assert [check_images(Blob.of_files(paths), bound)[0].ok for bound in (2399, 2400)] == [False, True]
 
 
 def test_missing_file_and_folder_are_named_not_raised(tmp_path: Path) -> None:
-    reasons = [check.reason for check in check_images([tmp_path / "gone.jpg", tmp_path], 2400)]
+    reasons = [check.reason for check in check_images(Blob.of_files([tmp_path / "gone.jpg", tmp_path]), 2400)]
     assert reasons == ["cannot be read (No such file or directory)", "cannot be read (Is a directory)"]
 
 
 def test_order_is_that_of_the_paths(tmp_path: Path) -> None:
     contents = GOOD | {name: content for name, (content, _) in BAD.items()}
     paths = sorted(_write(tmp_path, contents), key=lambda path: path.name[::-1])
-    assert [check.ok for check in check_images(paths, 10**8)] == [path.name in GOOD for path in paths]
+    assert [check.ok for check in check_images(Blob.of_files(paths), 10**8)] == [path.name in GOOD for path in paths]
 
 
 def _damage(path: Path, keep_time: bool) -> None:
@@ -125,35 +125,40 @@ def _damage(path: Path, keep_time: bool) -> None:
 def test_a_remembered_file_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "deep" / "cache.json"
-    first = check_images(paths, 10**8, cache)
+    first = check_images(Blob.of_files(paths), 10**8, cache)
     for path in paths:
         _damage(path, keep_time=True)
-    assert check_images(paths, 10**8, cache) == first and all(check.ok for check in first)
-    assert not any(check.ok for check in check_images(paths, 10**7, cache))  # another bound is another question
+    assert check_images(Blob.of_files(paths), 10**8, cache) == first and all(check.ok for check in first)
+    assert not any(
+        check.ok for check in check_images(Blob.of_files(paths), 10**7, cache)
+    )  # another bound is another question
     shutil.rmtree(cache.parent)
-    assert not any(check.ok for check in check_images(paths, 10**8, cache))
+    assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**8, cache))
 
 
 def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
-    check_images(paths, 10**8, cache)
+    check_images(Blob.of_files(paths), 10**8, cache)
     os.utime(paths[0], ns=(0, paths[0].stat().st_mtime_ns - 10))
     _damage(paths[0], keep_time=True)
-    assert [check.ok for check in check_images(paths, 10**8, cache)] == [False] + [True] * (len(paths) - 1)
+    found = check_images(Blob.of_files(paths), 10**8, cache)
+    assert [check.ok for check in found] == [False] + [True] * (len(paths) - 1)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
 def test_a_damaged_cache_is_replaced(content: str, tmp_path: Path) -> None:
     paths, cache = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), tmp_path / "cache.json"
     cache.write_text(content)
-    assert check_images(paths, 10**8, cache)[0].ok
+    assert check_images(Blob.of_files(paths), 10**8, cache)[0].ok
     assert len(json.loads(cache.read_text())["files"]) == 1
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert check_images(_write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), 10**8, tmp_path / "file" / "cache.json")[0].ok
+    assert check_images(
+        Blob.of_files(_write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]})), 10**8, tmp_path / "file" / "cache.json"
+    )[0].ok
 
 
 @pytest.mark.slow
@@ -161,10 +166,11 @@ def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
     script = (
-        "import sys; from pathlib import Path; from fpcn_dist.data.index.images import check_images\n"
-        "paths = sorted(Path(sys.argv[1]).iterdir())\n"
+        "import sys; from pathlib import Path; from fpcn_dist.data.blob import Blob\n"
+        "from fpcn_dist.data.index.images import check_images\n"
+        "blobs = Blob.of_files(sorted(Path(sys.argv[1]).iterdir()))\n"
         "for bound in [10**8, 10**7] * 20 + [10**8]:\n"
-        "    assert all(check.ok for check in check_images(paths, bound, Path(sys.argv[2])))"
+        "    assert all(check.ok for check in check_images(blobs, bound, Path(sys.argv[2])))"
     )
     runs = [subprocess.Popen([sys.executable, "-c", script, paths[0].parent, cache]) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
