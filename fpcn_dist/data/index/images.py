@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from fpcn_dist.data.blob import Blob, file_state
 from fpcn_dist.data.decoding.backends import Decoder, has_dali, open_backend
@@ -140,18 +138,6 @@ def cache_file(root: Path) -> Path:
     return home / "fpcn-dist" / f"images-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
 
 
-def refusal_table(refused: Sequence[Refused]) -> Table:
-    """Which images were refused, and why, for the terminal."""
-    table = Table("image", "why it was refused", title=f"{len(refused)} image(s) refused")
-    for path, reason in refused:
-        table.add_row(escape(path), reason)
-    return table
-
-
-def show_refused(refused: Sequence[Refused]) -> None:
-    """Print which images were refused, and why; nothing is printed where none was."""
-    if refused:
-        Console(soft_wrap=True).print(refusal_table(refused))
 
 
 def _load(cache: Path, key: str) -> dict[str, list]:
