@@ -223,24 +223,3 @@ def resize_by_dali(decoded: DataNode, corner: DataNode, config: DataConfig) -> D
         antialias=True,
         interp_type=_INTERPOLATIONS[config.preprocessing.interpolation],
     )
-
-
-class Decoder:
-    """The pipeline's decoder on the CPU, one image at a time; one instance per thread."""
-
-    def __init__(self) -> None:
-        cpu = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
-        backends = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
-        self._decoder = nvimgcodec.Decoder(device_id=cpu, max_num_cpu_threads=1, backends=backends)
-
-    def size(self, data: bytes) -> tuple[int, int] | None:
-        """Width and height that the header of an image file announces; ``None`` where it is no image."""
-        try:
-            stream = nvimgcodec.CodeStream(data)
-            return stream.width, stream.height
-        except RuntimeError:
-            return None
-
-    def decodes(self, data: bytes) -> bool:
-        """Whether the pixels of an image file are all there."""
-        return self._decoder.decode([nvimgcodec.CodeStream(data)])[0] is not None

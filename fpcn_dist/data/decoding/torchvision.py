@@ -27,6 +27,7 @@ from torchvision.io import ImageReadMode, decode_image
 from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.fault import find_fault
 from fpcn_dist.data.normalisation import Normalisation
 from fpcn_dist.recipe.schema import DataConfig
 
@@ -134,6 +135,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 class Decoder:
     """The decoder of the training, one image at a time."""
+
+    def fault(self, data: bytes, max_pixels: int) -> str | None:
+        """Why an image file cannot be used, or ``None`` where it can."""
+        return find_fault(data, max_pixels, self)
 
     def size(self, data: bytes) -> tuple[int, int] | None:
         """Width and height that the header of an image file announces; ``None`` where it is no image."""
