@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
 from fpcn_dist.data.index.layout import Candidate, find
 from fpcn_dist.data.index.manifest import Image, Manifest
@@ -32,8 +34,8 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     """
     root = Path(root)
     candidates = find(root)
-    paths = [root / c.path for c in candidates]
-    checks = check_images(paths, config.max_pixels, cache_file(root), backend=config.backend)
+    blobs = Blob.of_files(os.path.join(root, c.path) for c in candidates)
+    checks = check_images(blobs, config.max_pixels, cache_file(root), backend=config.backend)
     refused = [Refused(c.path, check.reason) for c, check in zip(candidates, checks, strict=True) if check.reason]
     if refused and config.on_bad_image == "fail":
         shown = "; ".join(f"{path}: {reason}" for path, reason in refused[:5]) + ("; ..." if len(refused) > 5 else "")
