@@ -1,6 +1,7 @@
 """The decoding backends behind one interface: DALI where it is installed, torchvision everywhere else.
 
-Both give the same batches, within one grey level. A backend is imported when it is opened.
+Both give the same batches: on the CPU bit for bit, on a GPU within one grey level. A backend is imported when it is
+opened.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class Decoding(Protocol):
 class Decoder(Protocol):
     """Decodes one image at a time, as :class:`Decoding` does on the CPU; one instance per thread."""
 
-    def size(self, data: bytes) -> tuple[int, int] | None:
-        """Width and height that the header of an image file announces; ``None`` where it is no image."""
-        ...
+    def fault(self, data: bytes, max_pixels: int) -> str | None:
+        """Why an image file is not shown, or ``None`` where it is.
 
-    def decodes(self, data: bytes) -> bool:
-        """Whether the pixels of an image file are all there."""
+        Args:
+            data: the file.
+            max_pixels: a file whose header announces more pixels is not decoded.
+        """
         ...
 
 
@@ -84,6 +86,6 @@ def open_backend(name: DecodingBackend) -> Backend:
     if not has_dali():
         hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
         raise UserError("data.backend", name, "DALI is not installed here", hint)
-    from fpcn_dist.data.decoding import dali
+    from fpcn_dist.data.decoding import dali, nvimgcodec
 
-    return Backend("dali", dali.VERSION, dali.Decoding, dali.Decoder)
+    return Backend("dali", dali.VERSION, dali.Decoding, nvimgcodec.Decoder)

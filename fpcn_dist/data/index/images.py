@@ -112,24 +112,7 @@ def check_image(blob: Blob, max_pixels: int, decoder: Decoder) -> Check:
         data = blob.read()
     except OSError as error:
         return Check(f"cannot be read ({error.strerror})", "", 0)
-    return Check(_fault(data, max_pixels, decoder), hashlib.sha256(data).hexdigest(), len(data))
-
-
-def _fault(data: bytes, max_pixels: int, decoder: Decoder) -> str | None:
-    """Why an image file cannot be used, or ``None`` where it can.
-
-    The number of pixels is read from the header, and nothing is decoded where it exceeds ``max_pixels``.
-    """
-    if not data:
-        return "the file is empty"
-    size = decoder.size(data)
-    if size is None:
-        return "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
-    width, height = size
-    if width * height > max_pixels:
-        found = f"{width} x {height} = {width * height:,} pixels"
-        return f"its header announces {found}, more than data.max_pixels {max_pixels:,}"
-    return None if decoder.decodes(data) else "the image data are truncated or damaged"
+    return Check(decoder.fault(data, max_pixels), hashlib.sha256(data).hexdigest(), len(data))
 
 
 def cache_file(root: Path) -> Path:
