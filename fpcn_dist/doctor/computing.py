@@ -104,7 +104,7 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 def data(folder: Path) -> Iterator[Finding]:
     """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.decoding.backends import open_backend
-    from fpcn_dist.data.index.manifest import build_manifest
+    from fpcn_dist.data.index.build import build_manifest
 
     backend = open_backend("auto").name
     any_size = DataConfig(backend=backend, classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.images import show_refused
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import frozen_features
 from fpcn_dist.models import Backbone, build_backbone

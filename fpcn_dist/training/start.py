@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.images import show_refused
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
     Checkpoint,

@@ -16,7 +16,7 @@ from fpcn_dist.data.augmentation import color_jitter, policy_operation, view_pix
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.views import OPERATIONS, centre_views, views
 from fpcn_dist.recipe.schema import DataConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.models import build_backbone, weights
 from fpcn_dist.runs import checkpoint
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, TrainingState

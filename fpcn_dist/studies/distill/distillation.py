@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.images import show_refused
-from fpcn_dist.data.index.manifest import build_manifest
 from fpcn_dist.deploy.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.schema import Recipe

@@ -17,8 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.images import show_refused
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError

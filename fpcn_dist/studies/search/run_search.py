@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.images import show_refused
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked

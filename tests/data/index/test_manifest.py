@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
