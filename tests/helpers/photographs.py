@@ -58,7 +58,7 @@ def png(rng: Random) -> bytes:
     image, options = picture(rng), dict[str, Any]()
     mode = rng.choice(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
     if mode == "I;16":
-        image = Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 257))
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     else:
         image = image.convert(mode)
     if mode in ("L", "P", "RGB") and rng.random() < 0.3:

@@ -11,7 +11,8 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
 from nvidia import nvimgcodec
 
-from fpcn_dist.data.decoding.fault import find_fault
+from fpcn_dist.data.decoding.header import DAMAGED, UnreadableError
+from fpcn_dist.data.decoding.photograph import decode, examine
 
 
 class Decoder:
@@ -20,20 +21,21 @@ class Decoder:
     def __init__(self) -> None:
         cpu = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
         backends = [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
-        self._decoder = nvimgcodec.Decoder(device_id=cpu, max_num_cpu_threads=1, backends=backends)
+        self._decoder = nvimgcodec.Decoder(
+            device_id=cpu, max_num_cpu_threads=1, backends=backends, options=":fancy_upsampling=1"
+        )
+        self._as_stored = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def fault(self, data: bytes, max_pixels: int) -> str | None:
-        """Why an image file cannot be used, or ``None`` where it can."""
-        return find_fault(data, max_pixels, self)
-
-    def size(self, data: bytes) -> tuple[int, int] | None:
-        """Width and height that the header of an image file announces; ``None`` where it is no image."""
+        """Why an image file is not shown, or ``None`` where it is."""
         try:
-            stream = nvimgcodec.CodeStream(data)
-            return stream.width, stream.height
+            header = examine(data, max_pixels)
+            if not header.plain:
+                decode(header)
+                return None
+            stream = nvimgcodec.CodeStream(header.encoded)
+            return None if self._decoder.decode([stream], params=self._as_stored)[0] is not None else DAMAGED
         except RuntimeError:
-            return None
-
-    def decodes(self, data: bytes) -> bool:
-        """Whether the pixels of an image file are all there."""
-        return self._decoder.decode([nvimgcodec.CodeStream(data)])[0] is not None
+            return DAMAGED
+        except UnreadableError as error:
+            return str(error)

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.header import NO_IMAGE
 from fpcn_dist.data.index.images import Refused, cache_file, check_images, refusal_table
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -41,8 +42,9 @@ BAD = {
     "cut.jpg": (_encoded("JPEG")[:-300], "the image data are truncated or damaged"),
     "no_end.jpg": (_encoded("JPEG")[:-2], "the image data are truncated or damaged"),
     "empty.jpg": (b"", "the file is empty"),
-    "text.jpg": (b"not a photograph\n" * 30, "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
-    "moving.jpg": (_encoded("GIF"), "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "text.jpg": (b"not a photograph\n" * 30, NO_IMAGE),
+    "icon.jpg": (_encoded("ICO"), NO_IMAGE),
+    "cut.png": (_encoded("PNG")[:-500], "the image data are truncated or damaged"),
     "no_end.png": (_encoded("PNG")[:-2], "the image data are truncated or damaged"),
     "huge.png": (
         _huge_png(),
@@ -58,6 +60,7 @@ GOOD = {
     "palette.png": _encoded("PNG", "P"),
     "lossy.webp": _encoded("WEBP"),
     "plain.bmp": _encoded("BMP"),
+    "moving.gif": _encoded("GIF"),
     "packed.tif": _encoded("TIFF", compression="tiff_lzw"),
 }
 
@@ -73,12 +76,6 @@ def test_bad_files_are_refused_with_the_reason(name: str, tmp_path: Path) -> Non
     content, reason = BAD[name]
     (check,) = check_images(Blob.of_files(_write(tmp_path, {name: content})), 100_000_000)
     assert not check.ok and check.reason == reason
-
-
-def test_a_png_that_is_cut_short_is_refused(tmp_path: Path) -> None:
-    """DALI's decoder calls that a damaged header."""
-    (check,) = check_images(Blob.of_files(_write(tmp_path, {"cut.png": _encoded("PNG")[:-500]})), 100_000_000)
-    assert check.reason is not None and "damaged" in check.reason
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -118,8 +115,9 @@ def test_a_remembered_file_is_not_read_again_until_it_changes(tmp_path: Path) ->
     for path in paths:
         _damage(path, keep_time=True)
     assert check_images(Blob.of_files(paths), 10**8, cache) == first and all(check.ok for check in first)
-    # Another bound is another question.
-    assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**7, cache))
+    assert not any(
+        check.ok for check in check_images(Blob.of_files(paths), 10**7, cache)
+    )  # another bound is another question
     shutil.rmtree(cache.parent)
     assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**8, cache))
 
@@ -130,8 +128,9 @@ def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
     check_images(Blob.of_files(paths), 10**8, cache)
     os.utime(paths[0], ns=(0, paths[0].stat().st_mtime_ns - 10))
     _damage(paths[0], keep_time=True)
-    found = check_images(Blob.of_files(paths), 10**8, cache)
-    assert [check.ok for check in found] == [False] + [True] * (len(paths) - 1)
+    assert [check.ok for check in check_images(Blob.of_files(paths), 10**8, cache)] == [False] + [True] * (
+        len(paths) - 1
+    )
 
 
 def test_cache_lies_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
