@@ -21,11 +21,14 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import open_backend
 from fpcn_dist.data.decoding.header import NO_IMAGE
 from fpcn_dist.data.index import images
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.cache import CheckCache
 from fpcn_dist.data.index.images import Refused, cache_file, check_images, refusal_table
+from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import Preempted
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import CPU, Ranks
+from tests.helpers.irregular import REASONS, make_irregular
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -176,3 +179,11 @@ def test_table_names_file_and_reason() -> None:
     console.print(refusal_table([Refused("marble/[old] 3.jpg", "the file is empty")]))
     text = console.export_text()
     assert "1 image(s) refused" in text and "marble/[old] 3.jpg" in text and "the file is empty" in text
+
+
+def test_a_class_folder_may_hold_what_is_no_regular_file(rocks: Path, tmp_path: Path) -> None:
+    for name in ("basalt", "marble"):
+        shutil.copytree(rocks / name, tmp_path / name)
+    make_irregular(tmp_path / "marble")
+    manifest = build_manifest(tmp_path, DataConfig(images_per_class=2, classes_per_batch=None), seed=0)
+    assert {Path(path).name: reason for path, reason in manifest.refused} == REASONS
