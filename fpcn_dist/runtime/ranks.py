@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from fpcn_dist.runtime.errors import Outage, UserError
+from fpcn_dist.runtime.errors import Outage, Preempted, UserError
 from fpcn_dist.runtime.launchers import placement
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Ranks:
         The others wait for up to :data:`FIRST_RANK_TIMEOUT`, far longer than in an ordinary collective.
 
         Raises:
-            UserError: on every rank, if ``compute`` raised one on the first.
+            UserError, Preempted: on every rank, if ``compute`` raised one on the first.
         """
         if self.world_size == 1:
             return compute()
@@ -73,7 +73,9 @@ class Ranks:
                 outcome[0] = compute()
             except UserError as error:
                 value = None if error.value is None else str(error.value)
-                outcome[1] = [isinstance(error, Outage), error.field, value, error.reason, error.hint]
+                outcome[1] = [type(error).__name__, error.field, value, error.reason, error.hint]
+            except Preempted as error:
+                outcome[1] = [type(error).__name__, error.signal, error.when]
             store.set(key, "done")
         else:
             store.wait([key], FIRST_RANK_TIMEOUT)
@@ -81,8 +83,8 @@ class Ranks:
         dist.broadcast_object_list(payload, src=0)
         result, failure = json.loads(payload[0])
         if failure is not None:
-            outage, *parts = failure
-            raise (Outage if outage else UserError)(*parts)
+            kind, *parts = failure
+            raise _KINDS.get(kind, UserError)(*parts)
         return result
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -94,6 +96,8 @@ class Ranks:
         return [item for share in everyone for item in share]
 
 
+_KINDS: dict[str, type[Exception]] = {"Outage": Outage, "Preempted": Preempted}
+"""What :meth:`Ranks.on_first` raises on every rank under its own name; all else is a UserError."""
 _turn = 0
 _PARTING = 1.0
 """Seconds that the end of a group which has lost a rank may take."""
