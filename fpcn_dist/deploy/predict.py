@@ -80,7 +80,7 @@ def predict(
 
 def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused]]:
     """Files that decode, and those that do not with the reason."""
-    checks = check_images(files, info.preprocessing.max_pixels, backend=info.preprocessing.backend)
+    checks = check_images(Blob.of_files(files), info.preprocessing.max_pixels, backend=info.preprocessing.backend)
     checked = list(zip(files, checks, strict=True))
     refused = [Refused(str(file), check.reason) for file, check in checked if check.reason is not None]
     return [file for file, check in checked if check.ok], refused

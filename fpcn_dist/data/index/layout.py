@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
+from fpcn_dist.data.index.images import Refused
 from fpcn_dist.data.index.notices import Notice, listed, printable
 from fpcn_dist.data.index.places import describe, find_places
 from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
@@ -31,18 +33,35 @@ _FORM = "give a folder with one sub-folder of images for each class"
 
 
 class Candidate(NamedTuple):
-    """An image file as found: its path relative to the data folder, its class, and its split where its folder says."""
+    """An image as found, before anything is read of it.
+
+    Attributes:
+        path: relative to the data folder, or what it is called in what holds it.
+        name: its class.
+        split: ``train``, ``val`` or ``test``, where the data say.
+        group: images of one group never lie on both sides of a split.
+        place: where its bytes lie, in a file relative to the data folder; ``None`` where it is a file of its own.
+    """
 
     path: str
     name: str
     split: str | None
+    group: str | None = None
+    place: Blob | None = None
 
 
 class Found(NamedTuple):
-    """What a data folder holds: the files that should be images, and what a user should know about the others."""
+    """What a data set holds, before any image is read.
+
+    Attributes:
+        candidates: what should be images.
+        notices: what a user should know about the others.
+        refused: images that cannot be used, as is known already.
+    """
 
     candidates: list[Candidate]
-    notices: list[Notice]
+    notices: Sequence[Notice] = ()
+    refused: Sequence[Refused] = ()
 
 
 def find(root: Path) -> Found:
