@@ -138,13 +138,18 @@ class _Read(NamedTuple):
 def _read_ahead(requests: Iterator[BatchRequest], threads: int) -> Iterator[_Read]:
     """Requests with their bytes, which threads read while the batches before them are decoded and used."""
     ahead: deque[tuple[list[Future[NDArray[np.uint8]]], Views]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="reading") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reading")
+    try:
         for request in itertools.chain(requests, [None] * BATCHES_IN_FLIGHT):
             if request is not None:
                 ahead.append(([pool.submit(_read, blob) for blob in request.blobs], request.views))
             if ahead and (request is None or len(ahead) > BATCHES_IN_FLIGHT):
                 parts, views = ahead.popleft()
                 yield _Read([part.result() for part in parts], views)
+    finally:
+        # An abandoned pipeline is collected at any time, in a thread that is just being started, too, where to wait
+        # for another thread is to wait for ever.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(blob: Blob) -> NDArray[np.uint8]:
