@@ -139,9 +139,7 @@ def others(stored: Stored, load: Load, batch_size: int, workers: int) -> dict[st
     table: Any = datasets.load_dataset("parquet", cache_dir=str(stored.parquet[0].parents[1] / "arrow"), **files)
     stream: Any = datasets.load_dataset("parquet", streaming=True, **files)
     return {
-        "torchvision DataLoader, files": loader(
-            _Rows(stored.files, lambda file: load(file.read_bytes())), lambda row: row
-        ),
+        "torchvision DataLoader, files": loader(_Rows(stored.files, Path.read_bytes), load),
         "WebDataset, tar, in order": loader(shards.shuffle(_BUFFER), lambda row: load(row["jpg"])),
         "datasets, Parquet unpacked to Arrow": loader(table, lambda row: load(row["image"]["bytes"])),
         "datasets, Parquet streamed, in order": loader(

@@ -30,6 +30,7 @@ def test_each_shape_holds_the_photographs(stored: Stored) -> None:
         assert sorted(blob.read() for blob in blobs) == sorted(contents)
 
 
+@pytest.mark.slow
 def test_others_show_each_photograph_once(stored: Stored) -> None:
     load = by_v2(CONFIG.changed(flip=False, crop=24))
     expected = np.sort([load(file.read_bytes()).sum() for file in stored.files])

@@ -32,10 +32,9 @@ class _Made(NamedTuple):
     bank: bytes
 
 
-def _make(data: Path, chosen: Recipe, output: Path) -> _Made:
+def _make(data: Path, chosen: Recipe, labelled: Recipe, output: Path) -> _Made:
     run = RunFolder(output / "run")
     train(chosen, data, run.path, ALONE)
-    labelled = name_teacher(recipe(distill={"teacher": str(make_teacher(output / "teacher"))}, data={"views": 1}))
     manifest = build_manifest(data, labelled.data, labelled.seed)
     bank = prepare_bank(output / "bank", labelled, manifest)
     bank.write(open_teacher(labelled, manifest, CPU), share=0, shares=1, device=CPU)
@@ -53,18 +52,32 @@ def chosen() -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def expected(rocks: Path, chosen: Recipe, tmp_path_factory: pytest.TempPathFactory) -> _Made:
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """With a teacher."""
+    teacher = make_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
+    return name_teacher(recipe(distill={"teacher": str(teacher)}, data={"views": 1}))
+
+
+@pytest.fixture(scope="module")
+def expected(rocks: Path, chosen: Recipe, labelled: Recipe, tmp_path_factory: pytest.TempPathFactory) -> _Made:
     """What comes of the folder."""
-    return _make(rocks, chosen, tmp_path_factory.mktemp("folder"))
+    return _make(rocks, chosen, labelled, tmp_path_factory.mktemp("folder"))
 
 
 @pytest.mark.parametrize("shape", ["csv", "tar", "parquet"])
+@pytest.mark.slow
 def test_any_shape_gives_what_the_folder_gives(
-    shape: str, rocks: Path, chosen: Recipe, expected: _Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shape: str,
+    rocks: Path,
+    chosen: Recipe,
+    labelled: Recipe,
+    expected: _Made,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "data").mkdir()
     data = SHAPES[shape](rocks, tmp_path / "data")
-    made = _make(data, chosen, tmp_path)
+    made = _make(data, chosen, labelled, tmp_path)
     assert made.model == expected.model and made.evaluation == expected.evaluation
     assert torch.equal(made.features, expected.features) and made.bank == expected.bank
 
