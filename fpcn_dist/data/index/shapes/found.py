@@ -5,29 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.layout import Candidate, Found
+from fpcn_dist.data.index.splits import parse
 from fpcn_dist.runtime.errors import UserError
-
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-
-
-class Found(NamedTuple):
-    """The images of a data set, before anything is read of them, and those that are refused already."""
-
-    candidates: list[Candidate]
-    refused: Sequence[Refused] = ()
 
 
 def split_called(name: str) -> str | None:
     """``train``, ``val`` or ``test``, where a word is a usual name of it, in any case."""
-    return _SPLITS.get(name.strip().lower())
+    found = parse(name.strip())
+    return found.split if found is not None and found.plain else None
 
 
 def splits_of_files(data: Path, files: Sequence[Path]) -> dict[Path, str | None]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fpcn_dist.data.blob import Blob, Packed
 from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
-from fpcn_dist.data.index.shapes.found import Found, splits_of_files
+from fpcn_dist.data.index.shapes.found import splits_of_files
 from fpcn_dist.data.index.shapes.remembered import remembered
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError
@@ -73,7 +73,7 @@ def find(data: Path, root: Path, files: Sequence[Path], columns: ColumnsConfig) 
             found.append(
                 (f"{place.removesuffix('.parquet')}/{number:06d}", Candidate(path, label, split, said.group, blob))
             )
-    return Found(_named(found), refused)
+    return Found(_named(found), refused=refused)
 
 
 def _named(found: Sequence[tuple[str, Candidate]]) -> list[Candidate]:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from fpcn_dist.data.index import layout
 from fpcn_dist.data.index.folders import find_images
+from fpcn_dist.data.index.layout import Found
 from fpcn_dist.data.index.shapes import parquet, table, tar
-from fpcn_dist.data.index.shapes.found import Found, checked
+from fpcn_dist.data.index.shapes.found import checked
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError
 
@@ -42,7 +43,7 @@ def recognise(data: Path, columns: ColumnsConfig) -> Shape:
             there, or nothing that can be used.
     """
     if data.is_dir():
-        return _of_folder(data, columns) or Shape("a folder of images", lambda: Found(layout.find(data)))
+        return _of_folder(data, columns) or Shape("a folder of images", lambda: layout.find(data))
     files = list(map(Path, tar.expand(str(data)))) if "{" in data.name else [data]
     suffix = files[0].suffix.lower()
     if suffix in table.SUFFIXES and len(files) == 1 and data.exists():
@@ -50,7 +51,7 @@ def recognise(data: Path, columns: ColumnsConfig) -> Shape:
     if suffix in (".tar", ".parquet") and (data.exists() or len(files) > 1):
         return _files(data, data.parent, files, columns)
     _refuse_compressed(data, files)
-    return Shape("a folder of images", lambda: Found(layout.find(data)))
+    return Shape("a folder of images", lambda: layout.find(data))
 
 
 def _of_folder(data: Path, columns: ColumnsConfig) -> Shape | None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
-from fpcn_dist.data.index.shapes.found import Found, split_called
+from fpcn_dist.data.index.shapes.found import split_called
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError
 
@@ -76,7 +76,7 @@ def find(files: list[Path], root: Path, columns: ColumnsConfig) -> Found:
                 raise UserError("--data", file, reason, "name each image once")
             if lines.setdefault(path, where) != where:
                 refused.append(Refused(path, f"{where} of {file.name} repeats {lines[path]}; it is used once"))
-    return Found(list(candidates.values()), refused)
+    return Found(list(candidates.values()), refused=refused)
 
 
 def _relative(root: Path, folder: Path, name: str) -> str | None:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.folders import SUFFIXES
 from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
-from fpcn_dist.data.index.shapes.found import Found, splits_of_files
+from fpcn_dist.data.index.shapes.found import splits_of_files
 from fpcn_dist.data.index.shapes.remembered import remembered
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError
@@ -87,7 +87,7 @@ def find(data: Path, root: Path, shards: Sequence[Path], columns: ColumnsConfig)
             path = f"{split}/{images[0].name}" if split else images[0].name
             where = Blob(place, images[0].offset, images[0].size)
             found.append((shard, Candidate(path, said.label, split, said.group, where)))
-    return Found(_unique(root, found), refused)
+    return Found(_unique(root, found), refused=refused)
 
 
 def _unique(root: Path, found: Sequence[tuple[Path, Candidate]]) -> list[Candidate]:
