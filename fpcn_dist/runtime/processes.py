@@ -16,7 +16,7 @@ _CLOCK_STEP = 30.0
 
 @functools.cache
 def _machine() -> str:
-    """What no other machine is called, whatever its name: the boot that it runs since, else what its system is called."""
+    """What no other machine is called, whatever its name: its last boot, else its installed system."""
     for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
         try:
             if text := Path(path).read_text(encoding="utf-8").strip():
