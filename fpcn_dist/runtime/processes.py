@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,28 @@ def launcher() -> str | None:
     if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE"):
         return f"process {os.getppid()} in {' '.join(place())}"
     return f"{env['TORCHELASTIC_RUN_ID']} of job {env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else None
+
+
+def describe_launch() -> dict[str, Any]:
+    """By which batch job and which launcher this process was started, for :func:`is_started_again`."""
+    env = os.environ
+    return {
+        "job": env.get("SLURM_JOB_ID"),
+        "restart": int(env.get("SLURM_RESTART_COUNT", 0)),
+        "launcher": launcher(),
+        "run": env.get("TORCHELASTIC_RUN_ID"),
+        "time": time.time(),
+    }
+
+
+def is_started_again(before: Mapping[str, Any]) -> bool:
+    """Whether the same command, of which ``before`` tells, was started again by its launcher or its batch job."""
+    now = describe_launch()
+    if now["job"] is not None and before.get("job") == now["job"] and before.get("restart", 0) < now["restart"]:
+        return True
+    if now["launcher"] is not None:
+        return before.get("launcher") == now["launcher"]
+    # Over several nodes without a batch job, launchers are told apart by when they began.
+    began = start_of(os.getppid())
+    same = now["run"] is not None and before.get("run") == now["run"]
+    return same and began is not None and before.get("time", 0.0) > began
