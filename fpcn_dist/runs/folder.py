@@ -25,15 +25,16 @@ from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, recipe_hash
 from fpcn_dist.runs.environment import describe_environment
 from fpcn_dist.runs.metrics import METRICS_FILE
+from fpcn_dist.runs.probe import PROBE_FILE
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import make_folder, write_text
+from fpcn_dist.runtime.files import link_or_copy, make_folder, write_text
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.ranks import Ranks
 
 LOG_FILE = "log.txt"
 _PREVIOUS = "previous"
-_SHARED = {LOG_FILE, "logs", "features", "bank", _PREVIOUS}
-"""What stays when a run begins anew: logs, a launcher's too, and banks, which know by themselves what they are of."""
+_SHARED = {LOG_FILE, "logs", "bank", PROBE_FILE, _PREVIOUS}
+"""What stays when a run begins anew: logs, a launcher's too; a probe and soft labels, which know of what they are."""
 _SIGHT = 15.0
 """Seconds that a file of the first rank may take to be seen by the others: network file systems remember what they
 have not found."""
@@ -121,6 +122,8 @@ class RunFolder:
         for path in sorted(self.path.iterdir(), key=lambda path: path == self.recipe):
             if path.name[0] != "." and path.name not in staying:
                 path.rename(moving / path.name)
+        if (self.path / PROBE_FILE).exists() and not (moving / PROBE_FILE).exists() and PROBE_FILE not in keep:
+            link_or_copy(self.path / PROBE_FILE, moving / PROBE_FILE)
         if RunFolder(previous)._is_finished() and not RunFolder(moving)._is_finished():
             shutil.rmtree(moving)
             return
@@ -136,7 +139,9 @@ class RunFolder:
     def set_results_aside(self) -> None:
         """Move what was made of the checkpoints to previous/; the run itself goes on."""
         own = (self.recipe, self.manifest, self.environment, self.start, self.checkpoints)
-        self.set_aside(keep=[*(path.name for path in own), METRICS_FILE, "tensorboard", "probe.json", "profile"])
+        self.set_aside(
+            keep=[*(path.name for path in own), METRICS_FILE, PROBE_FILE, "tensorboard", "profile", "features"]
+        )
 
     def first_world_size(self) -> int | None:
         """Ranks that the run was started with; ``None`` where that is not known."""
