@@ -57,7 +57,7 @@ def recognise(data: Path, columns: ColumnsConfig) -> Shape:
 def _of_folder(data: Path, columns: ColumnsConfig) -> Shape | None:
     """The shape of a folder, unless it is one of images."""
     tables = table.find_metadata(data)
-    if tables and (table.has_labels(tables[0], columns) or not _has_classes(data)):
+    if tables and (table.names_classes(tables[0], columns) or not _has_classes(data)):
         return _table(data, data, tables, columns)
     if _has_classes(data):
         return None

@@ -186,7 +186,7 @@ def _rows(folder: Path, *more: tuple[str, ...], header: tuple[str, ...] = ("path
         ),
         (
             lambda folder: _rows(folder, ("x", "slate", "val"), header=("path", "label", "split"), cell="train"),
-            "1 class(es) have no training images ('slate'); give each class training images",
+            "1 class(es) have no training images (slate); give each class training images",
         ),
         (lambda folder: write_table(folder / "one.csv", photographs(folder)[:3]), "it holds one class only ('basalt')"),
         (
@@ -226,6 +226,19 @@ def test_metadata_of_each_split(folder: Path, tmp_path: Path) -> None:
             stream.write(json.dumps({"file_name": f"{label}{index}.jpg", "label": label}) + "\n")
     manifest = build_manifest(data, CONFIG, 0)
     assert [manifest.class_counts(split) for split in ("train", "val", "test")] == [(3, 3, 3), (1, 1, 1), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"file_name,x\n", b"place,label\nx,y\n", b'"'])
+def test_other_metadata_leave_the_classes_to_the_folders(folder: Path, content: bytes) -> None:
+    (folder / "metadata.csv").write_bytes(content)
+    assert _named(folder) == photographs(folder)
+
+
+def test_a_split_without_a_class_is_mentioned(folder: Path) -> None:
+    rows = [(path, label, "val" if path == "basalt/0000.jpg" else "train") for path, label in photographs(folder)]
+    file = write_table(folder / "labels.csv", rows, ("path", "label", "split"))
+    (notice,) = recognise(file, ColumnsConfig()).find().notices
+    assert notice == ("split val", "has no images of 2 class(es): dolomite, marble")
 
 
 def test_metadata_without_labels_leave_the_classes_to_the_folders(folder: Path) -> None:
