@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fpcn_dist.data.blob import Blob
+from fpcn_dist.data import blob
+from fpcn_dist.data.blob import Blob, Packed
 from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.recipe.data import ColumnsConfig
@@ -51,9 +52,9 @@ def test_every_image_is_found_whatever_the_encoding(rocks: Path, rows, tmp_path:
     assert [c.path for c in found.candidates[-2:]] == ["a/000018", "a/000019"]  # a name that two rows have names none
     for candidate, (path, label) in zip(found.candidates, [*rows, *rows[:2]], strict=True):
         assert candidate.place is not None and candidate.name == label
-        blob = candidate.place._replace(path=str(file))
-        assert blob.read() == (rocks / path).read_bytes()
-        assert (blob.packed is None) == (options["compression"] == "none")
+        placed = candidate.place._replace(path=str(file))
+        assert placed.read() == (rocks / path).read_bytes()
+        assert (placed.packed is None) == (options["compression"] == "none")
 
 
 def test_the_page_that_holds_an_image_is_read_alone(rocks: Path, rows, tmp_path: Path) -> None:
@@ -191,9 +192,34 @@ def test_a_damaged_page_is_an_unreadable_image(rocks: Path, rows, tmp_path: Path
     """What turns bad after the index was made is reported as any file that turns bad."""
     file = write_parquet(tmp_path / "a.parquet", rocks, rows, NAMES, use_dictionary=False)
     first = recognise(file, CONFIG.columns).find().candidates[0]
-    blob = Blob.within(str(tmp_path), first.path, first.place)
+    placed = Blob.within(str(tmp_path), first.path, first.place)
     with open(file, "r+b") as stream:
-        stream.seek(blob.offset)
+        stream.seek(placed.offset)
         stream.write(b"\xff" * 64)
     with pytest.raises(OSError, match="the page that holds it is damaged"):
-        blob.read()
+        placed.read()
+
+
+def test_few_unpacked_pages_are_kept(rocks: Path, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"use_dictionary": False, "data_page_size": 4000, "write_batch_size": 1}
+    file = write_parquet(tmp_path / "a.parquet", rocks, rows, **options)
+    found = recognise(file, CONFIG.columns).find().candidates
+    blobs = [Blob.within(str(tmp_path), c.path, c.place) for c in found]
+    unpacked: list[int] = []
+    unpack = Packed.unpack
+
+    def counted(packed: Packed, data: bytes) -> bytes:
+        unpacked.append(packed.unpacked)
+        return unpack(packed, data)
+
+    monkeypatch.setattr(Packed, "unpack", counted)
+    monkeypatch.setattr(blob, "_PAGES", blob._Pages())
+    for _ in range(2):
+        assert [b.read() for b in blobs] == [(rocks / path).read_bytes() for path, _ in rows]
+    pages = len({b.offset for b in blobs})
+    assert len(unpacked) == pages > 6
+    monkeypatch.setattr(blob, "_PAGES", blob._Pages())
+    monkeypatch.setattr(blob, "_KEPT", max(unpacked))
+    for b in [*blobs, *blobs]:
+        b.read()
+    assert len(unpacked) == 3 * pages
