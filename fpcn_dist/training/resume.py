@@ -21,12 +21,13 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.processes import describe_launch, is_started_again
+from fpcn_dist.training.schedule import steps_per_epoch
 
 _ANEW = "choose another --output, or begin again with --resume never, which moves what is there to previous/"
 
-End = Literal["open", "finished", "again", "extended"]
+End = Literal["open", "finished", "again", "trained on"]
 """Of a run that is there: it has not come to its end; it has, and all is there; what was made of it has to be made
-again; or it is to be trained on."""
+again; or there are steps to make, by more epochs or because its last checkpoints are gone."""
 
 
 class Origin(NamedTuple):
@@ -126,13 +127,13 @@ def look_at_end(
         )
     before = run.described()
     _require_same(run, recipe, manifest, before, extend=extend)
-    longer, there = recipe.train.epochs > before.recipe["train"]["epochs"], bool(checkpoints.steps())
+    longer, steps = recipe.train.epochs > before.recipe["train"]["epochs"], checkpoints.steps()
+    if steps and steps[-1] < recipe.train.epochs * steps_per_epoch(recipe, manifest):
+        return "trained on"
     lack = None if longer else _lack(run)
-    if (longer or lack) and not there:
+    if (longer or lack) and not steps:
         reason = f"holds a finished run without checkpoints{f', and {lack}' if lack else ''}"
         raise UserError("--output", run.path, reason, _ANEW)
-    if longer:
-        return "extended"
     if lack:
         print(f"{run.path} has come to its end, but {lack}: it is made again from the best checkpoint", flush=True)
         return "again"
