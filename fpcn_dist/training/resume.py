@@ -130,7 +130,7 @@ def look_at_end(
     longer, steps = recipe.train.epochs > before.recipe["train"]["epochs"], checkpoints.steps()
     if steps and steps[-1] < recipe.train.epochs * steps_per_epoch(recipe, manifest):
         return "trained on"
-    lack = None if longer else _lack(run)
+    lack = None if longer else _lack(run, remade=bool(steps))
     if (longer or lack) and not steps:
         reason = f"holds a finished run without checkpoints{f', and {lack}' if lack else ''}"
         raise UserError("--output", run.path, reason, _ANEW)
@@ -152,13 +152,13 @@ def _require_same(run: RunFolder, recipe: Recipe, manifest: Manifest, before: Ch
         raise UserError("--output", run.path, f"holds a finished run on other images ({changes})", _ANEW)
 
 
-def _lack(run: RunFolder) -> str | None:
-    """What of a finished run is missing or damaged, in words."""
+def _lack(run: RunFolder, *, remade: bool) -> str | None:
+    """What of a finished run is missing or damaged, in words: its model; or its report, if that can be ``remade``."""
     try:
         load_model(run.path)
     except UserError as error:
         return f"its model {error.reason}"
-    return None if (run.path / "report.html").is_file() else "its report is missing"
+    return "its report is missing" if remade and not (run.path / "report.html").is_file() else None
 
 
 def _say_finished(run: RunFolder, checkpoints: CheckpointFolder) -> None:
