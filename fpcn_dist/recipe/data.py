@@ -27,7 +27,7 @@ class DataConfig(Schema):
 
     backend: DecodingBackend = "auto"
     """What decodes images: NVIDIA DALI, torchvision (anywhere, on the CPU), or DALI where it is installed. Batches are
-    the same within one grey level, so that a run may go on with the other one."""
+    the same (on a GPU within one grey level), so that a run may go on with the other one."""
     resize: PositiveInt = 512
     """Side in pixels that every image is resized to, in the way that fit says."""
     fit: Fit = "squeeze"
@@ -64,8 +64,9 @@ class DataConfig(Schema):
     """Share of each class that is split off for testing where the folder has no train/ at all."""
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Seed of the split; null: the recipe's. Set it to train with several seeds on the same images."""
-    on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
-    """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
+    on_bad_image: Annotated[Literal["skip", "fail", "salvage"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
+    """Unreadable images are left out (and listed in the run folder), or stop the run; salvage shows those JPEGs that
+    were cut short of which 95 % of the rows are there, fills them up with their mean colour, and lists them, too."""
     max_pixels: PositiveInt = 100_000_000
     """Images with more pixels than this in their header are refused before anything is decoded."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10

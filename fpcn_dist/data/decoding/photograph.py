@@ -81,13 +81,14 @@ def decode(header: Header) -> NDArray[np.uint8]:
     return np.array(upright(stored, header.orientation), order="C")
 
 
-def salvaged(data: bytes) -> str | None:
-    """What of a readable file was not there, in words; ``None`` where nothing is missing.
+def salvaged(data: bytes, max_pixels: int) -> str | None:
+    """What is missing of a JPEG that was cut short, in words; ``None`` where the file is nothing of the kind.
 
     Raises:
         UnreadableError: too much is missing.
     """
-    if not jpeg.is_jpeg(data) or not (header := jpeg.parse(data)).cut:
+    header = examine(data, max_pixels, salvage=True)
+    if not header.cut:
         return None
     missing = header.height - jpeg.salvage(header, _stored)[1]
     return f"cut short: {missing} of {header.height} rows are missing" if missing else "cut short behind its last row"

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.images import Check, Refused, Salvaged, cache_file, check_images, salvage_images
 from fpcn_dist.data.index.layout import Candidate, find
 from fpcn_dist.data.index.manifest import Image, Manifest
 from fpcn_dist.data.sampler import check_composition
@@ -34,6 +35,9 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     candidates = find(root)
     paths = [root / c.path for c in candidates]
     checks = check_images(paths, config.max_pixels, cache_file(root), backend=config.backend)
+    missing: dict[int, str] = {}
+    if config.on_bad_image == "salvage":
+        checks, missing = salvage_images(Blob.of_files(paths), checks, config.max_pixels)
     refused = [Refused(c.path, check.reason) for c, check in zip(candidates, checks, strict=True) if check.reason]
     if refused and config.on_bad_image == "fail":
         shown = "; ".join(f"{path}: {reason}" for path, reason in refused[:5]) + ("; ..." if len(refused) > 5 else "")
@@ -57,7 +61,8 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
             images.append(Image(c.path, label, split, check.size, check.digest))
     counts = Counter(image.label for image in images if image.split == "train")
     check_composition(classes, [counts[label] for label in range(len(classes))], config)
-    return Manifest(str(root.absolute()), tuple(classes), tuple(sorted(images)), tuple(refused))
+    salvaged = [Salvaged(candidates[index].path, text) for index, text in missing.items()]
+    return Manifest(str(root.absolute()), tuple(classes), tuple(sorted(images)), tuple(refused), tuple(salvaged))
 
 
 def _split(

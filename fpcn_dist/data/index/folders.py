@@ -8,7 +8,12 @@ from pathlib import Path
 
 from fpcn_dist.runtime.errors import UserError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+        *(".gif", ".heic", ".heif", ".avif"),
+    }
+)
 
 
 def find_images(folder: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ from rich.table import Table
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoder, has_dali, open_backend
+from fpcn_dist.data.decoding.header import DAMAGED, UnreadableError
+from fpcn_dist.data.decoding.photograph import salvaged
 from fpcn_dist.recipe.schema import DecodingBackend
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
@@ -53,6 +56,13 @@ class Refused(NamedTuple):
 
     path: str
     reason: str
+
+
+class Salvaged(NamedTuple):
+    """An image that was cut short and is shown: its path relative to the data folder, and what is missing."""
+
+    path: str
+    missing: str
 
 
 def check_images(
@@ -115,6 +125,37 @@ def check_image(blob: Blob, max_pixels: int, decoder: Decoder) -> Check:
     return Check(decoder.fault(data, max_pixels), hashlib.sha256(data).hexdigest(), len(data))
 
 
+def salvage_images(
+    blobs: Sequence[Blob], checks: Sequence[Check], max_pixels: int
+) -> tuple[list[Check], dict[int, str]]:
+    """Take what was refused because it was cut short, where nearly all of it is there (``data.on_bad_image: salvage``).
+
+    Args:
+        blobs: encoded images.
+        checks: what was found out about each.
+        max_pixels: as in :func:`check_images`.
+
+    Returns:
+        The checks, of which some are now those of usable images, and what is missing of these images, by index.
+    """
+
+    def look(index: int) -> tuple[Check, str | None]:
+        check = checks[index]
+        try:
+            missing = salvaged(blobs[index].read(), max_pixels)
+        except UnreadableError as error:
+            return dataclasses.replace(check, reason=str(error)), None
+        except OSError:
+            return check, None
+        return check if missing is None else dataclasses.replace(check, reason=None), missing
+
+    damaged = [index for index, check in enumerate(checks) if check.reason == DAMAGED]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        looked = dict(zip(damaged, pool.map(look, damaged), strict=True))
+    judged = [looked[index][0] if index in looked else check for index, check in enumerate(checks)]
+    return judged, {index: missing for index, (_, missing) in looked.items() if missing is not None}
+
+
 def cache_file(root: Path) -> Path:
     """Where the checks of a data folder are remembered: in the user's cache folder, one file for each data folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -127,6 +168,15 @@ def refusal_table(refused: Sequence[Refused]) -> Table:
     for path, reason in refused:
         table.add_row(escape(path), reason)
     return table
+
+
+def show_salvaged(salvaged: Sequence[Salvaged]) -> None:
+    """Print which images are shown although they were cut short; nothing is printed where none was."""
+    if salvaged:
+        table = Table("image", "what is missing", title=f"{len(salvaged)} image(s) salvaged")
+        for path, missing in salvaged:
+            table.add_row(escape(path), missing)
+        Console(soft_wrap=True).print(table)
 
 
 def show_refused(refused: Sequence[Refused]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.images import Refused
+from fpcn_dist.data.index.images import Refused, Salvaged
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
@@ -51,12 +51,15 @@ class Manifest:
         classes: class names, sorted; a label is an index into them.
         images: the usable images, sorted by path.
         refused: the images that were left out.
+        salvaged: the images of which not all is there, and which are shown. The hash need not know them: how they are
+            filled up follows from their contents, and where ``on_bad_image`` is not ``salvage`` they are left out.
     """
 
     root: str
     classes: tuple[str, ...]
     images: tuple[Image, ...]
     refused: tuple[Refused, ...]
+    salvaged: tuple[Salvaged, ...] = ()
 
     @functools.cached_property
     def hash(self) -> str:
@@ -91,6 +94,7 @@ class Manifest:
     def to_json(self) -> str:
         """Everything as JSON, one image a line; read back by :meth:`from_json`."""
         head = {"hash": self.hash, "root": self.root, "classes": self.classes, "refused": self.refused}
+        head["salvaged"] = self.salvaged
         images = ",\n".join(json.dumps(image) for image in self.images)
         return f'{json.dumps(head)[:-1]}, "fields": {json.dumps(Image._fields)}, "images": [\n{images}\n]}}\n'
 
@@ -107,6 +111,7 @@ class Manifest:
             tuple(content["classes"]),
             tuple(Image(*image) for image in content["images"]),
             tuple(Refused(*refused) for refused in content["refused"]),
+            tuple(Salvaged(*salvaged) for salvaged in content.get("salvaged", ())),  # earlier versions knew none
         )
         if manifest.hash != content["hash"]:
             raise ValueError("the hash does not fit the images")
