@@ -153,7 +153,7 @@ def augmentation_benchmark(
 
 def _paths(data: Path, config: DataConfig, images: int) -> list[str]:
     files = list(find_images(data))
-    checks = check_images(files, config.max_pixels, cache_file(data))
+    checks = check_images(Blob.of_files(files), config.max_pixels, cache_file(data))
     usable = [str(file) for file, check in zip(files, checks, strict=True) if check.ok]
     if not usable:
         raise UserError("--data", data, "there are no usable images in it", "give a folder of photographs")

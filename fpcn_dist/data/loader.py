@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
@@ -17,8 +16,9 @@ from torch import Tensor
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
-from fpcn_dist.data.index.images import check_image, salvage_images
+from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import (
     BalancedSampler,
@@ -33,6 +33,7 @@ from fpcn_dist.data.views import VIEW, Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.launchers import told
 
 Ids = NDArray[np.int64]
 SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]
@@ -68,17 +69,17 @@ class _Plan(NamedTuple):
 
     def faults(self, config: DataConfig) -> dict[int, Replacement]:
         """Which of the images cannot be decoded now, by image id."""
-        decoder = open_backend(config.backend).decoder()
-        checks = [check_image(blob, config.max_pixels, decoder) for blob in self.blobs]
+        looked = dict(check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels))
+        checks = [looked[index] for index in range(len(self.blobs))]
         if config.on_bad_image == "salvage":
-            checks, _ = salvage_images(self.blobs, checks, config.max_pixels)
+            checks, _ = salvage(self.blobs, checks, config.max_pixels)
         found = zip(self.image_ids.tolist(), self.blobs, checks, strict=True)
-        return {i: Replacement(i, str(blob), check.reason) for i, blob, check in found if check.reason}
+        return {i: Replacement(i, str(blob), check.reason) for i, blob, check in found if check.reason is not None}
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
     """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = told("LOCAL_WORLD_SIZE", 1)
     threads = config.threads or max(1, usable_cores() // ranks_here)
     return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
 

@@ -1,12 +1,13 @@
 """One picture in every kind of file that people have, and what became of each: docs/data.md has the table.
 
-    python -m tests.helpers.formats      writes the table anew, of what all readings agree about
+python -m tests.helpers.formats      writes the table anew, of what all readings agree about
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import pkgutil
 import struct
 import tempfile
 import zlib
@@ -24,9 +25,10 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
 from fpcn_dist.data.decoding.exif import ORIENTATION, TURNS
 from fpcn_dist.data.decoding.header import UnreadableError
+from fpcn_dist.data.index.checker import Decoder
 from fpcn_dist.data.views import centre_views
 from fpcn_dist.deploy.onnx_predict import read_image
-from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 BEGIN, END = "<!-- formats: begin -->\n", "<!-- formats: end -->\n"
@@ -117,7 +119,13 @@ def rows_of_bits(row: NDArray, bits: int) -> bytes:
 
 
 def tiff(
-    content: bytes, bits: tuple[int, ...] = (8, 8, 8), photometric: int = 2, *, order: str = "<", big: bool = False, **tags
+    content: bytes,
+    bits: tuple[int, ...] = (8, 8, 8),
+    photometric: int = 2,
+    *,
+    order: str = "<",
+    big: bool = False,
+    **tags,
 ) -> bytes:
     """A TIFF of one strip; tags as t274=6, lists of SHORTs as tuples, further data as bytes."""
     entries = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: photometric, 273: 0, 277: len(bits), 278: SIDE}
@@ -176,7 +184,14 @@ def _jpegs() -> Iterator[Kind]:
     yield Kind("JPEG", "YCCK", ycck, RGB, True, 4)
     other = [Image.fromarray(255 - RGB)]
     yield Kind("JPEG", "several images (MPO)", lambda turn: _mpo(turn, other), RGB, True, 4)
-    yield Kind("JPEG", "with data behind its end", lambda turn: saved(RGB, "JPEG", turn, quality=95) + RGB.tobytes(), RGB, True, 4)
+    yield Kind(
+        "JPEG",
+        "with data behind its end",
+        lambda turn: saved(RGB, "JPEG", turn, quality=95) + RGB.tobytes(),
+        RGB,
+        True,
+        4,
+    )
     yield Kind("JPEG", "12 bits", lambda turn: _patched(plain, b"\xff\xc0\x00\x11\x08", 4, 12), None)
     yield Kind("JPEG", "lossless", lambda turn: _patched(plain, b"\xff\xc0\x00\x11\x08", 1, 0xC3), None)
     yield Kind("JPEG", "without its end marker", lambda turn: plain[:-2], None)
@@ -279,7 +294,9 @@ def _webps_and_bitmaps() -> Iterator[Kind]:
 
 
 def _tiffs() -> Iterator[Kind]:
-    def kind(pixels: str, content: NDArray | bytes, right: Pixels | None, bits=(8, 8, 8), photometric=2, **tags) -> Kind:
+    def kind(
+        pixels: str, content: NDArray | bytes, right: Pixels | None, bits=(8, 8, 8), photometric=2, **tags
+    ) -> Kind:
         data = content if isinstance(content, bytes) else content.tobytes()
         make = lambda turn: tiff(data, bits, photometric, t274=turn, **tags)  # noqa: E731
         return Kind("TIFF", pixels, make, right, right is not None)
@@ -372,12 +389,17 @@ class Reading(NamedTuple):
     refusals: dict[str, str]
 
 
-def read_all(folder: Path) -> list[Reading]:
-    """Each kind by DALI on the CPU (where it is installed), by torchvision, and by Pillow alone, in all orientations."""
-    backends = ["torchvision", *(["dali"] if has_dali() else [])]
-    decoders = {name: open_backend(name).decoder() for name in backends}
+def decoder_of(backend: DecodingBackend) -> Decoder:
+    """What checks files for a backend, in this process."""
+    return pkgutil.resolve_name(open_backend(backend).decoder)()
+
+
+def read_all(folder: Path, which: list[Kind]) -> list[Reading]:
+    """Each kind in all orientations by DALI on the CPU (where it is installed), by torchvision, and by Pillow alone."""
+    backends: list[DecodingBackend] = ["torchvision", "dali"] if has_dali() else ["torchvision"]
+    decoders = {name: decoder_of(name) for name in backends}
     readings, shown = [], []
-    for number, kind in enumerate(kinds()):
+    for number, kind in enumerate(which):
         reading = Reading(kind, {}, {})
         readings.append(reading)
         for turn in TURNS if kind.turns else [1]:
@@ -414,7 +436,7 @@ def table(readings: list[Reading]) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        made = table(read_all(Path(place)))
+        made = table(read_all(Path(place), kinds()))
     before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)
     DOCS.write_text(f"{before}{BEGIN}{made}{END}{rest.split(END)[1]}", encoding="utf-8")
     print(made)

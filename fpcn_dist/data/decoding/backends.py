@@ -35,19 +35,6 @@ class Decoding(Protocol):
         ...
 
 
-class Decoder(Protocol):
-    """Decodes one image at a time, as :class:`Decoding` does on the CPU; one instance per thread."""
-
-    def fault(self, data: bytes, max_pixels: int) -> str | None:
-        """Why an image file is not shown, or ``None`` where it is.
-
-        Args:
-            data: the file.
-            max_pixels: a file whose header announces more pixels is not decoded.
-        """
-        ...
-
-
 class Backend(NamedTuple):
     """An opened backend.
 
@@ -56,13 +43,14 @@ class Backend(NamedTuple):
         version: of what decodes; with another version, files may be refused that were not before.
         decoding: begins to decode an iterator of requests with a config, a device, the size of the largest batch and a
             number of CPU threads.
-        decoder: makes a :class:`Decoder`.
+        decoder: import path of what decodes one image at a time, as ``decoding`` does on the CPU: a
+            :class:`fpcn_dist.data.index.checker.Decoder`, in a module that imports no torch.
     """
 
     name: DecodingBackend
     version: str
     decoding: Callable[[Iterator[BatchRequest], DataConfig, torch.device, int, int], Decoding]
-    decoder: Callable[[], Decoder]
+    decoder: str
 
 
 def has_dali() -> bool:
@@ -80,12 +68,12 @@ def open_backend(name: DecodingBackend) -> Backend:
         UserError: DALI is asked for, and is not installed.
     """
     if name == "torchvision" or (name == "auto" and not has_dali()):
-        from fpcn_dist.data.decoding import torchvision
+        from fpcn_dist.data.decoding import photograph, torchvision
 
-        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, torchvision.Decoder)
+        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, f"{photograph.__name__}:Decoder")
     if not has_dali():
         hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
         raise UserError("data.backend", name, "DALI is not installed here", hint)
     from fpcn_dist.data.decoding import dali, nvimgcodec
 
-    return Backend("dali", dali.VERSION, dali.Decoding, nvimgcodec.Decoder)
+    return Backend("dali", dali.VERSION, dali.Decoding, f"{nvimgcodec.__name__}:Decoder")

@@ -81,19 +81,6 @@ def decode(header: Header) -> NDArray[np.uint8]:
     return np.array(upright(stored, header.orientation), order="C")
 
 
-def salvaged(data: bytes, max_pixels: int) -> str | None:
-    """What is missing of a JPEG that was cut short, in words; ``None`` where the file is nothing of the kind.
-
-    Raises:
-        UnreadableError: too much is missing.
-    """
-    header = examine(data, max_pixels, salvage=True)
-    if not header.cut:
-        return None
-    missing = header.height - jpeg.salvage(header, _stored)[1]
-    return f"cut short: {missing} of {header.height} rows are missing" if missing else "cut short behind its last row"
-
-
 def _stored(header: Header) -> NDArray[np.uint8]:
     """[height, width, 3] uint8 RGB, as stored."""
     try:
@@ -123,3 +110,30 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     elif image.mode == "La":  # which Pillow converts to nothing else
         image = image.convert("LA")
     return np.asarray(image.convert("RGB"))
+
+
+class Decoder:
+    """Whether torchvision shows a file: of plain JPEGs, too, Pillow reads what torchvision does, without torch."""
+
+    def fault(self, data: bytes, max_pixels: int) -> str | None:
+        """Why an image file is not shown, or ``None`` where it is."""
+        try:
+            decode(examine(data, max_pixels))
+        except UnreadableError as error:
+            return str(error)
+        return None
+
+
+class Salvager:
+    """Whether a JPEG that was cut short is shown where ``data.on_bad_image`` is ``salvage``."""
+
+    def fault(self, data: bytes, max_pixels: int) -> str | None:
+        """Why not, or ``None`` where it is; what was not cut short is refused."""
+        try:
+            header = examine(data, max_pixels, salvage=True)
+            if not header.cut:
+                return DAMAGED
+            decode(header)
+        except UnreadableError as error:
+            return str(error)
+        return None

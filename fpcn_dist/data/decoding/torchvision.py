@@ -112,15 +112,3 @@ def pixels(header: Header) -> NDArray[np.uint8]:
     except RuntimeError as error:
         raise UnreadableError(DAMAGED) from error
     return np.ascontiguousarray(upright(stored_CHW.permute(1, 2, 0).numpy(), header.orientation))
-
-
-class Decoder:
-    """The decoder of the training, one image at a time."""
-
-    def fault(self, data: bytes, max_pixels: int) -> str | None:
-        """Why an image file is not shown, or ``None`` where it is."""
-        try:
-            pixels(examine(data, max_pixels))
-        except UnreadableError as error:
-            return str(error)
-        return None

@@ -15,7 +15,7 @@ NAMES = [f"{kind.form} {kind.pixels}" for kind in kinds()]
 
 @pytest.fixture(scope="module")
 def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reading]:
-    return dict(zip(NAMES, read_all(tmp_path_factory.mktemp("files")), strict=True))
+    return dict(zip(NAMES, read_all(tmp_path_factory.mktemp("files"), kinds()), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,9 +40,8 @@ def test_names_are_unique() -> None:
     assert len(set(NAMES)) == len(NAMES)
 
 
-def test_libraries_print_nothing_about_files_that_are_read(
-    readings: dict[str, Reading], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    capfd.readouterr()
-    read_all(tmp_path)
+def test_libraries_print_nothing_about_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    which = [kind for kind in kinds() if "CMYK" in kind.pixels or "inside" in kind.pixels or "cut short" in kind.pixels]
+    assert {kind.form for kind in which} > {"JPEG", "TIFF", "PNG"}
+    read_all(tmp_path, which)
     assert capfd.readouterr() == ("", "")

@@ -14,7 +14,7 @@ from fpcn_dist.data.decoding.backends import open_backend
 from fpcn_dist.data.decoding.exif import TURNS, orientation_of, upright
 from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
-from tests.helpers.formats import GREY, RGB, chunk, exif_of, png, saved, tiff, with_segments
+from tests.helpers.formats import GREY, RGB, chunk, decoder_of, exif_of, png, saved, tiff, with_segments
 
 BOUND = 10_000
 JPEG = saved(RGB, "JPEG", quality=95, subsampling=0)
@@ -70,7 +70,7 @@ def test_what_is_left_of_exif_counts(exif: bytes, expected: int) -> None:
         assert header.orientation == expected, name
         assert exif not in header.encoded or not exif  # no decoder sees it
         for backend in ("auto", "torchvision"):
-            assert open_backend(backend).decoder().fault(data, BOUND) is None
+            assert decoder_of(backend).fault(data, BOUND) is None
         assert np.abs(decode(header).astype(int) - upright(RGB, expected)).mean() < 4
 
 
@@ -90,7 +90,7 @@ def test_text_in_a_png_is_unpacked_within_bounds() -> None:
 
 
 def test_a_tiff_with_one_entry_twice_is_read_by_the_first() -> None:
-    """The fourth entry, Compression, has become a second ImageWidth: the library decodes it otherwise than it read it."""
+    """The fourth entry, Compression, has become a second ImageWidth: libraries differ about which of the two counts."""
     damaged = tiff(RGB.tobytes(), t274=6).replace(struct.pack("<HH", 259, 4), struct.pack("<HH", 256, 4))
     assert np.array_equal(decode(examine(damaged, BOUND)), upright(RGB, 6))
 
@@ -115,7 +115,7 @@ def test_what_is_cut_or_damaged_is_refused_alike(data: bytes) -> None:
         decode(examine(data, BOUND))
     assert str(error.value) in (DAMAGED, NO_IMAGE)
     for backend in ("auto", "torchvision"):
-        assert open_backend(backend).decoder().fault(data, BOUND) == str(error.value)
+        assert decoder_of(backend).fault(data, BOUND) == str(error.value)
 
 
 @pytest.mark.parametrize(
