@@ -181,15 +181,20 @@ def read_ahead(requests: Iterator[BatchRequest], config: DataConfig, threads: in
 
     Bytes are read two batches ahead; of these, what Pillow decodes is decoded one batch ahead.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="reading") as pool:
-        reading = (([pool.submit(_read, blob) for blob in request.blobs], request.views) for request in requests)
-        decoding = (
-            ([pool.submit(_prepare, part, config) for part in parts], views)
-            for parts, views in _ahead(reading, BATCHES_IN_FLIGHT - 1)
-        )
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reading")
+    reading = (([pool.submit(_read, blob) for blob in request.blobs], request.views) for request in requests)
+    decoding = (
+        ([pool.submit(_prepare, part, config) for part in parts], views)
+        for parts, views in _ahead(reading, BATCHES_IN_FLIGHT - 1)
+    )
+    try:
         for parts, views in _ahead(decoding, 1):
             encoded, orientations = zip(*(part.result() for part in parts), strict=True)
             yield Read(list(encoded), np.array(orientations, dtype=np.int32), views)
+    finally:
+        # An abandoned pipeline is collected at any time, in a thread that is just being started, too, where to wait
+        # for another thread is to wait for ever.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
