@@ -161,6 +161,7 @@ def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
         "resize": str(info.preprocessing.resize),
         "crop": str(info.preprocessing.crop),
         "fit": info.preprocessing.fit,
+        "max_pixels": str(info.preprocessing.max_pixels),
         "mean": json.dumps(shown.mean),
         "std": json.dumps(shown.std),
         "interpolation": shown.interpolation,

@@ -9,10 +9,12 @@ Shape legend: B images of a batch, K classes, h x w cells of the feature map.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,11 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.sizes import MIB, cut, require_memory
 from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
+from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 
@@ -32,7 +37,10 @@ FORMAT = 2
 INPUT, LOGITS, MASK = "image", "logits", "mask"
 """Input [B, 3, crop, crop] float32, normalised; outputs [B, K], and [B, h, w], which is 1 inside the region."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+MAX_DECODED_MIB = 512
+"""MiB of decoded images that are held at once, unless one is larger by itself."""
 MAX_PIXELS = 100_000_000
+"""Bound of models that were exported before they knew that of their training."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _BATCH = 8
@@ -52,6 +60,7 @@ class OnnxModel:
         interpolation: filter of the resizing, one of :data:`INTERPOLATIONS`.
         fit: "squeeze" (to a square), "pad" (to a square that the long side fills) or "short_side".
         task: "contrast" (FPCN) or "classify" (the plain classifier).
+        max_pixels: images with more pixels than this in their header are refused before anything is decoded.
     """
 
     session: onnxruntime.InferenceSession
@@ -63,6 +72,7 @@ class OnnxModel:
     interpolation: str
     fit: str
     task: str
+    max_pixels: int = MAX_PIXELS
 
     def run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Normalised images [B, 3, crop, crop] to logits [B, K] and mask [B, h, w]."""
@@ -71,7 +81,7 @@ class OnnxModel:
 
     def read(self, path: Path) -> NDArray[np.uint8]:
         """Grey levels [crop, crop, 3] of an image file, cut as the network expects; see :func:`read_image`."""
-        return read_image(path, self.resize, self.crop, self.fit, self.interpolation)
+        return read_image(path, self.resize, self.crop, self.fit, self.interpolation, self.max_pixels)
 
     def normalise(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """B images [crop, crop, 3] of grey levels to the network's input [B, 3, crop, crop]."""
@@ -135,6 +145,7 @@ def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
             metadata.get("interpolation", "bilinear"),
             metadata.get("fit", "squeeze"),  # as before there was a choice
             metadata["task"],
+            int(metadata.get("max_pixels", MAX_PIXELS)),
         )
         _check(model)
     except (KeyError, TypeError, ValueError) as error:
@@ -162,7 +173,9 @@ def _check(model: OnnxModel) -> None:
         raise ValueError(f"{len(model.classes)} class names do not fit the output {shapes[LOGITS]}")
 
 
-def read_image(path: Path, resize: int, crop: int, fit: str, interpolation: str) -> NDArray[np.uint8]:
+def read_image(
+    path: Path, resize: int, crop: int, fit: str, interpolation: str, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """Grey levels [crop, crop, 3] of the central crop, upright, as :mod:`fpcn_dist.data.decoding` cuts it.
 
     Raises:
@@ -173,7 +186,7 @@ def read_image(path: Path, resize: int, crop: int, fit: str, interpolation: str)
             # Pillow warns of large images and of oddities in files that it reads nevertheless.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_FORMATS) as image:
-                _check_size(image)
+                _check_size(image, max_pixels)
                 rgb = _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         empty = path.stat().st_size == 0
@@ -202,11 +215,11 @@ def _fit(image: Image.Image, resize: int, fit: str, kernel: Image.Resampling) ->
     return frame
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
+    if pixels > max_pixels:
         size = f"{image.width} x {image.height} = {pixels:,} pixels"
-        raise ValueError(f"its header announces {size}, more than {MAX_PIXELS:,}")
+        raise ValueError(f"its header announces {size}, more than {max_pixels:,}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -216,18 +229,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction], list[tuple[Path, str]]]:
-    """Predictions for the files that are images, in order, and the other files with the reason."""
-    predictions, refused, batch = [], [], []
-    for index, file in enumerate(files):
-        try:
-            batch.append((file, model.read(file)))
-        except ValueError as error:
-            refused.append((file, str(error)))
-        if batch and (len(batch) == _BATCH or index == len(files) - 1):
-            predictions += _classify_batch(model, batch)
-            batch = []
+def classify(
+    model: OnnxModel, files: Sequence[Path], max_decoded_mib: int = MAX_DECODED_MIB
+) -> tuple[list[Prediction], list[tuple[Path, str]]]:
+    """Predictions for the files that are images, in order, and the other files with the reason.
+
+    As many images are decoded at once as there are cores and as fit into ``max_decoded_mib``; one at least.
+    """
+    predictions, refused = [], []
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for first in range(0, len(files), _BATCH):
+            some = files[first : first + _BATCH]
+            parts = cut(Blob.of_files(some), max_decoded_mib * MIB)
+            read = [one for part in parts for one in pool.map(functools.partial(_try_to_read, model), some[part])]
+            batch = [(file, pixels) for file, pixels in zip(some, read, strict=True) if not isinstance(pixels, str)]
+            refused += [(file, reason) for file, reason in zip(some, read, strict=True) if isinstance(reason, str)]
+            predictions += _classify_batch(model, batch) if batch else []
     return predictions, refused
+
+
+def _try_to_read(model: OnnxModel, file: Path) -> NDArray[np.uint8] | str:
+    """Grey levels [crop, crop, 3], or why there are none."""
+    try:
+        return model.read(file)
+    except ValueError as error:
+        return str(error)
 
 
 def _classify_batch(model: OnnxModel, batch: Sequence[tuple[Path, NDArray[np.uint8]]]) -> list[Prediction]:
@@ -246,7 +272,9 @@ def _classify_batch(model: OnnxModel, batch: Sequence[tuple[Path, NDArray[np.uin
     ]
 
 
-def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Prediction]:
+def predict(
+    model_file: Path, paths: Sequence[Path], output: Path, *, max_decoded_mib: int = MAX_DECODED_MIB
+) -> list[Prediction]:
     """Classify files, write predictions.json and predictions.csv to ``output``, print a table.
 
     Files that are no readable images are listed and left out.
@@ -255,13 +283,15 @@ def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Predi
         model_file: a model that launch/export.py wrote.
         paths: image files, and folders that are searched for images at any depth.
         output: folder for the results; made if missing.
+        max_decoded_mib: MiB of decoded images that are held at once, unless one is larger by itself.
 
     Raises:
         UserError: no model there, no such path, no image in a folder, not one readable image at all, or a folder that
             cannot be written to.
     """
+    require_memory(max_decoded_mib)
     model = open_model(model_file)
-    predictions, refused = classify(model, find_files(paths))
+    predictions, refused = classify(model, find_files(paths), max_decoded_mib)
     for file, reason in refused:
         print(f"refused: {file}: {reason}")
     if not predictions:
@@ -284,9 +314,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
     )
+    parser.add_argument(
+        "--max-decoded-mib",
+        type=int,
+        default=MAX_DECODED_MIB,
+        help="MiB of decoded images to hold at once, unless one is larger by itself (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
-        predict(args.model, args.images, args.output)
+        predict(args.model, args.images, args.output, max_decoded_mib=args.max_decoded_mib)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

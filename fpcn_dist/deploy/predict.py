@@ -5,6 +5,7 @@ Shape legend: B images of a batch, K classes, h x w cells of the feature map.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.sizes import require_memory
 from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.data.index.images import Refused, check_images, refusal_table
 from fpcn_dist.data.loader import EvalLoader
@@ -38,6 +40,7 @@ def predict(
     *,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    max_decoded_mib: int | None = None,
     console: Console | None = None,
 ) -> list[Prediction]:
     """Classify files, write predictions.json, predictions.csv and overlays/*.png to ``output``, print a table.
@@ -50,6 +53,7 @@ def predict(
         output: folder for the results; made if missing.
         device: where to compute.
         precision: "fp32" or "bf16" (autocast).
+        max_decoded_mib: ``data.max_decoded_mib``; that of a recipe by default.
         console: where to print; standard output by default.
 
     Raises:
@@ -57,6 +61,9 @@ def predict(
     """
     console = console or Console()
     model, info = load_model(Path(model_dir), device)
+    if max_decoded_mib is not None:
+        require_memory(max_decoded_mib)
+        info = dataclasses.replace(info, preprocessing=info.preprocessing.changed(max_decoded_mib=max_decoded_mib))
     files, refused = _readable(find_files(paths), info)
     if refused:
         console.print(refusal_table(refused))

@@ -18,6 +18,7 @@ Fit = Literal["squeeze", "pad", "short_side"]
 _NOT_PIXELS = {
     *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class", "class_weights"),
     *("val_fraction", "test_fraction", "split_seed", "on_bad_image", "max_pixels", "max_bad_images"),
+    "max_decoded_mib",
 }
 """Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
 
@@ -68,6 +69,9 @@ class DataConfig(Schema):
     """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
     max_pixels: PositiveInt = 100_000_000
     """Images with more pixels than this in their header are refused before anything is decoded."""
+    max_decoded_mib: PositiveInt = 512
+    """MiB of whole images that a rank holds at once, decoded to 3 bytes a pixel, before their views are cut: a larger
+    batch is decoded in pieces, which changes no pixel. An image that is larger by itself is decoded alone."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """How many files may turn unreadable while the run is under way before it stops."""
     threads: PositiveInt | None = None

@@ -41,7 +41,7 @@ class ModelInfo:
     Attributes:
         classes: class names in label order.
         preprocessing: how images are cut and normalised; its ``resize``, ``crop``, ``fit``, ``mean``, ``std`` and
-            ``interpolation`` are those of the training.
+            ``interpolation`` are those of the training, and so is ``max_pixels``.
         model: the network.
         task: the task that the model was trained for; it decides what kind of network the model is.
         knows_token_maps: whether it was written since the tokens of a transformer are a map; see
@@ -81,7 +81,7 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit"})
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit", "max_pixels"})
         | recipe.data.preprocessing.model_dump(),
     }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -170,9 +170,11 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),
-        # Before there was a choice, images were squeezed.
         preprocessing=DataConfig(
-            resize=preprocessing["resize"], crop=preprocessing["crop"], fit=preprocessing.get("fit", "squeeze")
+            resize=preprocessing["resize"],
+            crop=preprocessing["crop"],
+            fit=preprocessing.get("fit", "squeeze"),  # as before there was a choice
+            max_pixels=preprocessing.get("max_pixels", DataConfig().max_pixels),  # which was not written either
         ).settled(Preprocessing.recorded(preprocessing)),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fpcn_dist.data.batch import BatchRequest
+from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
 from fpcn_dist.runtime.errors import UserError
 
@@ -55,12 +55,14 @@ class Backend(NamedTuple):
         decoding: begins to decode an iterator of requests with a config, a device, the size of the largest batch and a
             number of CPU threads.
         decoder: makes a :class:`Decoder`.
+        decodes_at_once: requests whose decoded images it may hold at the same time.
     """
 
     name: DecodingBackend
     version: str
     decoding: Callable[[Iterator[BatchRequest], DataConfig, torch.device, int, int], Decoding]
     decoder: Callable[[], Decoder]
+    decodes_at_once: int
 
 
 def has_dali() -> bool:
@@ -80,10 +82,10 @@ def open_backend(name: DecodingBackend) -> Backend:
     if name == "torchvision" or (name == "auto" and not has_dali()):
         from fpcn_dist.data.decoding import torchvision
 
-        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, torchvision.Decoder)
+        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, torchvision.Decoder, BATCHES_IN_FLIGHT)
     if not has_dali():
         hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
         raise UserError("data.backend", name, "DALI is not installed here", hint)
     from fpcn_dist.data.decoding import dali
 
-    return Backend("dali", dali.VERSION, dali.Decoding, dali.Decoder)
+    return Backend("dali", dali.VERSION, dali.Decoding, dali.Decoder, 1)
