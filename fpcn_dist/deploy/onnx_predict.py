@@ -30,6 +30,7 @@ from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
+from fpcn_dist.runtime.names import printable
 
 FORMAT = 2
 """Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model. Format
@@ -113,7 +114,8 @@ def open_model(path: Path) -> OnnxModel:
     if not path.is_file():
         raise UserError("model", path, "is a folder" if path.is_dir() else "there is no such file", "give a model.onnx")
     try:
-        session = open_session(str(path))
+        # onnxruntime takes no path that is not UTF-8.
+        session = open_session(str(path) if printable(path) == str(path) else path.read_bytes())
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         detail = " ".join(str(error).split())[:200]
         raise UserError("model", path, f"is not an ONNX file that onnxruntime can load ({detail})", _EXPORT) from None
@@ -293,14 +295,14 @@ def predict(
     model = open_model(model_file)
     predictions, refused = classify(model, find_files(paths), max_decoded_mib)
     for file, reason in refused:
-        print(f"refused: {file}: {reason}")
+        print(f"refused: {printable(file)}: {printable(reason)}")
     if not predictions:
         raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
     output = Path(output)
     make_folder(output)
     write_predictions(output, predictions)
     print("\n".join(to_table(predictions)))
-    print(f"Wrote {output}/predictions.json and predictions.csv.")
+    print(f"Wrote {printable(output)}/predictions.json and predictions.csv.")
     return predictions
 
 

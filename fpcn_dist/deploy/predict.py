@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, replacing
+from fpcn_dist.runtime.names import file_stem, printable
+from fpcn_dist.runtime.terminal import Terminal
 
 
 def predict(
@@ -59,7 +62,7 @@ def predict(
     Raises:
         UserError: no model there, no such path, no image in a folder, or not one readable image at all.
     """
-    console = console or Console()
+    console = console or Terminal()
     model, info = load_model(Path(model_dir), device)
     if max_decoded_mib is not None:
         require_memory(max_decoded_mib)
@@ -80,7 +83,8 @@ def predict(
     ]
     write_predictions(Path(output), predictions)
     console.print("\n".join(to_table(predictions)), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Wrote {output}/predictions.json, predictions.csv and {len(predictions)} overlays.", highlight=False)
+    written = f"Wrote {printable(output)}/predictions.json, predictions.csv and {len(predictions)} overlays."
+    console.print(written, highlight=False, markup=False)
     return predictions
 
 
@@ -94,12 +98,13 @@ def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refu
 
 def overlay_names(files: Sequence[Path]) -> list[str]:
     """A PNG name for each file: its stem, made unique with a digest of its path where several share that."""
-    count = Counter(file.stem.lower() for file in files)  # lower: some file systems ignore case
+    stems = [file_stem(file.stem) for file in files]
+    count = Counter(stem.lower() for stem in stems)  # lower: some file systems ignore case
     return [
-        f"{file.stem}.png"
-        if count[file.stem.lower()] == 1
-        else f"{file.stem}-{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:12]}.png"
-        for file in files
+        f"{stem}.png"
+        if count[stem.lower()] == 1
+        else f"{stem}-{hashlib.sha256(os.fsencode(file.absolute())).hexdigest()[:12]}.png"
+        for file, stem in zip(files, stems, strict=True)
     ]
 
 

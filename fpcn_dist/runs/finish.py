@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.data.loader import EvalLoader
@@ -22,7 +21,9 @@ from fpcn_dist.runs.report.run import build_report
 from fpcn_dist.runs.report.samples import FOLDER as SAMPLES
 from fpcn_dist.runs.report.samples import SampleCollector
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.ranks import Ranks
+from fpcn_dist.runtime.terminal import Terminal
 
 Frozen = Callable[[Classifier, int], Classifier]
 """Prepares a model to look at so many images, and never to be trained again."""
@@ -66,9 +67,9 @@ def _report_alone(run: RunFolder, why: str) -> None:
     # What an evaluation has left there was of other weights.
     (run.path / EVALUATION_FILE).unlink(missing_ok=True)
     shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
-    console = Console(soft_wrap=True)
-    console.print(f"nothing was evaluated: {why}", highlight=False)
-    console.print(f"report {build_report(run.path)}", highlight=False)
+    console = Terminal()
+    console.print(f"nothing was evaluated: {why}")
+    console.print(f"report {build_report(run.path)}")
 
 
 def evaluate_run(
@@ -131,18 +132,18 @@ def _write(run: RunFolder, recipe: Recipe, evaluation: Evaluation) -> None:
     probe = Probe.load(run.path)
     write_card(run.path, recipe, evaluation.classes, evaluation, probe)
     report = build_report(run.path)
-    table = Table(title=f"{run.path}: {evaluation.images} {evaluation.split} images", title_justify="left")
+    table = Table(title=f"{printable(run.path)}: {evaluation.images} {evaluation.split} images", title_justify="left")
     for column in ("class", "images", "precision", "recall", "F1"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for row in evaluation.per_class:
-        table.add_row(row.name, str(row.images), *(_percent(x) for x in (row.precision, row.recall, row.f1)))
-    console = Console(soft_wrap=True)
+        table.add_row(printable(row.name), str(row.images), *(_percent(x) for x in (row.precision, row.recall, row.f1)))
+    console = Terminal()
     console.print(table)
     accuracies = f"accuracy {_percent(evaluation.accuracy)}, balanced {_percent(evaluation.balanced_accuracy)}"
-    console.print(f"{evaluation.split} {accuracies}", highlight=False)
+    console.print(f"{evaluation.split} {accuracies}")
     if probe is not None:
-        console.print(probe.verdict(evaluation), highlight=False)
-    console.print(f"report {report}", highlight=False)
+        console.print(probe.verdict(evaluation))
+    console.print(f"report {report}")
 
 
 def _percent(share: float | None) -> str:

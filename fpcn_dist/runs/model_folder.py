@@ -27,6 +27,7 @@ from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors, write_text
+from fpcn_dist.runtime.names import markdown, printable
 
 WEIGHTS, CONFIG, CARD = MODEL_FILE, "config.json", "README.md"
 _FORMAT = 2
@@ -98,8 +99,9 @@ def write_card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["yaml"] = json.dumps  # a JSON string is a YAML string, whatever characters a name holds
-    templates.filters["cell"] = _table_cell
+    # A JSON string is a YAML string, unless it has pairs of surrogates for characters beyond U+FFFF.
+    templates.filters["yaml"] = lambda name: json.dumps(printable(name), ensure_ascii=False)
+    templates.filters["cell"] = markdown
     text = templates.get_template("card.md.j2").render(
         recipe=recipe, classes=list(classes), evaluation=evaluation, probe=probe, version=__version__
     )
@@ -202,13 +204,6 @@ def _load_weights(model: Classifier, path: Path) -> None:
         reason = f"does not fit the network that {CONFIG} describes: {shown}"
         raise UserError("model", path, reason, "put both files of one export together")
     model.load_state_dict(state)
-
-
-def _table_cell(text: str) -> str:
-    """Text for a cell of a Markdown table: nothing in it can start HTML, end the cell or the line."""
-    for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
-        text = text.replace(character, written)
-    return text
 
 
 def export_safetensors(run_dir: Path, output: Path | None = None) -> list[Path]:

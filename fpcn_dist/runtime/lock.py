@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 
 LOCK_FILE = ".lock"
 _BEAT, _PATIENCE = 5.0, 60.0
@@ -189,7 +190,8 @@ def _lives(owner: dict[str, Any]) -> bool | None:
 def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
     """Watch whether an owner gives a sign of life in time; gives ``None`` where the lock changes hands or goes."""
     where = f"process {owner['process']} on {owner['host']}"
-    print(f"{path.parent} was last used by {where}: waiting up to {patience:.0f} s to see whether it lives", flush=True)
+    waiting = f"waiting up to {patience:.0f} s to see whether it lives"
+    print(f"{printable(path.parent)} was last used by {where}: {waiting}", flush=True)
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = _read(path)
@@ -207,9 +209,8 @@ def _keep(path: Path, token: str, beat: float, ended: threading.Event) -> None:
     while not ended.wait(beat):
         found = _read(path)
         if found is None or found["token"] != token:
-            print(
-                f"error: {path.parent} has been taken over by another run; this one ends", file=sys.stderr, flush=True
-            )
+            reason = "has been taken over by another run; this one ends"
+            print(f"error: {printable(path.parent)} {reason}", file=sys.stderr, flush=True)
             os._exit(_LOST)
         beats += 1
         with contextlib.suppress(OSError):  # a full disk must not end a run that may need no more of it

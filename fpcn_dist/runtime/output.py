@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import signal
 import sys
 from collections.abc import Iterator
 from typing import TextIO
+
+from fpcn_dist.runtime.names import ESCAPE
 
 STATUS = 128 + signal.SIGPIPE
 """Exit status by which a shell knows a command whose reader has left."""
@@ -18,8 +21,12 @@ STATUS = 128 + signal.SIGPIPE
 def quiet_without_reader() -> Iterator[None]:
     """End this process with :data:`STATUS`, and without a traceback, if nobody reads its output any more.
 
-    The output is flushed at the end of the block, because an error in the interpreter's own flush cannot be caught.
+    What the encoding of a stream lacks is escaped, and is no error. The output is flushed at the end of the block,
+    because an error in the interpreter's own flush cannot be caught.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
     try:
         try:
             yield

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.output import discard_output
+from fpcn_dist.runtime.terminal import Terminal
 
 
-class _Console(Console):
+class _Terminal(Terminal):
     """A console that a training outlives: if nobody reads it any more, the training goes on in silence."""
 
     def on_broken_pipe(self) -> None:
@@ -36,11 +38,11 @@ class Progress:
 
     def __init__(self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None) -> None:
         self._total_steps, self._start_step, self._silent = total_steps, start_step, rank != 0
-        self._console = console or _Console(file=sys.stdout, soft_wrap=True)
+        self._console = console or _Terminal(file=sys.stdout)
         self._bar = RichProgress(
             TextColumn("[bold]step[/] {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=self._console,
             disable=self._silent or not self._console.is_terminal,
         )
@@ -68,15 +70,15 @@ class Progress:
         if self._silent:
             return
         parts = [f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"]
-        status = "  ".join([name, *parts] if name else parts)
+        status = "  ".join([printable(name), *parts] if name else parts)
         self._bar.update(self._task, completed=step, description=status)
         if self._bar.disable:
-            self._console.print(f"step {step}/{self._total_steps}  {status}", highlight=False)
+            self._console.print(f"step {step}/{self._total_steps}  {status}")
 
     def print(self, message: str) -> None:
         """Print a line above the bar."""
         if not self._silent:
-            self._console.print(message, highlight=False, markup=False)
+            self._console.print(printable(message))
 
     def _eta(self, step: int) -> str:
         done = step - self._start_step

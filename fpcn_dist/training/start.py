@@ -19,6 +19,7 @@ from fpcn_dist.runs.checkpoint import (
 )
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.training.pretrained import describe_weights, name_preprocessing
 from fpcn_dist.training.soft_labels.teacher import name_teacher
@@ -86,11 +87,11 @@ def open_run(run: RunFolder, recipe: Recipe, manifest: Manifest, ranks: Ranks, r
         if found is None:
             named = name_preprocessing(named)
             for line in describe_weights(named, manifest.classes):
-                print(line, flush=True)
+                print(printable(line), flush=True)
         else:
             require_same_recipe(named, found.info, found.path)
             _require_same_data(manifest, found.info, found.path, run)
-            print(f"resuming from step {found.info.step} ({found.path})", flush=True)
+            print(f"resuming from step {found.info.step} ({printable(found.path)})", flush=True)
             named = named.with_preprocessing(found.info.preprocessing)
             best, before = checkpoints.best_accuracy(), run.first_world_size() or before
             named = _in_parts_as_large(named, before, ranks, manifest)

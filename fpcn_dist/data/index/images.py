@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoder, has_dali, open_backend
@@ -24,6 +24,8 @@ from fpcn_dist.recipe.schema import DecodingBackend
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.names import printable
+from fpcn_dist.runtime.terminal import Terminal
 
 _PROGRESS_FROM = 2000
 """Files to check from which on a progress bar is worth showing (a few seconds)."""
@@ -142,14 +144,14 @@ def refusal_table(refused: Sequence[Refused]) -> Table:
     """Which images were refused, and why, for the terminal."""
     table = Table("image", "why it was refused", title=f"{len(refused)} image(s) refused")
     for path, reason in refused:
-        table.add_row(escape(path), reason)
+        table.add_row(Text(printable(path)), Text(printable(reason)))
     return table
 
 
 def show_refused(refused: Sequence[Refused]) -> None:
     """Print which images were refused, and why; nothing is printed where none was."""
     if refused:
-        Console(soft_wrap=True).print(refusal_table(refused))
+        Terminal().print(refusal_table(refused))
 
 
 def _state(path: Path) -> list[int] | None:
