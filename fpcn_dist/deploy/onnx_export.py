@@ -32,6 +32,7 @@ from fpcn_dist.deploy import onnx_predict
 from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
+from fpcn_dist.runs.other_images import require_same_images
 from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
@@ -138,6 +139,9 @@ def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | N
         manifest = dataclasses.replace(manifest, root=str(data.resolve()))
     missing = next((image.path for image in manifest.images if not Path(manifest.root, image.path).is_file()), None)
     if missing is None:
+        if data is not None:
+            ids = range(len(manifest.images))
+            require_same_images(manifest, ids, "images", "restore them, or name the folder where they are now")
         return manifest
     if needed or data is not None:
         reason = f"the photographs of {run_dir} are not there ({missing} is missing)"
