@@ -50,7 +50,7 @@ class DataConfig(Schema):
     """Different views of each training image, shown in turn; null draws a new one each time."""
     augment: AugmentConfig = AugmentConfig()
     classes_per_batch: PositiveInt | None = 3
-    """Classes in a global batch; null takes all classes of the data."""
+    """Classes in a global batch; all classes of the data where these have fewer, or with null."""
     images_per_class: PositiveInt | None = 14
     """Images of each of these classes in a global batch; their product is the global batch size. null: every training
     image once in each batch, which features computed once make affordable (docs/features.md)."""
@@ -78,6 +78,10 @@ class DataConfig(Schema):
     """CPU threads per rank of the data pipeline and, without a GPU, of the network; null shares the machine's cores
     between its ranks."""
 
+    def classes_in_batch(self, num_classes: int) -> int:
+        """Classes in a global batch of data with ``num_classes`` classes."""
+        return min(self.classes_per_batch or num_classes, num_classes)
+
     def batch_size(self, num_classes: int, num_images: int | None = None) -> int:
         """Images of a global batch of data with ``num_classes`` classes and ``num_images`` training images.
 
@@ -85,7 +89,7 @@ class DataConfig(Schema):
             UserError: a batch holds all images, and whoever asks does not know how many these are.
         """
         if self.images_per_class is not None:
-            return (self.classes_per_batch or num_classes) * self.images_per_class
+            return self.classes_in_batch(num_classes) * self.images_per_class
         if num_images is None:
             reason = "all training images in each batch are for training alone, whose batches need not compare"
             raise UserError("data.images_per_class", None, reason, "give a number")
