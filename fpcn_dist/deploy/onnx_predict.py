@@ -30,7 +30,7 @@ from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
-from fpcn_dist.runtime.names import printable
+from fpcn_dist.runtime.names import is_utf8, printable
 
 FORMAT = 2
 """Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model. Format
@@ -115,7 +115,7 @@ def open_model(path: Path) -> OnnxModel:
         raise UserError("model", path, "is a folder" if path.is_dir() else "there is no such file", "give a model.onnx")
     try:
         # onnxruntime takes no path that is not UTF-8.
-        session = open_session(str(path) if printable(path) == str(path) else path.read_bytes())
+        session = open_session(str(path) if is_utf8(path) else path.read_bytes())
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         detail = " ".join(str(error).split())[:200]
         raise UserError("model", path, f"is not an ONNX file that onnxruntime can load ({detail})", _EXPORT) from None

@@ -39,6 +39,11 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w))", r"\\\1", printable(" ".join(text.split())))
 
 
+def is_utf8(name: object) -> bool:
+    """Whether the name has no bytes that are not UTF-8, so that any library takes it."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(name))
+
+
 def file_stem(name: str) -> str:
     """A file name without suffix that any file system takes, made of another name; not unique."""
     stem = _RESERVED.sub("_", _UNFIT.sub("_", unicodedata.normalize("NFC", name)))

@@ -13,6 +13,7 @@ from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.memory import free_and_total
 from fpcn_dist.tasks import Task
 
+_GIB = 2**30
 _SHOWN = 2
 """Images that are encoded to see what one keeps; one alone may be a special case."""
 _COPIES = 4
@@ -30,6 +31,7 @@ def saved_bytes(task: Task, image_size: int) -> int:
     device, learning = parameters[0].device, [parameter.requires_grad for parameter in parameters]
     images = torch.zeros(_SHOWN, 3, image_size, image_size, device=device)
     zeros = torch.zeros(_SHOWN, dtype=torch.int64, device=device)
+    batch = Batch(images, zeros, zeros, zeros, zeros[:, None].double().expand(-1, 5))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*parameters, *task.buffers(), images)}
     kept: dict[int, int] = {}
 
@@ -42,10 +44,10 @@ def saved_bytes(task: Task, image_size: int) -> int:
     try:
         for parameter in parameters:
             parameter.requires_grad_(parameter.is_floating_point())
-        with evaluating(task), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
-            encoded = task(
-                Batch(images, zeros, zeros, zeros, zeros[:, None].double().expand(-1, 5)), 0, encode_only=True
-            )
+        noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with evaluating(task), torch.enable_grad(), noting:
+            # Its graph must live until all is counted, as storages are told apart by where they lie.
+            encoded = task(batch, 0, encode_only=True)
         del encoded
     finally:
         for parameter, was in zip(parameters, learning, strict=True):
@@ -78,8 +80,8 @@ def describe_memory(task: Task, recipe: Recipe, classes: int, world_size: int, f
     if needed <= _SHARE * free:
         return None
     fewer = max(2, int(classes * _SHARE * free / needed))
-    gib = [f"{count / 2**30:.1f} GiB" for count in (needed, free)]
     return (
         f"warning: a batch of all {classes:,} classes holds {classes * per_class:,} images, and a step takes about "
-        f"{gib[0]} on each rank, where {gib[1]} are free; set data.classes_per_batch {fewer}, or raise train.micro_batches"
+        f"{needed / _GIB:.1f} GiB on each rank, where {free / _GIB:.1f} GiB are free; "
+        f"set data.classes_per_batch {fewer}, or raise train.micro_batches"
     )

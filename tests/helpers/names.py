@@ -6,7 +6,7 @@ import os
 
 NAMES = (
     "[unknown]",
-    "[/]",
+    "[red]",
     os.fsdecode(b"caf\xe9"),
     os.fsdecode(b"\xff\xfe"),
     "é",
@@ -14,7 +14,7 @@ NAMES = (
     "two\nlines",
     "\x1b[31mred\x07",
     "comma, \"quote\" and 'quote'",
-    "<script>alert(1)</script> & {{ 7 * 7 }} {} %s",
+    "<script>alert(1)<!-- & {{ 7 * 7 }} {} %s",
     "🪨 :smile: \u202egpj",
     "=1+1",
     "`tick` *star* _under_ | pipe",

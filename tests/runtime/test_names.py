@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
-from fpcn_dist.runtime.names import ESCAPE, file_stem, first_few, markdown, printable, printable_lines
+from fpcn_dist.runtime.names import ESCAPE, file_stem, first_few, is_utf8, markdown, printable, printable_lines
 from fpcn_dist.runtime.output import quiet_without_reader
 from fpcn_dist.runtime.terminal import Terminal
 from tests.helpers.names import NAMES
@@ -68,11 +68,11 @@ def test_streams_of_any_encoding_take_any_name(encoding: str, monkeypatch: pytes
         for name in NAMES:
             print(printable(name))
             print(name)
-            Terminal(width=1000).print(f"{name}: [b]{name}[/b]")
+            Terminal(width=1000).print(f"{name}: [b]{name}[/b] [/]")
             table.add_row(name, name)
         Terminal(width=1000).print(table)
     text = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-    assert "[unknown]: [b][unknown][/b]" in text and ":smile:" in text
+    assert "[unknown]: [b][unknown][/b] [/]" in text and ":smile:" in text
     assert "caf\\xe9" in text or encoding == "latin-1"
 
 
@@ -87,3 +87,7 @@ def test_files_take_any_name_and_commas_stay_in_their_cell(tmp_path: Path) -> No
 
 def test_lists_of_names_stay_short() -> None:
     assert first_few(["a", "b\n"]) == "a, b\\n" and first_few(range(9), 2) == "0, 1 and 7 more"
+
+
+def test_what_is_utf_8() -> None:
+    assert is_utf8(Path("ä/🪨\n")) and not is_utf8(Path(os.fsdecode(b"a/caf\xe9/b")))
