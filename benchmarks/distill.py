@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.deploy.onnx_export import export_onnx
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe import command_line

@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader, ViewLoader
 from fpcn_dist.data.sampler import BalancedSampler
 from fpcn_dist.deploy.onnx_backbone import frozen_features

@@ -26,6 +26,9 @@ class Args:
     than the run's; their folders are named as the model's classes."""
     data: Path | None = None
     """The image folder, if it has moved since the training; or that of other images."""
+    together: bool = False
+    """Share the images among all processes that srun or mpirun started, of which otherwise the first works alone. Those
+    of torchrun and deepspeed always share them."""
 
 
 def main() -> None:
@@ -37,12 +40,9 @@ def main() -> None:
 
     run = RunFolder(args.run)
     if args.split == "all" and args.data is None:
-        reason, hint = (
-            "is every image of another folder, and none is given",
-            "give --data, or choose train, val or test",
-        )
-        raise UserError("--split", args.split, reason, hint)
-    with connect() as ranks:
+        hint = "give --data, or choose train, val or test"
+        raise UserError("--split", args.split, "is every image of another folder, and none is given", hint)
+    with connect(join=args.together) as ranks:
         if args.split == "all" and args.data is not None:
             evaluate_others(run, ranks, args.data, frozen=with_frozen_backbone)
         else:

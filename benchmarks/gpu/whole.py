@@ -81,7 +81,7 @@ def measure_loader(bench: Bench, where: str) -> dict[str, Any]:
 
     if not has_dali():
         return {"skipped": "DALI is not installed"}
-    from fpcn_dist.data.index.manifest import build_manifest
+    from fpcn_dist.data.index.build import build_manifest
     from fpcn_dist.data.loader import TrainLoader
     from fpcn_dist.data.synthetic import generate
     from fpcn_dist.recipe.schema import DataConfig

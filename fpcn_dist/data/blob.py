@@ -5,38 +5,97 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 
+class Packed(NamedTuple):
+    """How a piece of a file holds an image: it is compressed, and the image is a part of what comes out.
+
+    Attributes:
+        codec: as pyarrow calls it, for example ``snappy``.
+        unpacked: bytes of the whole piece after unpacking.
+        start: where the image begins among these.
+        length: bytes of the image.
+    """
+
+    codec: str
+    unpacked: int
+    start: int
+    length: int
+
+    def unpack(self, data: bytes) -> bytes:
+        """The image.
+
+        Raises:
+            OSError: the piece is damaged, or pyarrow, which unpacks it, is not installed.
+        """
+        try:
+            import pyarrow
+        except ImportError:
+            raise OSError(0, "pyarrow is not installed") from None
+        try:
+            whole = pyarrow.decompress(data, self.unpacked, self.codec)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise OSError(0, f"the page that holds it is damaged: {error}") from None
+        return memoryview(whole)[self.start : self.start + self.length].tobytes()
+
+
 class Blob(NamedTuple):
-    """The bytes of one image: a whole file, or a part of one.
+    """The bytes of one image: a whole file, a part of one, or a part of a compressed part.
+
+    It is small, and processes may hand it to each other.
 
     Attributes:
         path: the file.
-        offset: where the image begins in it.
-        size: bytes of the image; ``None``: to the end of the file.
+        offset: where the image, or the compressed part that holds it, begins in the file.
+        size: bytes of these; ``None``: to the end of the file.
         name: what messages call it; the path where empty.
+        packed: how to get the image out of a compressed part; ``None`` where nothing is compressed.
     """
 
     path: str
     offset: int = 0
     size: int | None = None
     name: str = ""
+    packed: Packed | None = None
 
     @classmethod
     def of_files(cls, paths: Iterable[str | os.PathLike[str]]) -> list[Blob]:
         """Files that hold one image each."""
         return [cls(os.fspath(path)) for path in paths]
 
+    @classmethod
+    def within(cls, folder: str, path: str, place: Blob | None) -> Blob:
+        """The image that a data folder calls ``path``: a file of that name, or what lies at a place of the folder.
+
+        Args:
+            folder: the data folder.
+            path: what the image is called.
+            place: where it lies, its file relative to the folder; ``None``: it is a file of its own.
+        """
+        if place is None:
+            return cls(os.path.join(folder, path))
+        file = os.path.join(folder, place.path)
+        return place._replace(path=file, name=f"{path} in {file}")
+
     def __str__(self) -> str:
         return self.name or self.path
 
+    @property
+    def key(self) -> str:
+        """What tells it from all other blobs on this machine: its absolute path, and where it lies in the file."""
+        path = os.path.abspath(self.path)
+        if self.size is None:
+            return path
+        return f"{path}:{self.offset}+{self.size}" + (f":{self.packed.start}" if self.packed else "")
+
     def read(self) -> bytes:
-        """The bytes.
+        """The bytes of the image.
 
         Raises:
-            OSError: the file cannot be read, is no regular file (a pipe would be waited for without end), or is too
-                short.
+            OSError: the file cannot be read, is no regular file (a pipe would be waited for without end), is too
+                short, or is damaged.
         """
         # Opening a pipe waits for its other end, unless this flag is set; regular files do not heed it.
         with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -46,4 +105,17 @@ class Blob(NamedTuple):
             data = file.read(self.size)
         if self.size is not None and len(data) < self.size:
             raise OSError(0, f"ends {self.size - len(data)} bytes too early", self.path)
-        return data
+        return self.packed.unpack(data) if self.packed else data
+
+
+FileState = tuple[int, int]
+"""Size and modification time: what must not have changed for what is known about a file to hold."""
+
+
+def file_state(path: str | os.PathLike[str]) -> FileState | None:
+    """The state of a file; ``None`` where there is none."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

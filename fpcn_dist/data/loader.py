@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
@@ -19,7 +18,7 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
 from fpcn_dist.data.decoding.pieces import Pieces
 from fpcn_dist.data.decoding.sizes import MIB
-from fpcn_dist.data.index.images import check_image
+from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import (
@@ -35,6 +34,7 @@ from fpcn_dist.data.views import VIEW, Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.launchers import told
 
 Ids = NDArray[np.int64]
 SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]
@@ -70,18 +70,17 @@ class _Plan(NamedTuple):
 
     def faults(self, config: DataConfig) -> dict[int, Replacement]:
         """Which of the images cannot be decoded now, by image id."""
-        decoder = open_backend(config.backend).decoder()
-        checks = {
-            image_id: (blob, check_image(blob, config.max_pixels, decoder).reason)
-            for image_id, blob in zip(self.image_ids.tolist(), self.blobs, strict=True)
-        }
-        return {i: Replacement(i, str(blob), reason) for i, (blob, reason) in checks.items() if reason}
+        image_ids, found = self.image_ids.tolist(), {}
+        for index, check in check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels):
+            if check.reason is not None:
+                found[image_ids[index]] = Replacement(image_ids[index], str(self.blobs[index]), check.reason)
+        return dict(sorted(found.items()))
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
     """Begin to decode, in pieces that the config's memory holds, with its CPU threads, or this rank's share of the
     cores that it may run on."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = told("LOCAL_WORLD_SIZE", 1)
     threads = config.threads or max(1, usable_cores() // ranks_here)
     backend = open_backend(config.backend)
     bound = config.max_decoded_mib * MIB // backend.decodes_at_once

@@ -21,7 +21,8 @@ from rich.progress import track
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.sizes import require_memory
 from fpcn_dist.data.index.folders import find_files
-from fpcn_dist.data.index.images import Refused, check_images, refusal_table
+from fpcn_dist.data.index.images import Refused, check_images
+from fpcn_dist.data.index.notices import refusal_table
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
@@ -90,7 +91,7 @@ def predict(
 
 def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused]]:
     """Files that decode, and those that do not with the reason."""
-    checks = check_images(files, info.preprocessing.max_pixels, backend=info.preprocessing.backend)
+    checks = check_images(Blob.of_files(files), info.preprocessing.max_pixels, backend=info.preprocessing.backend)
     checked = list(zip(files, checks, strict=True))
     refused = [Refused(str(file), check.reason) for file, check in checked if check.reason is not None]
     return [file for file, check in checked if check.ok], refused

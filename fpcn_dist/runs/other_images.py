@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.images import show_refused
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
@@ -79,15 +80,15 @@ class OtherImages(NamedTuple):
 
 
 def find_others(data: Path, recipe: Recipe) -> Manifest:
-    """All images of a data folder, whatever their split; prints those that cannot be read.
+    """All images of a data folder, whatever their split; prints what there is to know about them.
 
     Raises:
-        UserError: see :func:`fpcn_dist.data.index.manifest.build_manifest`.
+        UserError: see :func:`fpcn_dist.data.index.build.build_manifest`.
     """
     # What a batch of the training needs is not asked of images that are only looked at.
     asked = {"classes_per_batch": None, "images_per_class": 1, "val_fraction": 0.0, "test_fraction": 0.0}
     manifest = build_manifest(data, recipe.data.changed(**asked), recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
     return manifest
 
 

@@ -6,22 +6,15 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from fpcn_dist.runtime.names import printable
-from fpcn_dist.runtime.output import discard_output
+from fpcn_dist.runtime.output import Outlived
 from fpcn_dist.runtime.terminal import Terminal
-
-
-class _Terminal(Terminal):
-    """A console that a training outlives: if nobody reads it any more, the training goes on in silence."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        discard_output()
 
 
 class Progress:
@@ -38,7 +31,11 @@ class Progress:
 
     def __init__(self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None) -> None:
         self._total_steps, self._start_step, self._silent = total_steps, start_step, rank != 0
-        self._console = console or _Terminal(file=sys.stdout)
+        # A bar is for a terminal; the log gets lines, as a file does.
+        stream, self._log = sys.stdout, None
+        if console is None and isinstance(stream, Outlived) and stream.isatty():
+            stream, self._log = stream.unlogged, stream.log
+        self._console = console or Terminal(file=cast(TextIO, stream))
         self._bar = RichProgress(
             TextColumn("[bold]step[/] {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
@@ -52,6 +49,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._stack.enter_context(self._bar)
+        if self._log is not None:  # the bar lets what is printed appear above it
+            sys.stdout = cast(TextIO, Outlived(sys.stdout, self._log))
         self._start_time = time.monotonic()
         return self
 
@@ -72,13 +71,19 @@ class Progress:
         parts = [f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"]
         status = "  ".join([printable(name), *parts] if name else parts)
         self._bar.update(self._task, completed=step, description=status)
+        line = f"step {step}/{self._total_steps}  {status}"
         if self._bar.disable:
-            self._console.print(f"step {step}/{self._total_steps}  {status}")
+            self._console.print(line)
+        elif self._log is not None:
+            self._log.write(f"{line}\n")
 
     def print(self, message: str) -> None:
         """Print a line above the bar."""
-        if not self._silent:
-            self._console.print(printable(message))
+        if self._silent:
+            return
+        self._console.print(printable(message))
+        if self._log is not None:
+            self._log.write(f"{printable(message)}\n")
 
     def _eta(self, step: int) -> str:
         done = step - self._start_step

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import heads
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.decoding.backends import open_backend
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader, ViewLoader
 from fpcn_dist.data.synthetic import generate
 from fpcn_dist.data.views import centre_views, crops, views
@@ -331,7 +332,7 @@ def test_a_process_ends_while_the_pipeline_works(rocks: Path, backend: str) -> N
     script = (
         "import sys, torch; from pathlib import Path\n"
         "from fpcn_dist.recipe.schema import DataConfig; from fpcn_dist.data.loader import TrainLoader\n"
-        "from fpcn_dist.data.index.manifest import build_manifest\n"
+        "from fpcn_dist.data.index.build import build_manifest\n"
         "config = DataConfig(images_per_class=16, backend=sys.argv[2])\n"
         "manifest = build_manifest(Path(sys.argv[1]), config, 0)\n"
         "loader = TrainLoader(manifest, config, 0, rank=0, world_size=1, device=torch.device('cpu'))\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.data.mixing import Mixture, mix, mixture
 from fpcn_dist.recipe.augment import AugmentConfig

@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.deploy import onnx_predict
 from fpcn_dist.deploy.onnx_graph import ExportableModel, to_onnx
 from fpcn_dist.deploy.predict import predict

@@ -14,7 +14,8 @@ from fpcn_kernels import masked_pool
 from rich.console import Console
 from torch import nn
 
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy import onnx_export, onnx_graph, onnx_predict
 from fpcn_dist.deploy.onnx_export import export_onnx

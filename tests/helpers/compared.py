@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.recipe.schema import Recipe
 from tests.helpers.launching import ROOT

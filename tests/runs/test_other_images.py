@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpcn_dist.data.index.manifest import Image, Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Image, Manifest
 from fpcn_dist.data.synthetic import generate
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.reading import dump_recipe

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from fpcn_dist.data.batch import Batch
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.recipe.reading import load_recipe
 from fpcn_dist.runtime.errors import Preempted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.recipe.schema import DataConfig
 from tests.helpers.backends import BACKENDS

@@ -13,7 +13,7 @@ from PIL import Image
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding import backends
 from fpcn_dist.data.decoding.sizes import MIB, cut, decoded_bytes
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.recipe.schema import DataConfig
 

@@ -6,11 +6,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,17 @@ from rich.console import Console
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import open_backend
-from fpcn_dist.data.index.images import Refused, cache_file, check_image, check_images, refusal_table
+from fpcn_dist.data.decoding.header import NO_IMAGE
+from fpcn_dist.data.index import images
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.cache import CheckCache
+from fpcn_dist.data.index.images import Refused, cache_file, check_images
+from fpcn_dist.data.index.notices import refusal_table
+from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.errors import Preempted
+from fpcn_dist.runtime.preemption import Preemption
+from fpcn_dist.runtime.ranks import CPU, Ranks
+from tests.helpers.irregular import REASONS, make_irregular
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -45,8 +55,9 @@ BAD = {
     "cut.jpg": (_encoded("JPEG")[:-300], "the image data are truncated or damaged"),
     "no_end.jpg": (_encoded("JPEG")[:-2], "the image data are truncated or damaged"),
     "empty.jpg": (b"", "the file is empty"),
-    "text.jpg": (b"not a photograph\n" * 30, "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
-    "moving.jpg": (_encoded("GIF"), "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "text.jpg": (b"not a photograph\n" * 30, NO_IMAGE),
+    "icon.jpg": (_encoded("ICO"), NO_IMAGE),
+    "cut.png": (_encoded("PNG")[:-500], "the image data are truncated or damaged"),
     "no_end.png": (_encoded("PNG")[:-2], "the image data are truncated or damaged"),
     "huge.png": (
         _huge_png(),
@@ -62,6 +73,7 @@ GOOD = {
     "palette.png": _encoded("PNG", "P"),
     "lossy.webp": _encoded("WEBP"),
     "plain.bmp": _encoded("BMP"),
+    "moving.gif": _encoded("GIF"),
     "packed.tif": _encoded("TIFF", compression="tiff_lzw"),
 }
 
@@ -75,43 +87,30 @@ def _write(folder: Path, contents: dict[str, bytes]) -> list[Path]:
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     content, reason = BAD[name]
-    (check,) = check_images(_write(tmp_path, {name: content}), 100_000_000)
+    (check,) = check_images(Blob.of_files(_write(tmp_path, {name: content})), 100_000_000)
     assert not check.ok and check.reason == reason
-
-
-def test_a_png_that_is_cut_short_is_refused(tmp_path: Path) -> None:
-    """DALI's decoder calls that a damaged header."""
-    (check,) = check_images(_write(tmp_path, {"cut.png": _encoded("PNG")[:-500]}), 100_000_000)
-    assert check.reason is not None and "damaged" in check.reason
-
-
-def test_a_huge_image_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path,) = _write(tmp_path, {"huge.png": _huge_png()})
-    decoder = open_backend("auto").decoder()
-    monkeypatch.setattr(decoder, "decodes", None)
-    assert "announces 20000 x 20000" in str(check_image(Blob(str(path)), 100_000_000, decoder).reason)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_files_pass(name: str, tmp_path: Path) -> None:
-    (check,) = check_images(_write(tmp_path, {name: GOOD[name]}), 2400)
+    (check,) = check_images(Blob.of_files(_write(tmp_path, {name: GOOD[name]})), 2400)
     assert check.ok and check.size == len(GOOD[name]) and len(check.digest) == 64
 
 
 def test_the_bound_is_inclusive(tmp_path: Path) -> None:
     paths = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]})
-    assert [check_images(paths, bound)[0].ok for bound in (2399, 2400)] == [False, True]
+    assert [check_images(Blob.of_files(paths), bound)[0].ok for bound in (2399, 2400)] == [False, True]
 
 
 def test_missing_file_and_folder_are_named_not_raised(tmp_path: Path) -> None:
-    reasons = [check.reason for check in check_images([tmp_path / "gone.jpg", tmp_path], 2400)]
+    reasons = [check.reason for check in check_images(Blob.of_files([tmp_path / "gone.jpg", tmp_path]), 2400)]
     assert reasons == ["cannot be read (No such file or directory)", "cannot be read (Is a directory)"]
 
 
 def test_order_is_that_of_the_paths(tmp_path: Path) -> None:
     contents = GOOD | {name: content for name, (content, _) in BAD.items()}
     paths = sorted(_write(tmp_path, contents), key=lambda path: path.name[::-1])
-    assert [check.ok for check in check_images(paths, 10**8)] == [path.name in GOOD for path in paths]
+    assert [check.ok for check in check_images(Blob.of_files(paths), 10**8)] == [path.name in GOOD for path in paths]
 
 
 def _damage(path: Path, keep_time: bool) -> None:
@@ -125,50 +124,49 @@ def _damage(path: Path, keep_time: bool) -> None:
 def test_a_remembered_file_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "deep" / "cache.json"
-    first = check_images(paths, 10**8, cache)
+    first = check_images(Blob.of_files(paths), 10**8, cache)
     for path in paths:
         _damage(path, keep_time=True)
-    assert check_images(paths, 10**8, cache) == first and all(check.ok for check in first)
-    assert not any(check.ok for check in check_images(paths, 10**7, cache))  # another bound is another question
+    assert check_images(Blob.of_files(paths), 10**8, cache) == first and all(check.ok for check in first)
+    # Another bound is another question.
+    assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**7, cache))
     shutil.rmtree(cache.parent)
-    assert not any(check.ok for check in check_images(paths, 10**8, cache))
+    assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**8, cache))
 
 
 def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
-    check_images(paths, 10**8, cache)
+    check_images(Blob.of_files(paths), 10**8, cache)
     os.utime(paths[0], ns=(0, paths[0].stat().st_mtime_ns - 10))
     _damage(paths[0], keep_time=True)
-    assert [check.ok for check in check_images(paths, 10**8, cache)] == [False] + [True] * (len(paths) - 1)
+    found = check_images(Blob.of_files(paths), 10**8, cache)
+    assert [check.ok for check in found] == [False] + [True] * (len(paths) - 1)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
-def test_a_damaged_cache_is_replaced(content: str, tmp_path: Path) -> None:
-    paths, cache = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), tmp_path / "cache.json"
-    cache.write_text(content)
-    assert check_images(paths, 10**8, cache)[0].ok
-    assert len(json.loads(cache.read_text())["files"]) == 1
-
-
-def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert check_images(_write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), 10**8, tmp_path / "file" / "cache.json")[0].ok
-
-
-@pytest.mark.slow
-def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_check_that_is_told_to_stop_stops_and_keeps_what_it_found(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the files keeps its decoder busy for an hour."""
     (tmp_path / "images").mkdir()
-    paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
-    script = (
-        "import sys; from pathlib import Path; from fpcn_dist.data.index.images import check_images\n"
-        "paths = sorted(Path(sys.argv[1]).iterdir())\n"
-        "for bound in [10**8, 10**7] * 20 + [10**8]:\n"
-        "    assert all(check.ok for check in check_images(paths, bound, Path(sys.argv[2])))"
-    )
-    runs = [subprocess.Popen([sys.executable, "-c", script, paths[0].parent, cache]) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    assert set(json.loads(cache.read_text())["files"]) == {str(path) for path in paths}
+    contents = {f"{i}.jpg": b"good" for i in range(9)} | {"last.jpg": b"sleep"}
+    blobs, cache = Blob.of_files(_write(tmp_path / "images", contents)), tmp_path / "cache.json"
+    deadly = open_backend("torchvision")._replace(decoder="tests.helpers.deadly:Decoder")
+    monkeypatch.setattr(images, "open_backend", lambda name: deadly)
+    noted, note = [], CheckCache.note
+
+    def stop_after_nine(*args: Any) -> None:
+        note(*args)
+        noted.append(args)
+        if len(noted) == 9:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(CheckCache, "note", stop_after_nine)
+    told: tuple[type[BaseException], ...] = (Preempted, KeyboardInterrupt)
+    with pytest.raises(told), Preemption(Ranks(0, 1, 0, 1, CPU)):
+        check_images(blobs, 10**8, cache)
+    assert len(json.loads(cache.read_text())["files"]) == 9
 
 
 def test_cache_lies_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +180,11 @@ def test_table_names_file_and_reason() -> None:
     console.print(refusal_table([Refused("marble/[old] 3.jpg", "the file is empty")]))
     text = console.export_text()
     assert "1 image(s) refused" in text and "marble/[old] 3.jpg" in text and "the file is empty" in text
+
+
+def test_a_class_folder_may_hold_what_is_no_regular_file(rocks: Path, tmp_path: Path) -> None:
+    for name in ("basalt", "marble"):
+        shutil.copytree(rocks / name, tmp_path / name)
+    make_irregular(tmp_path / "marble")
+    manifest = build_manifest(tmp_path, DataConfig(images_per_class=2, classes_per_batch=None), seed=0)
+    assert {Path(path).name: reason for path, reason in manifest.refused} == REASONS

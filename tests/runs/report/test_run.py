@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe

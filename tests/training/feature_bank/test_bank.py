@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.models import FPCN
 from fpcn_dist.models.classifier import object_share

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpcn_dist.data.index.manifest import Manifest, build_manifest
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.recipe.preprocessing import IMAGENET
 from fpcn_dist.recipe.schema import Recipe

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpcn_dist.data.index.manifest import build_manifest
+from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import TrainLoader
 from fpcn_dist.deploy import onnx_backbone
 from fpcn_dist.recipe.reading import load_recipe
