@@ -16,6 +16,8 @@ from torch import Tensor
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
+from fpcn_dist.data.decoding.pieces import Pieces
+from fpcn_dist.data.decoding.sizes import MIB
 from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.salvage import salvage
@@ -78,10 +80,13 @@ class _Plan(NamedTuple):
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
-    """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
+    """Begin to decode, in pieces that the config's memory holds, with its CPU threads, or this rank's share of the
+    cores that it may run on."""
     ranks_here = told("LOCAL_WORLD_SIZE", 1)
     threads = config.threads or max(1, usable_cores() // ranks_here)
-    return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
+    backend = open_backend(config.backend)
+    bound = config.max_decoded_mib * MIB // backend.decodes_at_once
+    return Pieces(requests, lambda pieces: backend.decoding(pieces, config, device, batch_size, threads), bound)
 
 
 class TrainLoader:

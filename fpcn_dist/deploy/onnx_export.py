@@ -34,9 +34,11 @@ from fpcn_dist.deploy import onnx_predict
 from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
+from fpcn_dist.runs.other_images import require_same_images
 from fpcn_dist.runs.report.overlay import to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
+from fpcn_dist.runtime.terminal import Terminal
 
 FP32_FILE, INT8_FILE = "model.onnx", "model-int8.onnx"
 _PARITY_IMAGES, _CALIBRATION_IMAGES = 16, 128
@@ -96,7 +98,7 @@ def export_onnx(
         UserError: no model in the folder, one that cannot be exported, photographs that are missing but needed, or
             results that differ from PyTorch's; nothing is written then.
     """
-    console = console or Console(soft_wrap=True)
+    console = console or Terminal()
     run_dir, output = Path(run_dir), Path(output or run_dir)
     model, info = load_model(run_dir)
     exportable = ExportableModel(model)
@@ -118,10 +120,10 @@ def export_onnx(
         images = (batch.images.numpy() for batch in calibration.batches(info))
         quantised = quantise(proto, info, head, images)
         written.append(_save(quantised, output / INT8_FILE))
-        console.print(f"Calibrated on {len(calibration.blobs)} {calibration.name}.", highlight=False)
+        console.print(f"Calibrated on {len(calibration.blobs)} {calibration.name}.")
         console.print(_compare(written, info, _Photographs.of(manifest, ("test", "val", "train"))))
     for path in written:
-        console.print(f"Wrote {path} ({_megabytes(path)}).", highlight=False)
+        console.print(f"Wrote {path} ({_megabytes(path)}).")
     return written
 
 
@@ -140,6 +142,9 @@ def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | N
     files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
     missing = next((path for file, path in files.items() if not Path(file).is_file()), None)
     if missing is None:
+        if data is not None:
+            ids = range(len(manifest.images))
+            require_same_images(manifest, ids, "images", "restore them, or name the folder where they are now")
         return manifest
     if needed or data is not None:
         reason = f"the photographs of {run_dir} are not there ({missing} is missing)"

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-
 from fpcn_dist.doctor import software
 from fpcn_dist.doctor.findings import Check, Finding, problem, stuck
 from fpcn_dist.runtime.launchers import told
+from fpcn_dist.runtime.terminal import Terminal
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +46,7 @@ class _Report:
     def __init__(self, place: _Place, *, several: bool, printing: bool) -> None:
         self.place, self.findings = place, list[Finding]()
         self._several, self._printing = several, printing
-        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._console = Terminal()
 
     def add(self, findings: Iterable[Finding], *, shown: bool = True) -> None:
         for finding in findings:

@@ -34,6 +34,7 @@ from fpcn_dist.runs.probe import (
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.ranks import use_threads
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.training.pretrained import name_preprocessing
 from fpcn_dist.training.run import TrainingRun
 
@@ -124,7 +125,7 @@ def probe_folder(
     if output is not None:
         make_folder(output)
         probe.save(output)
-        Console(soft_wrap=True).print(f"Wrote {output / PROBE_FILE}.", highlight=False)
+        Terminal().print(f"Wrote {output / PROBE_FILE}.")
     return probe
 
 
@@ -180,4 +181,4 @@ def _show(probe: Probe) -> None:
         )
         chosen = "-" if score.C is None else f"{score.C:g}"
         table.add_row(score.classifier, accuracy, f"{low} to {high}", balanced, chosen)
-    Console(soft_wrap=True).print(table)
+    Terminal().print(table)

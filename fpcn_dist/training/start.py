@@ -29,6 +29,7 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import METRICS_FILE
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import link_or_copy
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.training.engine.optim import learning_rate
 from fpcn_dist.training.pretrained import describe_weights, name_preprocessing
@@ -126,12 +127,12 @@ def _settle(
     if checkpoint is None:
         named = name_preprocessing(named)
         for line in describe_weights(named, manifest.classes):
-            print(line, flush=True)
+            print(printable(line), flush=True)
     else:
         found.append(checkpoint)
         require_same_recipe(named, checkpoint.info, checkpoint.path, extend=extend)
         _require_same_data(manifest, checkpoint.info, checkpoint.path, run)
-        print(f"resuming from step {checkpoint.info.step} ({checkpoint.path})", flush=True)
+        print(f"resuming from step {checkpoint.info.step} ({printable(checkpoint.path)})", flush=True)
         _say_extended(named, checkpoint.info, manifest)
         named = named.with_preprocessing(checkpoint.info.preprocessing)
         best = (

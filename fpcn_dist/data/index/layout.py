@@ -23,11 +23,12 @@ from typing import NamedTuple
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
 from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.notices import Notice, listed, printable
+from fpcn_dist.data.index.notices import Notice, listed
 from fpcn_dist.data.index.places import describe, find_places
 from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
 from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 
 _FORM = "give a folder with one sub-folder of images for each class"
 

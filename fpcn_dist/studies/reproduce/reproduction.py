@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
@@ -25,6 +23,7 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.studies.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.studies.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.studies.cluster.plan import Group
@@ -96,7 +95,7 @@ def reproduce(
         results = collect(grid, manifest, output, request.students, failures)
         results.save(output)
         report = build_reproduction_report(output, results)
-        Console(soft_wrap=True).print(f"report {report}", highlight=False)
+        Terminal().print(f"report {report}")
     if failures:
         problems = " | ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError("runs", None, problems, f"see {output / RUNS / 'logs'}; the same command goes on with them")
@@ -162,7 +161,7 @@ def _train(
         failures, unfinished = survey(output / RUNS, runs)
         estimate = _estimate(ray, slots, grid, runs, unfinished, students, manifest, output)
         if estimate.seconds:
-            estimate.show(slots, len(runs) - len(unfinished), Console(soft_wrap=True))
+            estimate.show(slots, len(runs) - len(unfinished), Terminal())
             if not yes and input("Begin? [y/N] ").strip().lower() not in ("y", "yes"):
                 return None
         costs = {name: estimate.seconds[name] for name in unfinished}
