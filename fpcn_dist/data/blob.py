@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 
@@ -101,7 +100,7 @@ FileState = tuple[int, int]
 def file_state(path: str | os.PathLike[str]) -> FileState | None:
     """The state of a file; ``None`` where there is none."""
     try:
-        found = Path(path).stat()
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
