@@ -35,7 +35,7 @@ class Packed(NamedTuple):
             raise OSError(0, "pyarrow is not installed") from None
         try:
             whole = pyarrow.decompress(data, self.unpacked, self.codec)
-        except (pyarrow.ArrowException, ValueError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise OSError(0, f"the page that holds it is damaged: {error}") from None
         return memoryview(whole)[self.start : self.start + self.length].tobytes()
 
@@ -63,6 +63,20 @@ class Blob(NamedTuple):
     def of_files(cls, paths: Iterable[str | os.PathLike[str]]) -> list[Blob]:
         """Files that hold one image each."""
         return [cls(os.fspath(path)) for path in paths]
+
+    @classmethod
+    def within(cls, folder: str, path: str, place: Blob | None) -> Blob:
+        """The image that a data folder calls ``path``: a file of that name, or what lies at a place of the folder.
+
+        Args:
+            folder: the data folder.
+            path: what the image is called.
+            place: where it lies, its file relative to the folder; ``None``: it is a file of its own.
+        """
+        if place is None:
+            return cls(os.path.join(folder, path))
+        file = os.path.join(folder, place.path)
+        return place._replace(path=file, name=f"{path} in {file}")
 
     def __str__(self) -> str:
         return self.name or self.path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
@@ -33,6 +32,7 @@ from fpcn_dist.data.views import VIEW, Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.launchers import told
 
 Ids = NDArray[np.int64]
 SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]
@@ -77,7 +77,7 @@ class _Plan(NamedTuple):
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
     """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = told("LOCAL_WORLD_SIZE", 1)
     threads = config.threads or max(1, usable_cores() // ranks_here)
     return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
 

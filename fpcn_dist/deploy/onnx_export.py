@@ -135,7 +135,8 @@ def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | N
     _, manifest = run.open()
     if data is not None:
         manifest = dataclasses.replace(manifest, root=str(data.resolve()))
-    missing = next((image.path for image in manifest.images if not Path(manifest.root, image.path).is_file()), None)
+    files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
+    missing = next((path for file, path in files.items() if not Path(file).is_file()), None)
     if missing is None:
         return manifest
     if needed or data is not None:

@@ -102,26 +102,34 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 
 
 def data(folder: Path) -> Iterator[Finding]:
-    """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
+    """Tell what training would find in the data; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.decoding.backends import open_backend
     from fpcn_dist.data.index.build import build_manifest
+    from fpcn_dist.data.index.shapes.recognise import recognise
 
     backend = open_backend("auto").name
     any_size = DataConfig(backend=backend, classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)
     manifest = build_manifest(folder, any_size, seed=0)
     sizes = np.bincount(manifest.labels, minlength=len(manifest.classes))
     smallest = manifest.classes[int(sizes.argmin())]
-    yield ok(f"{len(manifest.images)} images of {len(sizes)} classes, the fewest ({sizes.min()}) of {smallest!r}")
+    shape = recognise(folder, any_size.columns).name
+    yield ok(
+        f"{shape}: {len(manifest.images)} images of {len(sizes)} classes, the fewest ({sizes.min()}) of {smallest!r}"
+    )
     if manifest.refused:
         shown = "; ".join(f"{image.path}: {image.reason}" for image in manifest.refused[:3])
         more = "; ..." if len(manifest.refused) > 3 else ""
         found = f"{len(manifest.refused)} image(s) cannot be used and would be left out ({shown}{more})"
         yield warning(found, "restore or remove them")
+    for notice in manifest.notices:
+        yield warning(f"{notice.subject}: {notice.text}", "")
 
 
 def data_is_here(folder: Path) -> Iterator[Finding]:
-    """Tell whether a node other than the first sees the data folder at all."""
-    if folder.is_dir():
+    """Tell whether a node other than the first sees the data at all."""
+    from fpcn_dist.data.index.shapes.tar import expand
+
+    if folder.exists() or all(Path(shard).exists() for shard in expand(str(folder))):
         yield ok(f"{folder} is here too")
     else:
-        yield problem(f"there is no folder {folder} on this machine", "share it with all nodes, at the same place")
+        yield problem(f"there is no {folder} on this machine", "share it with all nodes, at the same place")

@@ -17,9 +17,25 @@ Fit = Literal["squeeze", "pad", "short_side"]
 
 _NOT_PIXELS = {
     *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class", "class_weights"),
-    *("val_fraction", "test_fraction", "split_seed", "on_bad_image", "max_pixels", "max_bad_images"),
+    *("val_fraction", "test_fraction", "split_seed", "columns", "on_bad_image", "on_duplicate"),
+    *("max_pixels", "max_bad_images"),
 }
 """Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
+
+
+class ColumnsConfig(Schema):
+    """Which columns of a table, of Parquet files or of the JSON files of tar shards say what (docs/data.md)."""
+
+    image: str | None = None
+    """Path of the image, or the image itself in Parquet files; null: path or file_name, in Parquet files the column of
+    images."""
+    label: str | None = None
+    """Its class; null: label."""
+    split: str | None = None
+    """train, val or test; null: split, where there is such a column."""
+    group: str | None = None
+    """What it belongs to (a specimen, a visit): images of one group never lie on both sides of a split; null: group,
+    where there is such a column."""
 
 
 class DataConfig(Schema):
@@ -64,8 +80,12 @@ class DataConfig(Schema):
     """Share of each class that is split off for testing where the folder has no train/ at all."""
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Seed of the split; null: the recipe's. Set it to train with several seeds on the same images."""
+    columns: ColumnsConfig = ColumnsConfig()
     on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
     """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
+    on_duplicate: Literal["warn", "drop", "fail"] = "warn"
+    """What becomes of identical files: they are counted; or one of each stays, of the test images before those of the
+    validation and of the training, and none where they are in two classes; or they stop the run."""
     max_pixels: PositiveInt = 100_000_000
     """Images with more pixels than this in their header are refused before anything is decoded."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10

@@ -8,19 +8,20 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.blob import Blob, Packed
 from fpcn_dist.data.index.images import Refused
+from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
 SPLIT_FIELDS = ("seed", "data.split_seed", "data.val_fraction", "data.test_fraction")
 """Recipe fields that decide which images train, validate and test."""
-CHECK_FIELDS = ("data.on_bad_image", "data.max_pixels")
+CHECK_FIELDS = ("data.on_bad_image", "data.on_duplicate", "data.max_pixels", "data.columns")
 """Recipe fields that decide which images are usable at all. A manifest depends on these and on the split's alone."""
 
 
@@ -32,7 +33,8 @@ class Image(NamedTuple):
         label: index of its class.
         split: ``train``, ``val`` or ``test``.
         size: bytes.
-        digest: SHA-256 of the file.
+        digest: SHA-256 of its bytes.
+        place: where its bytes lie, in a file relative to the data folder; ``None`` where it is a file of its own.
     """
 
     path: str
@@ -40,6 +42,22 @@ class Image(NamedTuple):
     split: str
     size: int
     digest: str
+    place: Blob | None = None
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Image:
+        """What was a list in JSON."""
+        image = cls(*values)
+        if image.place is None:
+            return image
+        *piece, packed = image.place
+        return image._replace(place=Blob(*piece, packed and Packed(*packed)))
+
+
+def folder_of(data: str) -> str:
+    """The folder that names of images are relative to: ``--data`` itself, or where the file lies that it names."""
+    named = os.path.isfile(data) or ("{" in os.path.basename(data) and not os.path.isdir(data))
+    return os.path.dirname(data) if named else data
 
 
 @dataclass(frozen=True)
@@ -47,16 +65,18 @@ class Manifest:
     """The images of a run. An image id is an index into ``images``.
 
     Attributes:
-        root: the data folder.
+        root: the data folder, or the file that names or holds the images.
         classes: class names, sorted; a label is an index into them.
         images: the usable images, sorted by path.
         refused: the images that were left out.
+        notices: what else there is to know about the data folder.
     """
 
     root: str
     classes: tuple[str, ...]
     images: tuple[Image, ...]
     refused: tuple[Refused, ...]
+    notices: tuple[Notice, ...] = ()
 
     @functools.cached_property
     def hash(self) -> str:
@@ -86,11 +106,17 @@ class Manifest:
 
     def blob(self, image_id: int) -> Blob:
         """Where the bytes of the image lie."""
-        return Blob(os.path.join(self.root, self.images[image_id].path))
+        image = self.images[image_id]
+        return Blob.within(self._folder, image.path, image.place)
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        return folder_of(self.root)
 
     def to_json(self) -> str:
         """Everything as JSON, one image a line; read back by :meth:`from_json`."""
         head = {"hash": self.hash, "root": self.root, "classes": self.classes, "refused": self.refused}
+        head["notices"] = self.notices
         images = ",\n".join(json.dumps(image) for image in self.images)
         return f'{json.dumps(head)[:-1]}, "fields": {json.dumps(Image._fields)}, "images": [\n{images}\n]}}\n'
 
@@ -105,8 +131,9 @@ class Manifest:
         manifest = cls(
             content["root"],
             tuple(content["classes"]),
-            tuple(Image(*image) for image in content["images"]),
+            tuple(Image.from_list(image) for image in content["images"]),
             tuple(Refused(*refused) for refused in content["refused"]),
+            tuple(Notice(*notice) for notice in content.get("notices", ())),  # files of earlier versions lack them
         )
         if manifest.hash != content["hash"]:
             raise ValueError("the hash does not fit the images")

@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.errors import UserError
@@ -33,7 +33,7 @@ from fpcn_dist.studies.reproduce.collect import RUNS, collect, students_folder
 from fpcn_dist.studies.reproduce.estimate import Estimate, bank_seconds, run_seconds
 from fpcn_dist.studies.reproduce.experiments import Grid, Scale, run_name
 from fpcn_dist.studies.reproduce.report import build_reproduction_report
-from fpcn_dist.training.soft_labels.students import check_students
+from fpcn_dist.training.soft_labels.students import check_students, student_name
 
 REPRODUCTION_FILE = "reproduction.json"
 
@@ -81,7 +81,7 @@ def reproduce(
         raise UserError("--seeds", request.seeds, "leaves nothing to train", "give 1 or more")
     recipe, output = request.recipe, output.resolve()
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
     seeds = range(recipe.seed, recipe.seed + request.seeds)
     grid = Grid(recipe, request.systems, request.scale, request.sections, seeds, len(manifest.classes))
     if "table4" in request.sections:
@@ -196,7 +196,7 @@ def _estimate(
     taught: dict[str, dict[str, Recipe]] = {}
     for seed in grid.seeds if "table4" in grid.sections else ():
         folder = students_folder(output, seed)
-        missing = [name for name in students if RunFolder(folder / name).read_outcome()[0] != "finished"]
+        missing = [name for name in students if RunFolder(folder / student_name(name)).read_outcome()[0] != "finished"]
         student = _with_threads(grid.student(seed, folder), slots.cpus)
         taught[folder.name] = {name: student.changed(**{"model.backbone": name}) for name in missing}
     asked = todo | {f"student {name}": recipe for named in taught.values() for name, recipe in named.items()}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
@@ -51,7 +51,12 @@ def search(
     request, output = checked(request), output.resolve()
     recipe = request.student or request.recipe
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
+    if not len(manifest.ids("val")):
+        hint = "raise it, or give the data a folder val/"
+        raise UserError(
+            "data.val_fraction", recipe.data.val_fraction, "no images validate, so trials would not compare", hint
+        )
     if request.stage == "student":
         print(open_teacher(recipe, manifest, CPU), flush=True)
     require_searchable(request, len(manifest.classes))
