@@ -10,6 +10,7 @@ from fpcn_dist.data.index.layout import Candidate, Found
 from fpcn_dist.data.index.splits import parse
 from fpcn_dist.runtime.errors import UserError
 
+
 def split_called(name: str) -> str | None:
     """``train``, ``val`` or ``test``, where a word is a usual name of it, in any case."""
     found = parse(name.strip())

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.folders import SUFFIXES
 from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
-from fpcn_dist.data.index.layout import Found
 from fpcn_dist.data.index.shapes.found import splits_of_files
 from fpcn_dist.data.index.shapes.remembered import remembered
 from fpcn_dist.recipe.data import ColumnsConfig
