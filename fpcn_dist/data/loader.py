@@ -18,6 +18,7 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
 from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import (
     BalancedSampler,
@@ -68,11 +69,12 @@ class _Plan(NamedTuple):
 
     def faults(self, config: DataConfig) -> dict[int, Replacement]:
         """Which of the images cannot be decoded now, by image id."""
-        image_ids, found = self.image_ids.tolist(), {}
-        for index, check in check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels):
-            if check.reason is not None:
-                found[image_ids[index]] = Replacement(image_ids[index], str(self.blobs[index]), check.reason)
-        return dict(sorted(found.items()))
+        looked = dict(check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels))
+        checks = [looked[index] for index in range(len(self.blobs))]
+        if config.on_bad_image == "salvage":
+            checks, _ = salvage(self.blobs, checks, config.max_pixels)
+        found = zip(self.image_ids.tolist(), self.blobs, checks, strict=True)
+        return {i: Replacement(i, str(blob), check.reason) for i, blob, check in found if check.reason is not None}
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
