@@ -7,7 +7,6 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 _KEPT = 128 << 20
@@ -151,7 +150,7 @@ FileState = tuple[int, int]
 def file_state(path: str | os.PathLike[str]) -> FileState | None:
     """The state of a file; ``None`` where there is none."""
     try:
-        found = Path(path).stat()
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns

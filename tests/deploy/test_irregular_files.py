@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fpcn_dist.data.blob import Blob
 from fpcn_dist.deploy.onnx_predict import read_image
 from fpcn_dist.deploy.predict import predict
 from fpcn_dist.models import build_model
@@ -42,7 +43,7 @@ def test_with_torch(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_torch(folder: Path) -> None:
-    assert read_image(folder / "good.jpg", 40, 32, "squeeze", "bilinear").shape == (32, 32, 3)
+    assert read_image(Blob(str(folder / "good.jpg")), 40, 32, "squeeze", "bilinear").shape == (32, 32, 3)
     for name, reason in REASONS.items():
         with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
-            read_image(folder / name, 40, 32, "squeeze", "bilinear")
+            read_image(Blob(str(folder / name)), 40, 32, "squeeze", "bilinear")

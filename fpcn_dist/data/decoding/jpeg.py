@@ -23,6 +23,7 @@ _ALONE = {0x01, *range(0xD0, 0xD9)}
 _START, _END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _OF_PIXELS = _FRAMES | {0xC4, 0xCC, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE}
+_NAMED = {0xE0, 0xEE}
 _NO_MARKER_IN_SCAN = np.zeros(256, dtype=bool)
 _NO_MARKER_IN_SCAN[[0x00, *range(0xD0, 0xD8), 0xFF]] = True
 _IN_SCANS = {0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
@@ -56,7 +57,7 @@ def parse(data: bytes) -> Header:
             jfif = True
         if marker == _SCAN:
             break
-        if marker in _OF_PIXELS:
+        if marker in _OF_PIXELS and (content or marker not in _NAMED):  # the empty ones, not all decoders pass over
             kept.append(data[start:end])
     else:
         raise UnreadableError(NO_IMAGE)

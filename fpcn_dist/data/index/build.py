@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fpcn_dist.data.blob import Blob
@@ -21,6 +23,18 @@ from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 
 
+@contextlib.contextmanager
+def _without_full_collections() -> Iterator[None]:
+    """Let Python's collector leave old objects alone: it would search a million of them for cycles many times over."""
+    before = gc.get_threshold()
+    gc.set_threshold(before[0], before[1], 1 << 30)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_without_full_collections()
 def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     """Index images, check every one, and split what has no split.
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import IO, NamedTuple, cast
 
 from fpcn_dist.data.blob import Blob
@@ -30,8 +29,7 @@ _AHEAD = 16
 _TOO_LONG = (signal.SIGPROF, signal.SIGALRM)
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """What was found out about a file.
 
     Attributes:

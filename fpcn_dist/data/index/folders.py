@@ -38,7 +38,8 @@ class Listing(NamedTuple):
 
 def is_image(name: str) -> bool:
     """Whether a file is an image, by the suffix of its name, whatever its case; hidden files are none."""
-    return name[name.rfind(".") :].lower() in SUFFIXES and not name.startswith(".")
+    dot = name.rfind(".")  # os.path.splitext takes half of the time that a million names need
+    return name[dot:].lower() in SUFFIXES and dot > 0 and not name.startswith(".")
 
 
 def list_folder(root: Path) -> Listing:

@@ -1,0 +1,60 @@
+"""Damaged files are read alike by all, and kill nothing: ``python -m tests.data.fuzz`` in small."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from tests.data.fuzz import MAX_PIXELS, Readings, make, run
+from tests.helpers.photographs import FORMS
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.slow
+def test_damaged_files_are_read_alike() -> None:
+    faults, decided = run(make(number) for number in range(800))
+    assert not faults, "\n".join(f"case {case.number} ({case.form}): {what}" for case, what in faults)
+    assert set(decided) == {f"{form} {verdict}" for form in FORMS for verdict in ("shown", "refused")}
+
+
+@pytest.fixture(scope="module")
+def readings() -> Iterator[Readings]:
+    readings = Readings()
+    yield readings
+    readings.close()
+
+
+def _jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((48, 48)).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def _jpeg_with_a_first_segment_without_length() -> bytes:
+    return _jpeg().replace(b"\xff\xe0\x00\x10", b"\xff\xe0\x00\x00", 1)
+
+
+FOUND = {
+    "a first segment without length": _jpeg_with_a_first_segment_without_length,
+}
+"""What the fuzz has found to be read differently, and is shown by all."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_read_alike(name: str, readings: Readings) -> None:
+    assert readings.fault(FOUND[name](), MAX_PIXELS) == "shown"
+
+
+def test_readings_that_differ_are_found(readings: Readings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readings.fault(_jpeg(), MAX_PIXELS) == "shown"
+    assert readings.fault(_jpeg()[:-300], MAX_PIXELS) == "refused: the image data are truncated or damaged"
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "_by_onnx", lambda blob: readings._by_torch(readings._backends[0], blob) + 3)
+        assert "pixels differ" in readings.fault(_jpeg(), MAX_PIXELS)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(readings._decoders[0]), "fault", lambda *_: "the file is empty")
+        assert "decide differently" in readings.fault(_jpeg(), MAX_PIXELS)
