@@ -17,7 +17,7 @@ from torch import Tensor
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
-from fpcn_dist.data.index.images import check_image
+from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.sampler import (
@@ -68,12 +68,11 @@ class _Plan(NamedTuple):
 
     def faults(self, config: DataConfig) -> dict[int, Replacement]:
         """Which of the images cannot be decoded now, by image id."""
-        decoder = open_backend(config.backend).decoder()
-        checks = {
-            image_id: (blob, check_image(blob, config.max_pixels, decoder).reason)
-            for image_id, blob in zip(self.image_ids.tolist(), self.blobs, strict=True)
-        }
-        return {i: Replacement(i, str(blob), reason) for i, (blob, reason) in checks.items() if reason}
+        image_ids, found = self.image_ids.tolist(), {}
+        for index, check in check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels):
+            if check.reason is not None:
+                found[image_ids[index]] = Replacement(image_ids[index], str(self.blobs[index]), check.reason)
+        return dict(sorted(found.items()))
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:

@@ -37,15 +37,19 @@ class NotFinite(UserError):
 
 
 class Preempted(Exception):
-    """A run has stopped at the end of a step because it was told to; its checkpoint is on the disk.
+    """A run has stopped because it was told to; what it has done so far is on the disk.
+
+    Args:
+        signal: name of the signal that told it.
+        when: how far it had come, such as "after step 3, with a checkpoint".
 
     Attributes:
         status: exit status: 75, EX_TEMPFAIL; but 0 under torchrun, which starts all ranks again for any other.
     """
 
-    def __init__(self, signal: str, step: int) -> None:
+    def __init__(self, signal: str, when: str) -> None:
         self.status = 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
-        super().__init__(f"stopped by {signal} after step {step}, with a checkpoint; the same command goes on from it")
+        super().__init__(f"stopped by {signal} {when}; the same command goes on from there")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -122,7 +122,7 @@ def train_together(
                 reported = len(loader.replaced)
                 _log_point(due, trainings, step + 1, progress, watch, save=stop is not None)
             if stop is not None and step + 1 < total:
-                raise Preempted(stop, step + 1)
+                raise Preempted(stop, f"after step {step + 1}, with a checkpoint")
             if not _active(trainings, step) and all(t.first_step <= step for t in trainings):
                 break
         for training in _active(trainings, total):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -58,8 +59,15 @@ def _decoded(paths: list[Path], config: DataConfig) -> list[Tensor]:
 
 
 @pytest.fixture
-def paths(rocks: Path) -> list[Path]:
-    return sorted(rocks.rglob("*.jpg"))[::9]
+def paths(rocks: Path, tmp_path: Path) -> list[Path]:
+    """Photographs, among them one of each orientation."""
+    found = sorted(rocks.rglob("*.jpg"))[::9]
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(found[0]) as photograph:
+            photograph.crop((0, 0, 60, 44)).save(tmp_path / f"turned{orientation}.jpg", exif=exif)
+    return found + sorted(tmp_path.glob("turned*.jpg"))
 
 
 @needs_dali
@@ -79,14 +87,15 @@ def test_what_a_gpu_makes_of_decoded_images_is_the_same(paths: list[Path], name:
     """The pipeline of a GPU on the CPU: DALI decodes, PyTorch makes the views of its list of images."""
     from nvidia.dali import Pipeline
 
-    from fpcn_dist.data.decoding.dali import Afterwards, decoded_by_dali, is_plain
+    from fpcn_dist.data.decoding.dali import Afterwards, decoded_by_dali, is_plain, read_ahead
 
     config = _config(name)
     assert not is_plain(config)
     afterwards = Afterwards(config, CPU)
     pipeline = Pipeline(batch_size=len(paths), num_threads=1, device_id=None, prefetch_queue_depth=2)
     with pipeline:
-        pipeline.set_outputs(decoded_by_dali(afterwards.note(iter(_requests(paths, config))), "cpu", 1))
+        read = read_ahead(iter(_requests(paths, config)), config, 1)
+        pipeline.set_outputs(decoded_by_dali(afterwards.note(read), "cpu"))
     for expected in _decoded(paths, _config(name, backend="torchvision")):
         (images,) = pipeline.run()
         torch.testing.assert_close(afterwards(images), expected, rtol=0, atol=1e-5)
@@ -98,7 +107,7 @@ def test_what_a_gpu_makes_of_decoded_images_is_the_same(paths: list[Path], name:
 def test_plain_views_of_a_gpu_are_the_same_within_a_grey_level(paths: list[Path]) -> None:
     from nvidia.dali import Pipeline
 
-    from fpcn_dist.data.decoding.dali import is_plain, plain_views_by_dali
+    from fpcn_dist.data.decoding.dali import PlainAfterwards, is_plain, plain_views_by_dali, read_ahead
 
     config = DataConfig(resize=40, crop=32, augment={"mixup": 0.2})  # pyright: ignore[reportArgumentType]
     assert is_plain(config)
@@ -107,13 +116,15 @@ def test_plain_views_of_a_gpu_are_the_same_within_a_grey_level(paths: list[Path]
         request.views["down"], request.views["right"] = (
             0.125 + 0.75 * (request.views[name] * 6).round() / 6 for name in ("down", "right")
         )
+    afterwards = PlainAfterwards()
     pipeline = Pipeline(batch_size=len(paths), num_threads=1, device_id=None)
     with pipeline:
-        pipeline.set_outputs(plain_views_by_dali(iter(requests), config, "cpu", 1))
+        read = afterwards.note(read_ahead(iter(requests), config, 1))
+        pipeline.set_outputs(plain_views_by_dali(read, config, "cpu"))
     (images,) = pipeline.run()
     decoding = open_backend("torchvision").decoding(iter(requests), config, CPU, len(paths), 1)
     with contextlib.closing(decoding):
-        difference = torch.from_dlpack(images.as_tensor()) - decoding.next()
+        difference = afterwards(images) - decoding.next()
     assert difference.abs().max() < 1.01 / 255 / 0.224
 
 

@@ -1,6 +1,7 @@
 """The decoding backends behind one interface: DALI where it is installed, torchvision everywhere else.
 
-Both give the same batches, within one grey level. A backend is imported when it is opened.
+Both give the same batches: on the CPU bit for bit, on a GPU within one grey level. A backend is imported when it is
+opened.
 """
 
 from __future__ import annotations
@@ -34,18 +35,6 @@ class Decoding(Protocol):
         ...
 
 
-class Decoder(Protocol):
-    """Decodes one image at a time, as :class:`Decoding` does on the CPU; one instance per thread."""
-
-    def size(self, data: bytes) -> tuple[int, int] | None:
-        """Width and height that the header of an image file announces; ``None`` where it is no image."""
-        ...
-
-    def decodes(self, data: bytes) -> bool:
-        """Whether the pixels of an image file are all there."""
-        ...
-
-
 class Backend(NamedTuple):
     """An opened backend.
 
@@ -54,13 +43,14 @@ class Backend(NamedTuple):
         version: of what decodes; with another version, files may be refused that were not before.
         decoding: begins to decode an iterator of requests with a config, a device, the size of the largest batch and a
             number of CPU threads.
-        decoder: makes a :class:`Decoder`.
+        decoder: import path of what decodes one image at a time, as ``decoding`` does on the CPU: a
+            :class:`fpcn_dist.data.index.checker.Decoder`, in a module that imports no torch.
     """
 
     name: DecodingBackend
     version: str
     decoding: Callable[[Iterator[BatchRequest], DataConfig, torch.device, int, int], Decoding]
-    decoder: Callable[[], Decoder]
+    decoder: str
 
 
 def has_dali() -> bool:
@@ -78,12 +68,12 @@ def open_backend(name: DecodingBackend) -> Backend:
         UserError: DALI is asked for, and is not installed.
     """
     if name == "torchvision" or (name == "auto" and not has_dali()):
-        from fpcn_dist.data.decoding import torchvision
+        from fpcn_dist.data.decoding import photograph, torchvision
 
-        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, torchvision.Decoder)
+        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, f"{photograph.__name__}:Decoder")
     if not has_dali():
         hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
         raise UserError("data.backend", name, "DALI is not installed here", hint)
-    from fpcn_dist.data.decoding import dali
+    from fpcn_dist.data.decoding import dali, nvimgcodec
 
-    return Backend("dali", dali.VERSION, dali.Decoding, dali.Decoder)
+    return Backend("dali", dali.VERSION, dali.Decoding, f"{nvimgcodec.__name__}:Decoder")

@@ -1,43 +1,35 @@
 """Decoding without DALI: torchvision and Pillow in a pool of threads, on any machine that PyTorch runs on.
 
-    path --read, decode--> RGB uint8 HWC --view--> uint8 --to the device--> --normalise--> float32 CHW
+    path --read, decode, turn--> RGB uint8 HWC --view--> uint8 --to the device--> --normalise--> float32 CHW
 
-The images are those of :mod:`fpcn_dist.data.decoding.dali` on the CPU, bit for bit where a channel has 8 bits, and
-within one grey level where it has 16. torchvision decodes JPEG alone: its PNG decoder crashes on damaged files, and its
-WebP decoder ignores the EXIF orientation. All other formats are Pillow's.
+The images are those of :mod:`fpcn_dist.data.decoding.dali` on the CPU, bit for bit. torchvision decodes plain JPEGs
+alone, faster than Pillow does; all else is :mod:`fpcn_dist.data.decoding.photograph`'s.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import PIL
 import torch
 import torchvision
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding import photograph
+from fpcn_dist.data.decoding.exif import upright
+from fpcn_dist.data.decoding.header import DAMAGED, Header, UnreadableError
+from fpcn_dist.data.decoding.photograph import decode, examine
 from fpcn_dist.data.normalisation import Normalisation
 from fpcn_dist.recipe.schema import DataConfig
 
-# data.max_pixels bounds what is decoded, and what Pillow would say of a bad file, we report with its path.
-Image.MAX_IMAGE_PIXELS = None
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-VERSION: str = f"torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
-_END_OF_PNG = b"IEND\xaeB`\x82"
+VERSION: str = f"torchvision {torchvision.__version__}, {photograph.VERSION}"
 
 
 class Decoding:
@@ -92,61 +84,31 @@ class Decoding:
         return pixels_BHWC, [self._pool.submit(_fill, blob, view, pixels, self._config) for blob, view, pixels in parts]
 
 
-def _fill(blob: Blob, view: np.void, pixels_HWC: NDArray[np.uint8], config: DataConfig) -> None:
+def _fill(blob: Blob, view: np.void, made_HWC: NDArray[np.uint8], config: DataConfig) -> None:
     """Write a view of a file into [crop, crop, 3] uint8.
 
     Raises:
         RuntimeError: the file cannot be read or decoded.
     """
     try:
-        image_HWC = decode(blob.read())
-    except Exception as error:  # Pillow raises whatever its parsers stumble over
+        header = examine(blob.read(), config.max_pixels, salvage=config.on_bad_image == "salvage")
+        image_HWC = pixels(header)
+    except (OSError, UnreadableError) as error:
         raise RuntimeError(f"{blob} cannot be read or decoded: {error}") from error
-    pixels_HWC[:] = view_pixels(image_HWC, view, config).numpy()
+    made_HWC[:] = view_pixels(torch.from_numpy(image_HWC), view, config).numpy()
 
 
-def decode(data: bytes) -> Tensor:
+def pixels(header: Header) -> NDArray[np.uint8]:
     """The pixels of an image file, upright: [H, W, 3] uint8 RGB.
 
     Raises:
-        Exception: of any kind; the data are no image, truncated or damaged.
+        UnreadableError: they are not all there, or damaged.
     """
-    if data.startswith(_JPEG):
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0).contiguous()
-    if data.startswith(_PNG) and _END_OF_PNG not in data:
-        raise ValueError("the file is cut short")  # behind the last pixel, where Pillow would not miss anything
-    with _open(data) as image:
-        return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image))))
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; grey levels of 16 bits, or from 0 to 1, are scaled to 8 bits, where Pillow would clip them."""
-    if image.mode[0] in "IF":
-        levels = np.asarray(image) * (255 if image.mode == "F" else 1 / 257)
-        image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-class Decoder:
-    """The decoder of the training, one image at a time."""
-
-    def size(self, data: bytes) -> tuple[int, int] | None:
-        """Width and height that the header of an image file announces; ``None`` where it is no image."""
-        try:
-            with _open(data) as image:
-                return image.size
-        except Exception:  # Pillow raises whatever its parsers stumble over
-            return None
-
-    def decodes(self, data: bytes) -> bool:
-        """Whether the pixels of an image file are all there."""
-        try:
-            decode(data)
-        except Exception:
-            return False
-        return True
+    if not header.plain:
+        return decode(header)
+    encoded = torch.frombuffer(bytearray(header.encoded), dtype=torch.uint8)
+    try:
+        stored_CHW = decode_image(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise UnreadableError(DAMAGED) from error
+    return np.ascontiguousarray(upright(stored_CHW.permute(1, 2, 0).numpy(), header.orientation))

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,34 +15,18 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from fpcn_dist.data.blob import Blob, file_state
-from fpcn_dist.data.decoding.backends import Decoder, has_dali, open_backend
+from fpcn_dist.data.blob import Blob, FileState, file_state
+from fpcn_dist.data.decoding.backends import has_dali, open_backend
+from fpcn_dist.data.index.cache import CheckCache
+from fpcn_dist.data.index.checking import Check, check_blobs
 from fpcn_dist.recipe.schema import DecodingBackend
-from fpcn_dist.runtime.cores import usable_cores
-from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.preemption import leaving_at_once
 
 _PROGRESS_FROM = 2000
 """Files to check from which on a progress bar is worth showing (a few seconds)."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was found out about a file.
-
-    Attributes:
-        reason: why it is not usable, or ``None`` where it is.
-        digest: SHA-256 of its content in hexadecimal; empty where the file could not be read.
-        size: bytes.
-    """
-
-    reason: str | None
-    digest: str
-    size: int
-
-    @property
-    def ok(self) -> bool:
-        return self.reason is None
+_STATES_AT_A_TIME = 1000
+_STATE_THREADS = 16
+"""A network disk takes a millisecond for each file's state, and answers many questions at once."""
 
 
 class Refused(NamedTuple):
@@ -58,80 +39,44 @@ class Refused(NamedTuple):
 def check_images(
     blobs: Sequence[Blob], max_pixels: int, cache: Path | None = None, *, backend: DecodingBackend = "auto"
 ) -> list[Check]:
-    """Read and decode images, or recall what doing so gave before, in the order of ``blobs``.
+    """Read and decode images, or recall what doing so gave before, in the given order.
 
-    Prints a line where the backend is not the one that is preferred.
+    That is done in child processes (:mod:`fpcn_dist.data.index.checking`), and kept every few seconds. Prints a line
+    where the backend is not the one that is preferred.
 
     Args:
         blobs: encoded images.
         max_pixels: images whose header announces more pixels are refused without being decoded.
         cache: a file that remembers results by :attr:`Blob.key` and by the state of the file that holds the image;
-            ``None`` remembers nothing. Several processes may share it: it is replaced as a whole, and what the loser
-            of a race found is found again.
+            ``None`` remembers nothing. Several processes may share it.
         backend: the recipe's ``data.backend``.
 
     Raises:
         UserError: the backend is not installed.
+        Preempted: a signal of :data:`fpcn_dist.runtime.preemption.SIGNALS` came, in a process that heeds them.
     """
     if backend == "auto" and not has_dali():
         print("DALI is not installed: torchvision decodes the images, on the CPU (data.backend auto)", flush=True)
     opened = open_backend(backend)
-    key = f"{opened.version}/{max_pixels}"
-    known = _load(cache, key) if cache else {}
-    state_of = {path: file_state(path) for path in {blob.path for blob in blobs}}
-    states = [state and list(state) for state in (state_of[blob.path] for blob in blobs)]
-    names = [blob.key for blob in blobs]
-    stale = [i for i, name in enumerate(names) if states[i] is None or known.get(name, [None])[0] != states[i]]
-
-    local = threading.local()
-
-    def check(i: int) -> Check:
-        if not hasattr(local, "decoder"):
-            local.decoder = opened.decoder()
-        return check_image(blobs[i], max_pixels, local.decoder)
-
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        results = track(
-            pool.map(check, stale),
-            description="Checking images",
-            total=len(stale),
-            console=Console(stderr=True),
-            transient=True,
-            disable=len(stale) < _PROGRESS_FROM,
-        )
-        fresh = dict(zip(stale, results, strict=True))
-
-    checks = [fresh[i] if i in fresh else Check(*known[name][1:]) for i, name in enumerate(names)]
-    if cache and stale:
-        news = {names[i]: [states[i], c.reason, c.digest, c.size] for i, c in fresh.items() if states[i] and c.digest}
-        _save(cache, key, known | news)
-    return checks
-
-
-def check_image(blob: Blob, max_pixels: int, decoder: Decoder) -> Check:
-    """Read and decode one image."""
-    try:
-        data = blob.read()
-    except OSError as error:
-        return Check(f"cannot be read ({error.strerror})", "", 0)
-    return Check(_fault(data, max_pixels, decoder), hashlib.sha256(data).hexdigest(), len(data))
-
-
-def _fault(data: bytes, max_pixels: int, decoder: Decoder) -> str | None:
-    """Why an image file cannot be used, or ``None`` where it can.
-
-    The number of pixels is read from the header, and nothing is decoded where it exceeds ``max_pixels``.
-    """
-    if not data:
-        return "the file is empty"
-    size = decoder.size(data)
-    if size is None:
-        return "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
-    width, height = size
-    if width * height > max_pixels:
-        found = f"{width} x {height} = {width * height:,} pixels"
-        return f"its header announces {found}, more than data.max_pixels {max_pixels:,}"
-    return None if decoder.decodes(data) else "the image data are truncated or damaged"
+    names, states = [blob.key for blob in blobs], _states(blobs)
+    with leaving_at_once("while the images were checked"):
+        memory = CheckCache(cache, f"{opened.version}/{max_pixels}")
+        checks = [memory.recall(name, state) for name, state in zip(names, states, strict=True)]
+        stale = [i for i, check in enumerate(checks) if check is None]
+        found = check_blobs([blobs[i] for i in stale], opened.decoder, max_pixels)
+        with contextlib.closing(memory), contextlib.closing(found):
+            for at, check in track(
+                found,
+                description="Checking images",
+                total=len(stale),
+                console=Console(stderr=True),
+                transient=True,
+                disable=len(stale) < _PROGRESS_FROM,
+            ):
+                i = stale[at]
+                checks[i] = check
+                memory.note(names[i], states[i], check)
+    return [check for check in checks if check is not None]
 
 
 def cache_file(root: Path) -> Path:
@@ -154,17 +99,11 @@ def show_refused(refused: Sequence[Refused]) -> None:
         Console(soft_wrap=True).print(refusal_table(refused))
 
 
-def _load(cache: Path, key: str) -> dict[str, list]:
-    """Remembered results; none where the file is missing, damaged, or of another decoder or bound."""
-    try:
-        content = json.loads(cache.read_text(encoding="utf-8"))
-        return content["files"] if content["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _save(cache: Path, key: str, files: dict[str, list]) -> None:
-    # A cache that cannot be written costs time at the next start, and must not stop this one.
-    with contextlib.suppress(OSError, UserError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_text(cache, json.dumps({"key": key, "files": files}))
+def _states(blobs: Sequence[Blob]) -> list[FileState | None]:
+    """The state of each one's file; ``None`` where there is none."""
+    paths = list({blob.path: None for blob in blobs})
+    parts = [paths[i : i + _STATES_AT_A_TIME] for i in range(0, len(paths), _STATES_AT_A_TIME)]
+    with ThreadPoolExecutor(_STATE_THREADS) as pool:
+        states = [state for part in pool.map(lambda part: [file_state(path) for path in part], parts) for state in part]
+    state_of = dict(zip(paths, states, strict=True))
+    return [state_of[blob.path] for blob in blobs]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -18,8 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.decoding.backends import open_backend
-from fpcn_dist.data.index.images import Refused, cache_file, check_image, check_images, refusal_table
+from fpcn_dist.data.decoding.header import NO_IMAGE
+from fpcn_dist.data.index.images import Refused, cache_file, check_images, refusal_table
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -45,8 +42,9 @@ BAD = {
     "cut.jpg": (_encoded("JPEG")[:-300], "the image data are truncated or damaged"),
     "no_end.jpg": (_encoded("JPEG")[:-2], "the image data are truncated or damaged"),
     "empty.jpg": (b"", "the file is empty"),
-    "text.jpg": (b"not a photograph\n" * 30, "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
-    "moving.jpg": (_encoded("GIF"), "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"),
+    "text.jpg": (b"not a photograph\n" * 30, NO_IMAGE),
+    "icon.jpg": (_encoded("ICO"), NO_IMAGE),
+    "cut.png": (_encoded("PNG")[:-500], "the image data are truncated or damaged"),
     "no_end.png": (_encoded("PNG")[:-2], "the image data are truncated or damaged"),
     "huge.png": (
         _huge_png(),
@@ -62,6 +60,7 @@ GOOD = {
     "palette.png": _encoded("PNG", "P"),
     "lossy.webp": _encoded("WEBP"),
     "plain.bmp": _encoded("BMP"),
+    "moving.gif": _encoded("GIF"),
     "packed.tif": _encoded("TIFF", compression="tiff_lzw"),
 }
 
@@ -77,19 +76,6 @@ def test_bad_files_are_refused_with_the_reason(name: str, tmp_path: Path) -> Non
     content, reason = BAD[name]
     (check,) = check_images(Blob.of_files(_write(tmp_path, {name: content})), 100_000_000)
     assert not check.ok and check.reason == reason
-
-
-def test_a_png_that_is_cut_short_is_refused(tmp_path: Path) -> None:
-    """DALI's decoder calls that a damaged header."""
-    (check,) = check_images(Blob.of_files(_write(tmp_path, {"cut.png": _encoded("PNG")[:-500]})), 100_000_000)
-    assert check.reason is not None and "damaged" in check.reason
-
-
-def test_a_huge_image_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path,) = _write(tmp_path, {"huge.png": _huge_png()})
-    decoder = open_backend("auto").decoder()
-    monkeypatch.setattr(decoder, "decodes", None)
-    assert "announces 20000 x 20000" in str(check_image(Blob(str(path)), 100_000_000, decoder).reason)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -142,39 +128,9 @@ def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
     check_images(Blob.of_files(paths), 10**8, cache)
     os.utime(paths[0], ns=(0, paths[0].stat().st_mtime_ns - 10))
     _damage(paths[0], keep_time=True)
-    found = check_images(Blob.of_files(paths), 10**8, cache)
-    assert [check.ok for check in found] == [False] + [True] * (len(paths) - 1)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}'])
-def test_a_damaged_cache_is_replaced(content: str, tmp_path: Path) -> None:
-    paths, cache = _write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]}), tmp_path / "cache.json"
-    cache.write_text(content)
-    assert check_images(Blob.of_files(paths), 10**8, cache)[0].ok
-    assert len(json.loads(cache.read_text())["files"]) == 1
-
-
-def test_a_cache_that_cannot_be_written_does_not_stop_the_check(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert check_images(
-        Blob.of_files(_write(tmp_path, {"rgb.jpg": GOOD["rgb.jpg"]})), 10**8, tmp_path / "file" / "cache.json"
-    )[0].ok
-
-
-@pytest.mark.slow
-def test_concurrent_processes_leave_a_whole_cache(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    paths, cache = _write(tmp_path / "images", GOOD), tmp_path / "cache.json"
-    script = (
-        "import sys; from pathlib import Path; from fpcn_dist.data.blob import Blob\n"
-        "from fpcn_dist.data.index.images import check_images\n"
-        "blobs = Blob.of_files(sorted(Path(sys.argv[1]).iterdir()))\n"
-        "for bound in [10**8, 10**7] * 20 + [10**8]:\n"
-        "    assert all(check.ok for check in check_images(blobs, bound, Path(sys.argv[2])))"
+    assert [check.ok for check in check_images(Blob.of_files(paths), 10**8, cache)] == [False] + [True] * (
+        len(paths) - 1
     )
-    runs = [subprocess.Popen([sys.executable, "-c", script, paths[0].parent, cache]) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    assert set(json.loads(cache.read_text())["files"]) == {str(path) for path in paths}
 
 
 def test_cache_lies_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

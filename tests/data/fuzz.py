@@ -1,0 +1,169 @@
+"""Damaged image files by the thousand: nothing may die, raise or hang, and all readings must agree.
+
+    python -m tests.data.fuzz --minutes 60 --seed 0
+
+Every case is a small valid file (:mod:`tests.helpers.photographs`) that was damaged (:mod:`tests.helpers.damage`), both
+drawn from the case's own seed. A child process (:mod:`fpcn_dist.data.index.checking`) lets each way of reading decide
+about it, and compares the decisions, their reasons and the pixels. What is found is printed with the case's number,
+``--show NUMBER FILE`` writes that file. Byte for byte a case depends on the installed Pillow, which writes the valid
+file; a fault that was found belongs into a test of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.checking import check_blobs
+from tests.helpers.damage import damaged
+from tests.helpers.photographs import FORMS
+
+MAX_PIXELS = 2_000_000
+"""More than that many are refused, so that a damaged size costs little."""
+_SIDE = 48
+_ROUND = 400
+
+
+class Case(NamedTuple):
+    """A damaged file."""
+
+    number: int
+    form: str
+    data: bytes
+
+
+class Fault(NamedTuple):
+    """What is wrong with the reading of a case."""
+
+    case: Case
+    what: str
+
+
+def make(number: int) -> Case:
+    """The case of a number; one in twenty is whole."""
+    rng = Random(f"fpcn-dist {number}")
+    form = rng.choice(list(FORMS))
+    data = FORMS[form](rng)
+    return Case(number, form, data if rng.random() < 0.05 else damaged(data, rng))
+
+
+def run(cases: Iterable[Case]) -> tuple[list[Fault], Counter[str]]:
+    """Read files in every way; what is wrong, and how many files were decided how."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases, paths = list(cases), []
+        for case in cases:
+            paths.append(os.path.join(folder, f"{case.number}.{case.form}"))
+            Path(paths[-1]).write_bytes(case.data)
+        faults, decided = [], Counter[str]()
+        for index, check in check_blobs(Blob.of_files(paths), f"{__name__}:Readings", MAX_PIXELS, seconds=20.0):
+            verdict, _, what = (check.reason or "shown: ").partition(": ")
+            if verdict in ("shown", "refused"):
+                decided[f"{cases[index].form} {verdict}"] += 1
+            else:
+                faults.append(Fault(cases[index], check.reason or ""))
+        return sorted(faults), decided
+
+
+class Readings:
+    """Every way to read a file, as a decoder for the children: ``fault`` says what all agree on, or where they differ."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from fpcn_dist.data.decoding import backends
+        from fpcn_dist.recipe.schema import DataConfig
+
+        torch.set_num_threads(1)
+        names = ["torchvision", *(["dali"] if backends.has_dali() else [])]
+        self._backends = [backends.open_backend(name) for name in names]
+        self._decoders = [_resolve(backend.decoder) for backend in self._backends]
+        self._config = DataConfig(resize=_SIDE, crop=_SIDE, max_pixels=MAX_PIXELS, threads=1)
+        self._folder = tempfile.TemporaryDirectory()
+
+    def fault(self, data: bytes, max_pixels: int) -> str:
+        """``refused: reason`` or ``shown`` where all agree."""
+        file = Path(self._folder.name, "case")
+        file.write_bytes(data)
+        verdicts = {b.name: d.fault(data, max_pixels) for b, d in zip(self._backends, self._decoders, strict=True)}
+        pixels = {}
+        try:
+            pixels["onnx"], verdicts["onnx"] = self._by_onnx(file), None
+        except ValueError as error:
+            verdicts["onnx"] = str(error)
+        if len({reason is None for reason in verdicts.values()}) > 1:
+            return f"they decide differently: {verdicts}"
+        if len(set(verdicts.values())) > 1:
+            return f"they refuse it for different reasons: {verdicts}"
+        if verdicts["onnx"] is not None:
+            return f"refused: {verdicts['onnx']}"
+        for backend in self._backends:
+            try:
+                pixels[backend.name] = self._by_torch(backend, file)
+            except RuntimeError as error:
+                return f"{backend.name} shows it in the check, and not in the training: {error}"
+        apart = {name: int(abs(pixels[name] - pixels["onnx"]).max()) for name in pixels}
+        # Resizing to another size, Pillow and PyTorch round differently.
+        return "shown: " if max(apart.values()) <= 1 else f"the pixels differ from ONNX's: {apart}"
+
+    def _by_onnx(self, file: Path):
+        import numpy as np
+
+        from fpcn_dist.deploy.onnx_predict import read_image
+
+        return read_image(file, _SIDE, _SIDE, "squeeze", "bilinear").astype(np.int32)
+
+    def _by_torch(self, backend, file: Path):
+        import contextlib
+
+        import numpy as np
+        import torch
+
+        from fpcn_dist.data.batch import BatchRequest
+        from fpcn_dist.data.views import centre_views
+
+        requests = iter([BatchRequest([Blob(str(file))], centre_views(1))])
+        decoding = backend.decoding(requests, self._config, torch.device("cpu"), 1, 1)
+        with contextlib.closing(decoding):
+            normalised_CHW = decoding.next()[0].numpy()
+        shown = self._config.preprocessing
+        mean, std = (np.array(value).reshape(3, 1, 1) for value in (shown.mean, shown.std))
+        return (255 * (normalised_CHW * std + mean)).round().astype(np.int32).transpose(1, 2, 0)
+
+
+def _resolve(decoder: str):
+    import pkgutil
+
+    return pkgutil.resolve_name(decoder)()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case (default: %(default)s)")
+    parser.add_argument("--show", nargs=2, metavar=("NUMBER", "FILE"), help="write the file of a case, and end")
+    args = parser.parse_args()
+    if args.show:
+        Path(args.show[1]).write_bytes(make(int(args.show[0])).data)
+        return 0
+    began, number, found, decided = time.monotonic(), args.seed, 0, Counter[str]()
+    while time.monotonic() - began < 60 * args.minutes:
+        faults, part = run(make(n) for n in range(number, number + _ROUND))
+        for case, what in faults:
+            print(f"case {case.number} ({case.form}): {what}", flush=True)
+        number, found, decided = number + _ROUND, found + len(faults), decided + part
+    print(
+        f"{number - args.seed} cases, {found} faults; " + ", ".join(f"{n} {how}" for how, n in sorted(decided.items()))
+    )
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
