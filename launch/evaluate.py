@@ -19,7 +19,7 @@ class Args:
     """Run folder of train.py."""
     split: Literal["train", "val", "test"] | None = None
     """Images to evaluate; default: test where there are some, else val."""
-    data: Path | None = None
+    data: command_line.Data | None = None
     """The image folder, if it has moved since the training."""
 
 

@@ -14,7 +14,7 @@ class Args:
 
     recipe: Path
     """Recipe file; launch/recipes/ has some. Every field can be overridden below."""
-    data: Path
+    data: command_line.Data
     """Image folder, with or without train/, val/ and test/ above the class folders."""
     overrides: command_line.Overrides
     output: Path | None = None

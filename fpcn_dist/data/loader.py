@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fpcn_dist.data.ahead import fetched_ahead
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
 from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
+from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import (
     BalancedSampler,
     WholeSampler,
@@ -79,6 +81,8 @@ def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.
     """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = config.threads or max(1, usable_cores() // ranks_here)
+    bound_cache(config.cache_gib)
+    requests = fetched_ahead(requests)
     return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
 
 

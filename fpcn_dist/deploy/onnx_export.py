@@ -33,6 +33,7 @@ from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.report.overlay import to_pixels
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
 
@@ -75,7 +76,7 @@ def export_onnx(
     *,
     int8: bool = False,
     output: Path | None = None,
-    data: Path | None = None,
+    data: Address | None = None,
     console: Console | None = None,
 ) -> list[Path]:
     """Write model.onnx, and model-int8.onnx if asked for; print parity, sizes and accuracies.
@@ -123,7 +124,20 @@ def export_onnx(
     return written
 
 
-def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | None:
+def _missing(manifest: Manifest) -> str | None:
+    """An image that is not there; of a remote folder, only the first one is looked at."""
+    first = manifest.blob(0)
+    if not first.is_remote:
+        blobs = map(manifest.blob, range(len(manifest.images)))
+        return next((str(blob) for blob in blobs if not Path(blob.path).is_file()), None)
+    try:
+        first.read()
+    except (OSError, UserError):
+        return str(first)
+    return None
+
+
+def _manifest(run_dir: Path, data: Address | None, *, needed: bool) -> Manifest | None:
     """The manifest of a run whose photographs are all there, else ``None`` where they are not needed."""
     run = RunFolder(run_dir)
     if not (run.recipe.is_file() and run.manifest.is_file()):
@@ -135,7 +149,7 @@ def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | N
     _, manifest = run.open()
     if data is not None:
         manifest = dataclasses.replace(manifest, root=str(data.resolve()))
-    missing = next((image.path for image in manifest.images if not Path(manifest.root, image.path).is_file()), None)
+    missing = _missing(manifest)
     if missing is None:
         return manifest
     if needed or data is not None:

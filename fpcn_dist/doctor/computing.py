@@ -16,6 +16,7 @@ from torch import Tensor
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.address import Address, RemoteFolder
 
 _TOLERANCE = 1e-3
 """The error of float32 against float64 may be so large, relative to the largest value; rounding makes a hundredth."""
@@ -101,7 +102,7 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
     return ok(f"{what} agrees with float64, gradients too")
 
 
-def data(folder: Path) -> Iterator[Finding]:
+def data(folder: Address) -> Iterator[Finding]:
     """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.decoding.backends import open_backend
     from fpcn_dist.data.index.build import build_manifest
@@ -119,9 +120,14 @@ def data(folder: Path) -> Iterator[Finding]:
         yield warning(found, "restore or remove them")
 
 
-def data_is_here(folder: Path) -> Iterator[Finding]:
+def data_is_here(folder: Address) -> Iterator[Finding]:
     """Tell whether a node other than the first sees the data folder at all."""
-    if folder.is_dir():
+    if isinstance(folder, RemoteFolder):
+        from fpcn_dist.data.remote.store import reach
+
+        reach(folder.url)
+        yield ok(f"{folder} can be listed here too")
+    elif folder.is_dir():
         yield ok(f"{folder} is here too")
     else:
         yield problem(f"there is no folder {folder} on this machine", "share it with all nodes, at the same place")

@@ -38,6 +38,7 @@ _HARMLESS = {
     *("train.micro_batches", "train.compile", "train.channels_last", "train.log_every", "train.keep_checkpoints"),
     "train.feature_bank",
     *("data.backend", "data.threads", "data.eval_batch_size", "data.max_bad_images"),
+    "data.cache_gib",
     *("distill.teacher", "distill.teacher_mode", "distill.bank"),
 }
 """Recipe fields that may differ when a run resumes: they change how it is computed, not what."""

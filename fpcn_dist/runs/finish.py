@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,7 @@ from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runs.report.run import build_report
 from fpcn_dist.runs.report.samples import FOLDER as SAMPLES
 from fpcn_dist.runs.report.samples import SampleCollector
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 
@@ -76,7 +76,7 @@ def evaluate_run(
     ranks: Ranks,
     *,
     split: str | None = None,
-    data: Path | None = None,
+    data: Address | None = None,
     checkpoint: str | None = None,
     step: int | None = None,
     frozen: Frozen = lambda model, _: model,

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def cache_home() -> Path:
+    """The folder of this package in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpcn-dist"
+
+
 def make_folder(path: Path) -> None:
     """Make an output folder, with all above it; one that is there already is left as it is.
 

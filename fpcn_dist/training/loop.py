@@ -15,6 +15,7 @@ from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluator
 from fpcn_dist.runs.finish import finish_run
 from fpcn_dist.runs.folder import RunFolder, owning
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads
@@ -34,7 +35,7 @@ OnlineTeacher = Callable[[Batch], Batch]
 
 def train(
     recipe: Recipe,
-    data: Path,
+    data: Address,
     output: Path,
     ranks: Ranks,
     *,
@@ -65,7 +66,7 @@ def train(
 
 def train_together(
     recipes: Mapping[Path, Recipe],
-    data: Path | Manifest,
+    data: Address | Manifest,
     ranks: Ranks,
     *,
     resume: str = "auto",
@@ -133,7 +134,7 @@ def train_together(
 
 
 def _set_up(
-    recipes: Mapping[Path, Recipe], data: Path | Manifest, ranks: Ranks, resume: str
+    recipes: Mapping[Path, Recipe], data: Address | Manifest, ranks: Ranks, resume: str
 ) -> tuple[TrainLoader, OnlineTeacher | None, list[TrainingRun]]:
     """The batches from the first step on that any of the trainings takes part in, who labels them, and the trainings.
 

@@ -19,6 +19,7 @@ from fpcn_dist.runs.checkpoint import (
     require_same_recipe,
 )
 from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.training.pretrained import describe_weights, name_preprocessing
@@ -42,7 +43,7 @@ class Start:
     step: int
 
 
-def prepare_data(data: Path | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
+def prepare_data(data: Address | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
     """Check the images unless that was done, and give the manifest to every rank. Collective.
 
     Raises:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
 from fpcn_dist.data.index.layout import Candidate
 from fpcn_dist.data.index.manifest import Image, Manifest, folder_of
 from fpcn_dist.data.index.shapes.recognise import recognise
+from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import check_composition
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 
 
-def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
+def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     """Index images, check every one, and split what has no split.
 
     The split depends on the seed and on the contents of the images, not on their names: images that are added later
@@ -35,9 +35,10 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
         UserError: no such folder, no classes or only one, classes that differ between splits, bad images where
             ``on_bad_image`` is ``fail``, too few classes or images for a batch, or a backend that is not installed.
     """
-    found = recognise(Path(root), config.columns).find()
-    candidates, folder = found.candidates, folder_of(os.fspath(root))
-    blobs = [Blob.within(folder, c.path, c.place) for c in candidates]
+    bound_cache(config.cache_gib)
+    found = recognise(root, config.columns).find()
+    candidates, folder = found.candidates, folder_of(str(root))
+    blobs = [Blob.within(folder, c.path, c.place)._replace(stored=found.stored.get(c.path)) for c in candidates]
     checks = check_images(blobs, config.max_pixels, cache_file(root), backend=config.backend)
     refused = [*found.refused]
     refused += [Refused(c.path, check.reason) for c, check in zip(candidates, checks, strict=True) if check.reason]

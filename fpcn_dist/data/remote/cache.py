@@ -43,11 +43,14 @@ class Cache:
     Args:
         folder: where the entries lie; made when the first one is written.
         limit: bytes that all entries together may take; 0 keeps nothing.
+
+    Attributes:
+        writable: whether anything is kept.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self._writable = limit > 0
+        self.writable = limit > 0
 
     def read(self, key: str, version: str, digest: str) -> bytes | None:
         """The content under ``key``, or ``None`` where there is none, or another one.
@@ -57,7 +60,7 @@ class Cache:
             version: the version that it must be of, where its digest is not known.
             digest: SHA-256 that the content must have, in hexadecimal; empty where it is not known.
         """
-        path = self._path(key)
+        path = self.path(key)
         try:
             with open(path, "rb") as file:
                 whole = file.read()
@@ -78,7 +81,7 @@ class Cache:
         It is not where the cache cannot be written to, or where the rest is pinned and leaves too little room.
         """
         size = len(content) + _TRAILER
-        if not self._writable or size > self.limit:
+        if not self.writable or size > self.limit:
             return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ class Cache:
                     used[0] = self._evict(max(0, int(self.limit * _AFTER_EVICTION) - size))
                 if used[0] + size > self.limit:
                     return False
-                used[0] += self._replace(self._path(key), content, version)
+                used[0] += self._replace(self.path(key), content, version)
         except OSError as error:
             self._give_up(error)
             return False
@@ -96,7 +99,7 @@ class Cache:
     def pin(self, key: str) -> int | None:
         """Keep the entry under ``key`` from being evicted until the descriptor is closed; ``None`` without an entry."""
         try:
-            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         with contextlib.suppress(OSError):  # a file system without locks protects what was used last alone
@@ -104,7 +107,8 @@ class Cache:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return descriptor
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """Where the entry under ``key`` lies, if there is one."""
         return self.folder / hashlib.blake2b(os.fsencode(key), digest_size=20).hexdigest()
 
     @contextlib.contextmanager
@@ -152,8 +156,8 @@ class Cache:
         return used
 
     def _give_up(self, error: OSError) -> None:
-        if self._writable:
-            self._writable = False
+        if self.writable:
+            self.writable = False
             reason = f"the cache of remote images at {self.folder} cannot be written to ({error.strerror or error})"
             hint = "free some space there, lower data.cache_gib, or set XDG_CACHE_HOME to another folder"
             gib = f"{self.limit / 2**30:g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,13 +14,16 @@ from typing import NamedTuple
 
 from fpcn_dist.data.remote.cache import Cache
 from fpcn_dist.data.remote.store import fetch
-from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.errors import Outage
 from fpcn_dist.runtime.files import cache_home
 
 _THREADS = 16
 """Objects that a process fetches at a time: their latency, not their size, is what takes time."""
-_MOST_AHEAD = 512
-"""Objects that are pinned, or where the cache keeps them not in memory, before they are read."""
+_MOST_PINS = 256
+"""Entries of the cache that a process pins, each with an open file, of a usual bound of 1,024. The others that it asked
+for are those used last, which are evicted last."""
+_MOST_IN_MEMORY = 64
+"""Objects that are fetched ahead where the cache keeps none."""
 _GONE, _OTHER = "there is no such object any more", "its content is another one than when it was checked"
 
 
@@ -45,8 +49,29 @@ class Piece(NamedTuple):
         return self.url if self.size is None else f"{self.url}:{self.start}+{self.size}"
 
 
+class Copy(NamedTuple):
+    """A file of this machine that begins with the bytes of a piece.
+
+    Attributes:
+        path: of the file.
+        size: bytes of the piece.
+        pin: the descriptor that keeps it in the cache; ``None`` where it is a temporary file.
+    """
+
+    path: str
+    size: int
+    pin: int | None
+
+    def close(self) -> None:
+        """Let the cache evict it; a temporary file is deleted."""
+        if self.pin is not None:
+            os.close(self.pin)
+        else:
+            os.unlink(self.path)
+
+
 class _Held(NamedTuple):
-    """What was fetched ahead: a pin of its entry in the cache, or the bytes where the cache does not keep them."""
+    """What was fetched ahead: perhaps a pin of its entry in the cache; the bytes where the cache does not keep them."""
 
     pin: int | None
     content: bytes | None
@@ -70,12 +95,30 @@ class Reader:
         """
         with self._lock:
             ahead = self._ahead.get(piece)
-        if ahead is not None and (error := ahead[0].exception()) is None:
+        content = None
+        # What failed ahead of time may go well now, or says so again.
+        if ahead is not None and ahead[0].exception() is None:
             content = ahead[0].result().content
-        else:  # what failed ahead of time may go well now, or says so again
-            content, error = None, None
-        content = content or self.cache.read(piece.key, piece.version, piece.digest)
+        if content is None:
+            content = self.cache.read(piece.key, piece.version, piece.digest)
         return self._fetch(piece)[1] if content is None else content
+
+    def copy(self, piece: Piece) -> Copy:
+        """A file that holds a piece until the copy is closed; an entry of the cache where that keeps it.
+
+        Raises:
+            OSError, UserError: see :meth:`read`; or, as an :class:`Outage`, there is no room for a temporary file.
+        """
+        content = self.read(piece)
+        if (pin := self.cache.pin(piece.key)) is not None:
+            return Copy(str(self.cache.path(piece.key)), len(content), pin)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="fpcn-", delete=False) as file:
+                file.write(content)
+        except OSError as error:
+            reason = f"has no room for a copy of {piece.url} ({error.strerror})"
+            raise Outage("TMPDIR", tempfile.gettempdir(), reason, "free some space there") from error
+        return Copy(file.name, len(content), None)
 
     def ahead(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Begin to fetch pieces that will be read; gives those that :meth:`release` must be called for."""
@@ -83,7 +126,7 @@ class Reader:
         with self._lock:
             for piece in pieces:
                 future, readers = self._ahead.get(piece, (None, 0))
-                if future is None and len(self._ahead) >= _MOST_AHEAD:
+                if future is None and not self.cache.writable and len(self._ahead) >= _MOST_IN_MEMORY:
                     break
                 self._ahead[piece] = future or self._pool.submit(self._hold, piece), readers + 1
                 begun.append(piece)
@@ -102,11 +145,15 @@ class Reader:
                 future.add_done_callback(_unpin)
 
     def _hold(self, piece: Piece) -> _Held:
-        pin = self.cache.pin(piece.key)
-        if pin is not None:
-            return _Held(pin, None)
-        kept, content = self._fetch(piece)
-        return _Held(self.cache.pin(piece.key), None) if kept else _Held(None, content)
+        pin, content = self.cache.pin(piece.key), None
+        if pin is None:
+            kept, content = self._fetch(piece)
+            if kept:
+                pin, content = self.cache.pin(piece.key), None
+        if pin is not None and len(self._ahead) > _MOST_PINS:
+            os.close(pin)
+            pin = None
+        return _Held(pin, content)
 
     def _fetch(self, piece: Piece) -> tuple[bool, bytes]:
         """Fetch a piece and hand it to the cache; gives whether that keeps it, and the bytes."""

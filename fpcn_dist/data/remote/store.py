@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import random
-import time
 from collections.abc import Callable, Mapping
+from time import sleep
 from typing import Any, NamedTuple, TypeVar
 
 from fpcn_dist.runtime.errors import Outage, UserError, nearest
@@ -60,6 +60,19 @@ def list_objects(url: str) -> dict[str, Listed]:
     if not listed:
         raise UserError("--data", url, "there is no such folder, or nothing in it", "check bucket and path")
     return listed
+
+
+def reach(url: str) -> None:
+    """See whether a folder can be listed.
+
+    Raises:
+        UserError: it cannot, or there is none.
+    """
+    system, path = _open(url)
+    try:
+        _insisting(lambda: system.ls(path, detail=False), url)
+    except FileNotFoundError:
+        raise UserError("--data", url, "there is no such folder", "check bucket and path") from None
 
 
 def fetch(url: str, start: int = 0, size: int | None = None) -> bytes:
@@ -113,7 +126,7 @@ def _insisting(ask: Callable[[], T], url: str) -> T:
                 raise refusal from error
             if pause is None:
                 raise _outage(url, error, len(_PAUSES) + 1) from error
-            time.sleep(pause * random.uniform(0.5, 1.5))  # so that the ranks do not all come back at once
+            sleep(pause * random.uniform(0.5, 1.5))  # so that the ranks do not all come back at once
     raise AssertionError
 
 
@@ -126,7 +139,7 @@ def _refusal(url: str, error: Exception) -> UserError | None:
     if isinstance(error, PermissionError) or _status(error) in (401, 403):
         hint = "see that the credentials are right, have not expired, and may list and read there"
         return UserError("--data", url, f"access is denied ({_in_short(error)})", hint)
-    if isinstance(error, OSError) and error.errno in _REFUSALS or "Validation" in kind:
+    if (isinstance(error, OSError) and error.errno in _REFUSALS) or "Validation" in kind:
         return UserError("--data", url, f"the store refuses to read it ({_in_short(error)})", "check the URL")
     return None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from fpcn_dist.data.index import layout
 from fpcn_dist.data.index.shapes.found import Found
 from fpcn_dist.recipe.data import ColumnsConfig
+from fpcn_dist.runtime.address import Address
 
 
 class Shape(NamedTuple):
@@ -23,7 +23,7 @@ class Shape(NamedTuple):
     find: Callable[[], Found]
 
 
-def recognise(data: Path, columns: ColumnsConfig) -> Shape:
+def recognise(data: Address, columns: ColumnsConfig) -> Shape:
     """The shape of a data set, told by names alone.
 
     Args:
