@@ -31,7 +31,12 @@ FORMAT = 2
 1 knew no interpolation but the bilinear one."""
 INPUT, LOGITS, MASK = "image", "logits", "mask"
 """Input [B, 3, crop, crop] float32, normalised; outputs [B, K], and [B, h, w], which is 1 inside the region."""
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+        *(".gif", ".heic", ".heif", ".avif"),
+    }
+)
 MAX_PIXELS = 100_000_000
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")

@@ -118,6 +118,8 @@ def data(folder: Address) -> Iterator[Finding]:
         more = "; ..." if len(manifest.refused) > 3 else ""
         found = f"{len(manifest.refused)} image(s) cannot be used and would be left out ({shown}{more})"
         yield warning(found, "restore or remove them")
+    for notice in manifest.notices:
+        yield warning(f"{notice.subject}: {notice.text}", "")
 
 
 def data_is_here(folder: Address) -> Iterator[Finding]:

@@ -17,8 +17,8 @@ Fit = Literal["squeeze", "pad", "short_side"]
 
 _NOT_PIXELS = {
     *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class", "class_weights"),
-    *("val_fraction", "test_fraction", "split_seed", "columns", "on_bad_image", "max_pixels", "max_bad_images"),
-    "cache_gib",
+    *("val_fraction", "test_fraction", "split_seed", "columns", "on_bad_image", "on_duplicate"),
+    *("max_pixels", "max_bad_images", "cache_gib"),
 }
 """Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
 
@@ -83,6 +83,9 @@ class DataConfig(Schema):
     columns: ColumnsConfig = ColumnsConfig()
     on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
     """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
+    on_duplicate: Literal["warn", "drop", "fail"] = "warn"
+    """What becomes of identical files: they are counted; or one of each stays, of the test images before those of the
+    validation and of the training, and none where they are in two classes; or they stop the run."""
     max_pixels: PositiveInt = 100_000_000
     """Images with more pixels than this in their header are refused before anything is decoded."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10

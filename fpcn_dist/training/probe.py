@@ -16,8 +16,8 @@ from rich.progress import track
 from rich.table import Table
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import frozen_features
 from fpcn_dist.models import Backbone, build_backbone
@@ -117,7 +117,7 @@ def probe_folder(
     use_threads(recipe.data.threads, device)
     recipe = name_preprocessing(recipe).changed(**{"data.classes_per_batch": None, "data.images_per_class": 1})
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
     torch.manual_seed(recipe.seed)  # where nothing is pretrained
     backbone = build_backbone(recipe.model.backbone, pretrained=recipe.model.pretrained)
     probe = probe_backbone(backbone, recipe, manifest, device, folds=folds)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
     Checkpoint,
@@ -54,7 +54,7 @@ def prepare_data(data: Address | Manifest, recipe: Recipe, ranks: Ranks) -> Mani
 
     def check() -> str:
         manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-        show_refused(manifest.refused)
+        show_notices(manifest.refused, manifest.notices)
         return manifest.to_json()
 
     return Manifest.from_json(ranks.on_first(check))

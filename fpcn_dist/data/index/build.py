@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.duplicates import describe_duplicates, drop_duplicates
 from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
 from fpcn_dist.data.index.layout import Candidate
 from fpcn_dist.data.index.manifest import Image, Manifest, folder_of
+from fpcn_dist.data.index.notices import listed, show_refused
 from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import check_composition
@@ -23,17 +25,18 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
 
     The split depends on the seed and on the contents of the images, not on their names: images that are added later
     leave nearly all the others where they were. Each class keeps at least one training image, and images of one group
-    stay together.
+    stay together. Where images that were refused leave too few, they are printed before the error.
 
     Args:
-        root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.layout`, or another shape of data set
-            that :mod:`fpcn_dist.data.index.shapes` knows.
-        config: fractions of the split, pixel bound, what to do about bad images, what a batch needs.
+        root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.layout`, on this machine or remote,
+            or another shape of data set that :mod:`fpcn_dist.data.index.shapes` knows.
+        config: fractions of the split, pixel bound, what to do about bad images and duplicates, what a batch needs.
         seed: key of the split, unless the config has one of its own.
 
     Raises:
-        UserError: no such folder, no classes or only one, classes that differ between splits, bad images where
-            ``on_bad_image`` is ``fail``, too few classes or images for a batch, or a backend that is not installed.
+        UserError: no such folder, no classes or only one, a layout that is unclear, bad images where ``on_bad_image``
+            is ``fail``, identical files where ``on_duplicate`` is, a class or a split of which no image can be used,
+            too few classes or images for a batch, or a backend that is not installed.
     """
     bound_cache(config.cache_gib)
     found = recognise(root, config.columns).find()
@@ -47,23 +50,64 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
         hint = "mend or remove them, or set data.on_bad_image to 'skip'"
         raise UserError("--data", root, f"{len(refused)} image(s) cannot be used ({shown})", hint)
 
+    usable = [(c, check) for c, check in zip(candidates, checks, strict=True) if check.ok]
+    if config.on_duplicate == "drop":
+        usable, dropped = drop_duplicates(usable)
+        refused += dropped
+    _require_usable(root, candidates, [c for c, _ in usable], refused)
+
+    members: dict[str, list[tuple[Candidate, Check]]] = {}
+    for member in usable:
+        members.setdefault(member[0].name, []).append(member)
     given = {c.split for c in candidates}
     fractions = {} if "val" in given else {"val": config.val_fraction}
     if None in given:
         fractions["test"] = config.test_fraction
-    members: dict[str, list[tuple[Candidate, Check]]] = {candidate.name: [] for candidate in candidates}
-    for candidate, check in zip(candidates, checks, strict=True):
-        if check.ok:
-            members[candidate.name].append((candidate, check))
     classes = sorted(members)
     images, split_of = [], {}
     for label, name in enumerate(classes):
         _split(members[name], fractions, seed if config.split_seed is None else config.split_seed, split_of)
         for c, check in members[name]:
             images.append(Image(c.path, label, split_of[_unit(c)], check.size, check.digest, c.place))
+    images.sort()
+    duplicates = describe_duplicates(images, classes)
+    if duplicates and config.on_duplicate == "fail":
+        described = "; ".join(f"{notice.subject} {notice.text}" for notice in duplicates)
+        hint = "remove them, or set data.on_duplicate to 'drop' or 'warn'"
+        raise UserError("--data", root, described, hint)
+    _require_batches(classes, images, config, refused)
+    return Manifest(str(root.absolute()), tuple(classes), tuple(images), tuple(refused), (*found.notices, *duplicates))
+
+
+def _require_usable(
+    root: Address, candidates: Sequence[Candidate], usable: Sequence[Candidate], refused: Sequence[Refused]
+) -> None:
+    """Refuse a class without a training image, and a split without an image, that can be used; prints the refusals."""
+    learnt = Counter(c.name for c in candidates if c.split in (None, "train"))
+    lost = learnt.keys() - {c.name for c in usable if c.split in (None, "train")}
+    what = [f"class {name!r} ({learnt[name]:,})" for name in sorted(lost)]
+    measured = Counter(c.split for c in candidates if c.split in ("val", "test"))
+    what += [f"split {split} ({measured[split]:,})" for split in measured.keys() - {c.split for c in usable}]
+    if what:
+        show_refused(refused)
+        reasons = Counter(reason for _, reason in refused).most_common(1)[0][0]
+        reason = f"all images were refused of {listed(what)}; the commonest reason: {reasons}"
+        raise UserError("--data", root, reason, "mend or replace the files of the table above, or move the folder away")
+
+
+def _require_batches(
+    classes: Sequence[str], images: Sequence[Image], config: DataConfig, refused: Sequence[Refused]
+) -> None:
+    """Refuse data of which no batch can be made; where images were refused, they are printed and named as the cause."""
     counts = Counter(image.label for image in images if image.split == "train")
-    check_composition(classes, [counts[label] for label in range(len(classes))], config)
-    return Manifest(str(root.absolute()), tuple(classes), tuple(sorted(images)), tuple(refused))
+    try:
+        check_composition(classes, [counts[label] for label in range(len(classes))], config)
+    except UserError as error:
+        if not refused:
+            raise
+        show_refused(refused)
+        reason = f"{error.reason}; {len(refused):,} image(s) of the data were refused"
+        raise UserError(error.field, error.value, reason, f"mend those, or {error.hint}") from None
 
 
 def _unit(candidate: Candidate) -> tuple[str | None, str | None, str]:

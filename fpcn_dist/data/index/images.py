@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from fpcn_dist.data.blob import Blob, FileState, file_state
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
@@ -84,20 +82,6 @@ def check_images(
 def cache_file(root: Address) -> Path:
     """Where the checks of a data folder are remembered: in the user's cache folder, one file for each data folder."""
     return cache_home() / f"images-{hashlib.sha256(os.fsencode(str(root.resolve()))).hexdigest()[:16]}.json"
-
-
-def refusal_table(refused: Sequence[Refused]) -> Table:
-    """Which images were refused, and why, for the terminal."""
-    table = Table("image", "why it was refused", title=f"{len(refused)} image(s) refused")
-    for path, reason in refused:
-        table.add_row(escape(path), reason)
-    return table
-
-
-def show_refused(refused: Sequence[Refused]) -> None:
-    """Print which images were refused, and why; nothing is printed where none was."""
-    if refused:
-        Console(soft_wrap=True).print(refusal_table(refused))
 
 
 def _states(blobs: Sequence[Blob]) -> list[FileState | None]:

@@ -1,24 +1,34 @@
-"""Which files of a data folder belong to which class and which split.
+"""Which files of a data folder belong to which class and which split, what is left out, and why.
 
-Two forms of folder are read, in both of which a class is a folder of images (JPEG, PNG, WebP, BMP, TIFF), which may lie
-in folders of their own below it; names that start with a dot are ignored:
+Two forms of folder are read, in both of which a class is a folder of images, which may lie in folders of their own
+below it; names that start with a dot are ignored:
 
 - ``DIR/<class>/...``: every class is split with ``val_fraction`` and ``test_fraction``;
-- ``DIR/train/<class>/...``, where ``DIR/val/`` (or ``validation/``) and ``DIR/test/`` may lie beside it. Without a
-  validation folder, ``val_fraction`` of the training images become the validation images. Without a test folder there
-  is no test split: what is measured is then measured on the validation images. Other folders are ignored.
+- ``DIR/train/<class>/...``, where ``DIR/val/`` and ``DIR/test/`` may lie beside it, under any of the names of
+  :mod:`fpcn_dist.data.index.splits`. Without a validation folder, ``val_fraction`` of the training images become the
+  validation images. Without a test folder there is no test split: what is measured is then measured on the validation
+  images.
+
+What a folder holds is listed first (:mod:`fpcn_dist.data.index.folders`); the rest follows from the list alone.
 """
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.folders import SUFFIXES, find_images
+from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
+from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.places import describe, find_places
+from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
+from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
 
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+_FORM = "give a folder with one sub-folder of images for each class"
 
 
 class Candidate(NamedTuple):
@@ -39,49 +49,190 @@ class Candidate(NamedTuple):
     place: Blob | None = None
 
 
-def find(root: Path) -> list[Candidate]:
-    """All image files of a data folder; refuses what is no data folder."""
-    form = "give a folder with one sub-folder of images for each class"
+class Found(NamedTuple):
+    """What a data folder holds: the files that should be images, and what a user should know about the others."""
+
+    candidates: list[Candidate]
+    notices: list[Notice]
+
+
+def find(root: Path) -> Found:
+    """All image files of a data folder.
+
+    Raises:
+        UserError: the folder is no data folder, or it is unclear what is meant; names the folders that are.
+    """
     if not root.exists():
-        raise UserError("--data", root, "there is no such folder", form)
+        raise UserError("--data", root, "there is no such folder", _FORM)
     if not root.is_dir():
-        raise UserError("--data", root, "it is not a folder", form)
-
-    splits = {folder: _SPLIT_FOLDERS[folder.name] for folder in _folders(root) if folder.name in _SPLIT_FOLDERS}
-    if splits and "train" not in splits.values():
-        found = ", ".join(f"{folder.name}/" for folder in splits)
-        raise UserError("--data", root, f"it has {found} but no train/", "put the training images into train/<class>/")
-    places: dict[Path, str | None] = {**splits} if splits else {root: None}
-
-    candidates, classes_of = [], {}
-    for place, split in places.items():
-        found = [
-            Candidate(PurePosixPath(path.relative_to(root)).as_posix(), folder.name, split)
-            for folder in _folders(place)
-            for path in find_images(folder)
-        ]
-        classes_of[place] = {candidate.name for candidate in found}
-        candidates += found
-    _check_classes(root, classes_of, form)
-    return candidates
+        raise UserError("--data", root, "it is not a folder", _FORM)
+    return arrange(list_folder(root), root)
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def arrange(listing: Listing, root: Path | str) -> Found:
+    """Decide what each of the listed files is. No file is touched.
+
+    Args:
+        listing: what lies below the data folder.
+        root: the data folder, for messages.
+
+    Raises:
+        UserError: see :func:`find`.
+    """
+    strangers = find_strangers(listing.folders, is_image)
+    _require_readable(listing, strangers, root)
+    tree = Tree(listing, strangers)
+    notices = _left_out(strangers)
+    places: dict[str, str | None] = {**find_places(tree, root, notices)} or {"": None}
+    members = {place: _by_class(tree, place) for place in places}
+    _require_each_folder_once(listing, strangers, members, root, notices)
+    _check_classes(tree, members, root, notices)
+    spelling = _spell(members, notices)
+    candidates = [
+        Candidate(path, spelling[key], places[place])
+        for place, classes in members.items()
+        for key, folders in classes.items()
+        for folder in folders
+        for path in tree.paths(folder)
+    ]
+    return Found(sorted(candidates), notices + _describe_others(tree, members))
 
 
-def _check_classes(root: Path, classes_of: dict[Path, set[str]], form: str) -> None:
-    """Refuse folders without at least two classes, the same in every split."""
-    first, *others = sorted(classes_of, key=lambda place: _SPLIT_FOLDERS.get(place.name) != "train")
-    if not classes_of[first]:
-        raise UserError("--data", root, f"no sub-folder of {first} holds images ({' '.join(sorted(SUFFIXES))})", form)
-    if len(classes_of[first]) == 1:
-        reason = f"it holds one class only ({min(classes_of[first])!r}), and there is nothing to tell apart"
-        raise UserError("--data", root, reason, "add a folder of images of another class")
-    for place in others:
-        missing, extra = classes_of[first] - classes_of[place], classes_of[place] - classes_of[first]
-        if missing or extra:
-            only = [f"{name!r} is only in {first.name}/" for name in sorted(missing)]
-            only += [f"{name!r} is only in {place.name}/" for name in sorted(extra)]
-            hint = "give every split the same class folders"
-            raise UserError("--data", root, f"the classes of its splits differ: {', '.join(only)}", hint)
+def _left_out(folders: Mapping[str, str]) -> list[Notice]:
+    """A sentence for each reason to leave folders out."""
+    by_reason: dict[str, list[str]] = {}
+    for folder, reason in sorted(folders.items()):
+        by_reason.setdefault(reason, []).append(f"{folder}/")
+    return [Notice(listed(names), f"left out: {reason}") for reason, names in by_reason.items()]
+
+
+def _require_readable(listing: Listing, strangers: Collection[str], root: Path | str) -> None:
+    unreadable = [
+        f"{path}/ ({reason})" if path else f"the folder itself ({reason})"
+        for path, reason in sorted(listing.unreadable.items())
+        if not is_inside(path, strangers)
+    ]
+    if unreadable:
+        hint = "change the permissions, mend the links, or move them away"
+        raise UserError("--data", root, f"it cannot be read whole: {listed(unreadable)}", hint)
+
+
+def _by_class(tree: Tree, place: str) -> dict[str, list[str]]:
+    """The class folders of a split (or of all), by a key that is the same for all spellings of a name in Unicode."""
+    classes: dict[str, list[str]] = {}
+    for folder in tree.children[place]:
+        if tree.total[folder]:
+            classes.setdefault(unicodedata.normalize("NFC", _name(folder)), []).append(folder)
+    return classes
+
+
+def _require_each_folder_once(
+    listing: Listing,
+    strangers: Collection[str],
+    members: Mapping[str, dict[str, list[str]]],
+    root: Path | str,
+    notices: list[Notice],
+) -> None:
+    """Refuse links that put one folder into two classes or two splits, and mention those that lead nowhere new."""
+    homes = {folder: (place, key) for place, classes in members.items() for key in classes for folder in classes[key]}
+
+    def home(path: str) -> tuple[str, str] | None:
+        return next((homes[above] for above in ancestors(path) if above in homes), None)
+
+    known: dict[str, str] = {}
+    for link, target in sorted(listing.same.items()):
+        if is_inside(link, strangers) or (target and is_inside(target, strangers)):
+            continue
+        if not target or is_inside(link, {target}):
+            known[link] = "a link to a folder above it"
+        elif home(link) is not None and home(link) == home(target):
+            known[link] = f"the same folder as {target}/, which is used already"
+        else:
+            reason = f"{target}/ and {link}/ are the same folder, and an image cannot be of two classes or two splits"
+            raise UserError("--data", root, reason, "remove one of the links to it")
+    notices += _left_out(known)
+
+
+def _check_classes(
+    tree: Tree, members: Mapping[str, dict[str, list[str]]], root: Path | str, notices: list[Notice]
+) -> None:
+    """Refuse folders without at least two classes, without images of a class, or with classes that train lacks."""
+    (first, classes), *others = members.items()
+    if not classes:
+        where = f"{root}/{first}".rstrip("/")
+        reason = f"no sub-folder of {where} holds images ({' '.join(sorted(SUFFIXES))})"
+        if tree.images[first]:
+            reason += f"; {len(tree.images[first]):,} lie in {where} itself"
+        raise UserError("--data", root, reason, _FORM)
+    if empty := [describe(tree, folder) for folder in tree.children[first] if not tree.total[folder]]:
+        reason = f"class folder(s) without a single image: {listed(empty)}"
+        raise UserError("--data", root, reason, "put images into them, or move away what is no class")
+    if len(classes) == 1:
+        (name,), ((folder, *_),) = classes, classes.values()
+        hint = "add a folder of images of another class"
+        if not tree.images[folder] and len(tree.children[folder]) > 1:
+            hint += f", or give {root}/{folder} if its sub-folders are the classes"
+        raise UserError("--data", root, f"it holds one class only ({name!r}), and there is nothing to tell apart", hint)
+    for place, found in others:
+        extra, missing = sorted(found.keys() - classes.keys()), sorted(classes.keys() - found.keys())
+        if extra:
+            reason = f"{place}/ has classes that {first}/ lacks: {listed(map(repr, extra))}"
+            if missing:
+                reason += f"; of those of {first}/ it lacks {listed(map(repr, missing))}"
+            raise UserError("--data", root, reason, f"give them the names of {first}/, or training images")
+        if missing:
+            text = f"has no images of {len(missing):,} class(es) of {first}/: {listed(map(repr, missing))}"
+            notices.append(Notice(f"{place}/", text))
+    _mention_same_sub_folders(tree, classes, notices)
+
+
+def _mention_same_sub_folders(tree: Tree, classes: Mapping[str, list[str]], notices: list[Notice]) -> None:
+    """Say that all classes have the same sub-folders, which may be the real classes."""
+    inside = [
+        frozenset(_name(child) for child in tree.children[folder] if tree.total[child])
+        for folders in classes.values()
+        for folder in folders
+    ]
+    direct = any(tree.images[folder] for folders in classes.values() for folder in folders)
+    if not direct and len(inside[0]) > 1 and len(set(inside)) == 1:
+        text = f"lie in every class ({listed(classes)}), and are learnt as parts of it, not as classes"
+        notices.append(Notice(f"sub-folders {listed(sorted(inside[0]))}", text))
+
+
+def _spell(members: Mapping[str, dict[str, list[str]]], notices: list[Notice]) -> dict[str, str]:
+    """The name of each class: as the training images have it, where folders spell it in different ways."""
+    spelling: dict[str, str] = {}
+    for key in dict.fromkeys(key for classes in members.values() for key in classes):
+        names = dict.fromkeys(_name(f) for classes in members.values() for f in classes.get(key, ()))
+        spelling[key] = next(iter(names))
+        if len(names) > 1:
+            ways = " and ".join(map(ascii, names))
+            text = f"one class: its name is written in {len(names)} ways of Unicode ({ways})"
+            notices.append(Notice(spelling[key], text))
+    return spelling
+
+
+def _describe_others(tree: Tree, members: Mapping[str, dict[str, list[str]]]) -> list[Notice]:
+    """What lies among the images and is not read: loose images, hidden ones, and other files by their suffix."""
+    notices = []
+    for place in dict.fromkeys(("", *members)):
+        if loose := len(tree.images[place]):
+            where = f"{place}/" if place else "the data folder itself"
+            notices.append(Notice(where, f"left out: {loose:,} image(s) that lie in no class folder"))
+    counts: dict[str, Counter[str]] = {}
+    hidden: list[str] = []
+    for folder in (f for classes in members.values() for folders in classes.values() for f in folders):
+        hidden += tree.hidden(folder)
+        for suffix, count in tree.suffixes(folder).items():
+            counts.setdefault(suffix, Counter())[folder] = count
+    if hidden:
+        notices.append(Notice("hidden files", f"left out: {len(hidden):,}, such as {hidden[0]}"))
+    for suffix, by_folder in sorted(counts.items()):
+        where = listed(f"{folder}/ ({count:,})" for folder, count in by_folder.most_common())
+        text = f"left out: {by_folder.total():,} file(s) with the suffix of no image, in {where}"
+        notices.append(Notice(suffix or "no suffix", text))
+    return notices
+
+
+def _name(folder: str) -> str:
+    return folder.rpartition("/")[2]

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from fpcn_dist.data.blob import Blob, Packed, Stored
 from fpcn_dist.data.index.images import Refused
+from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.address import is_url
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
 SPLIT_FIELDS = ("seed", "data.split_seed", "data.val_fraction", "data.test_fraction")
 """Recipe fields that decide which images train, validate and test."""
-CHECK_FIELDS = ("data.on_bad_image", "data.max_pixels", "data.columns")
+CHECK_FIELDS = ("data.on_bad_image", "data.on_duplicate", "data.max_pixels", "data.columns")
 """Recipe fields that decide which images are usable at all. A manifest depends on these and on the split's alone."""
 
 
@@ -71,12 +72,14 @@ class Manifest:
         classes: class names, sorted; a label is an index into them.
         images: the usable images, sorted by path.
         refused: the images that were left out.
+        notices: what else there is to know about the data folder.
     """
 
     root: str
     classes: tuple[str, ...]
     images: tuple[Image, ...]
     refused: tuple[Refused, ...]
+    notices: tuple[Notice, ...] = ()
 
     @functools.cached_property
     def hash(self) -> str:
@@ -117,6 +120,7 @@ class Manifest:
     def to_json(self) -> str:
         """Everything as JSON, one image a line; read back by :meth:`from_json`."""
         head = {"hash": self.hash, "root": self.root, "classes": self.classes, "refused": self.refused}
+        head["notices"] = self.notices
         images = ",\n".join(json.dumps(image) for image in self.images)
         return f'{json.dumps(head)[:-1]}, "fields": {json.dumps(Image._fields)}, "images": [\n{images}\n]}}\n'
 
@@ -133,6 +137,7 @@ class Manifest:
             tuple(content["classes"]),
             tuple(Image.from_list(image) for image in content["images"]),
             tuple(Refused(*refused) for refused in content["refused"]),
+            tuple(Notice(*notice) for notice in content.get("notices", ())),  # files of earlier versions lack them
         )
         if manifest.hash != content["hash"]:
             raise ValueError("the hash does not fit the images")

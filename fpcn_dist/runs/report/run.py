@@ -64,6 +64,7 @@ def build_report(run_dir: Path) -> Path:
         splits=_splits(manifest) if manifest else None,
         left_out=[
             ("Files refused before training", manifest.refused if manifest else []),
+            ("About the data", manifest.notices if manifest else []),
             ("Files replaced during training", [(line["path"], line["reason"]) for line in replaced]),
         ],
         recipe_text=recipe_text,

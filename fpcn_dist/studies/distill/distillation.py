@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.deploy.onnx_export import FP32_FILE, export_onnx
 from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.schema import Recipe
@@ -73,7 +73,7 @@ def distill(
     """
     recipe = check_recipe(recipe, students)
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
     print(open_teacher(recipe, manifest, CPU), flush=True)
     with contextlib.ExitStack() as held:
         if not dry_run:

@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.address import Address
@@ -82,7 +82,7 @@ def reproduce(
         raise UserError("--seeds", request.seeds, "leaves nothing to train", "give 1 or more")
     recipe, output = request.recipe, output.resolve()
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
     seeds = range(recipe.seed, recipe.seed + request.seeds)
     grid = Grid(recipe, request.systems, request.scale, request.sections, seeds, len(manifest.classes))
     if "table4" in request.sections:

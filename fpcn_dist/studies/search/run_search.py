@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import show_refused
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
@@ -52,7 +52,7 @@ def search(
     request, output = checked(request), output.resolve()
     recipe = request.student or request.recipe
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
-    show_refused(manifest.refused)
+    show_notices(manifest.refused, manifest.notices)
     if request.stage == "student":
         print(open_teacher(recipe, manifest, CPU), flush=True)
     require_searchable(request, len(manifest.classes))

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.header import NO_IMAGE
-from fpcn_dist.data.index.images import Refused, cache_file, check_images, refusal_table
+from fpcn_dist.data.index.images import Refused, cache_file, check_images
+from fpcn_dist.data.index.notices import refusal_table
 
 pytestmark = pytest.mark.usefixtures("backend")
 

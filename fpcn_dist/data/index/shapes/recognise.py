@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from fpcn_dist.data.index import layout
+from fpcn_dist.data.index.shapes import remote
 from fpcn_dist.data.index.shapes.found import Found
 from fpcn_dist.recipe.data import ColumnsConfig
-from fpcn_dist.runtime.address import Address
+from fpcn_dist.runtime.address import Address, RemoteFolder
 
 
 class Shape(NamedTuple):
@@ -33,4 +35,11 @@ def recognise(data: Address, columns: ColumnsConfig) -> Shape:
     Raises:
         UserError: by ``find``: there is nothing there, or nothing that can be used.
     """
-    return Shape("a folder of images", lambda: Found(layout.find(data)))
+    if isinstance(data, RemoteFolder):
+        return Shape("a remote folder of images", lambda: remote.find(data))
+    return Shape("a folder of images", lambda: _folder(data))
+
+
+def _folder(data: Path) -> Found:
+    candidates, notices = layout.find(data)
+    return Found(candidates, notices=notices)
