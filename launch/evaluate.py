@@ -21,6 +21,9 @@ class Args:
     """Images to evaluate; default: test where there are some, else val."""
     data: command_line.Data | None = None
     """The image folder, if it has moved since the training."""
+    together: bool = False
+    """Share the images among all processes that srun or mpirun started, of which otherwise the first works alone. Those
+    of torchrun and deepspeed always share them."""
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     from fpcn_dist.runs.folder import RunFolder
     from fpcn_dist.runtime.ranks import connect
 
-    with connect() as ranks:
+    with connect(join=args.together) as ranks:
         evaluate_run(RunFolder(args.run), ranks, split=args.split, data=args.data, frozen=with_frozen_backbone)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+
+from torch import Tensor
 
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
+from fpcn_dist.data.decoding.backends import Decoding
 from fpcn_dist.data.remote.reading import Piece, reader
 
 BATCHES_AHEAD = 4
@@ -15,16 +18,37 @@ _BATCHES_READ = 2 * BATCHES_IN_FLIGHT
 """Batches after which a backend has read one that it was handed."""
 
 
-def fetched_ahead(requests: Iterator[BatchRequest]) -> Iterator[BatchRequest]:
-    """The same requests, of whose remote images the next ones are being fetched; others are handed on as they are."""
+class FetchedAhead:
+    """A decoding of requests whose remote images are fetched ahead; see
+    :class:`fpcn_dist.data.decoding.backends.Decoding`.
+
+    Args:
+        requests: what to decode; so many more are asked for, ahead of time, where their images are remote.
+        begin: begins to decode an iterator of requests.
+    """
+
+    def __init__(self, requests: Iterator[BatchRequest], begin: Callable[[Iterator[BatchRequest]], Decoding]) -> None:
+        self._requests = _fetched_ahead(requests)
+        self._decoding = begin(self._requests)
+
+    def next(self) -> Tensor:
+        """The images of the next request, [B, 3, crop, crop] float32, normalised, owned by the caller."""
+        return self._decoding.next()
+
+    def close(self) -> None:
+        """Stop its threads and free its buffers, and give up what was fetched."""
+        self._decoding.close()
+        self._requests.close()
+
+
+def _fetched_ahead(requests: Iterator[BatchRequest]) -> Generator[BatchRequest]:
     first = next(requests, None)
     if first is None:
-        return iter(())
+        return
     requests = itertools.chain([first], requests)
-    return _fetched_ahead(requests) if any(blob.is_remote for blob in first.blobs) else requests
-
-
-def _fetched_ahead(requests: Iterator[BatchRequest]) -> Iterator[BatchRequest]:
+    if not any(blob.is_remote for blob in first.blobs):
+        yield from requests
+        return
     source, planned, held = reader(), deque[BatchRequest](), deque[list[Piece]]()
     try:
         for request in itertools.chain(requests, [None] * BATCHES_AHEAD):

@@ -41,7 +41,7 @@ class Packed(NamedTuple):
             raise OSError(0, "pyarrow is not installed") from None
         try:
             whole = pyarrow.decompress(data, self.unpacked, self.codec)
-        except (pyarrow.ArrowException, ValueError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise OSError(0, f"the page that holds it is damaged: {error}") from None
         return memoryview(whole)[self.start : self.start + self.length].tobytes()
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fpcn_dist.data.ahead import fetched_ahead
+from fpcn_dist.data.ahead import FetchedAhead
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
@@ -35,6 +34,7 @@ from fpcn_dist.data.views import VIEW, Views, centre_views, crops, views
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.launchers import told
 
 Ids = NDArray[np.int64]
 SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]
@@ -68,22 +68,25 @@ class _Plan(NamedTuple):
             columns.append(soft_labels(self.image_ids, self.view_ids))
         return Batch(images, *(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
 
-    def faults(self, config: DataConfig) -> dict[int, Replacement]:
-        """Which of the images cannot be decoded now, by image id."""
-        image_ids, found = self.image_ids.tolist(), {}
-        for index, check in check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels):
-            if check.reason is not None:
-                found[image_ids[index]] = Replacement(image_ids[index], str(self.blobs[index]), check.reason)
-        return dict(sorted(found.items()))
+
+def _faults(plans: Iterable[_Plan], config: DataConfig) -> dict[int, Replacement]:
+    """Which of the images that are planned cannot be decoded now, by image id."""
+    blobs = {i: blob for plan in plans for i, blob in zip(plan.image_ids.tolist(), plan.blobs, strict=True)}
+    image_ids, found = list(blobs), {}
+    for index, check in check_blobs(list(blobs.values()), open_backend(config.backend).decoder, config.max_pixels):
+        if check.reason is not None:
+            i = image_ids[index]
+            found[i] = Replacement(i, str(blobs[i]), check.reason)
+    return dict(sorted(found.items()))
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
     """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = told("LOCAL_WORLD_SIZE", 1)
     threads = config.threads or max(1, usable_cores() // ranks_here)
     bound_cache(config.cache_gib)
-    requests = fetched_ahead(requests)
-    return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
+    backend = open_backend(config.backend)
+    return FetchedAhead(requests, lambda ahead: backend.decoding(ahead, config, device, batch_size, threads))
 
 
 class TrainLoader:
@@ -228,7 +231,7 @@ class TrainLoader:
 
     def _leave_out_unreadable(self, error: RuntimeError) -> None:
         """Find out which files stopped the pipeline; where all are readable now, let the step be tried once more."""
-        found = {i: fault for plan in self._planned for i, fault in plan.faults(self._config).items()}
+        found = _faults(self._planned, self._config)
         if not found and self._retried_step == self._step:
             raise error
         self._retried_step = self._step
@@ -308,7 +311,7 @@ class EvalLoader:
         return _Plan(blobs, labels, image_ids, np.full(len(blobs), -1), centre_views(len(blobs)))
 
     def _explain(self, plan: _Plan, error: RuntimeError) -> NoReturn:
-        for _, path, reason in plan.faults(self._config).values():
+        for _, path, reason in _faults([plan], self._config).values():
             raise UserError("image", path, reason, "restore it, or leave it out and evaluate anew") from error
         raise error
 

@@ -33,7 +33,7 @@ from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.report.overlay import to_pixels
-from fpcn_dist.runtime.address import Address
+from fpcn_dist.runtime.address import Address, is_url
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
 
@@ -125,16 +125,15 @@ def export_onnx(
 
 
 def _missing(manifest: Manifest) -> str | None:
-    """An image that is not there; of a remote folder, only the first one is looked at."""
-    first = manifest.blob(0)
-    if not first.is_remote:
-        blobs = map(manifest.blob, range(len(manifest.images)))
-        return next((str(blob) for blob in blobs if not Path(blob.path).is_file()), None)
-    try:
-        first.read()
-    except (OSError, UserError):
-        return str(first)
-    return None
+    """The path of an image that is not there; of a remote folder, only the first one is looked at."""
+    if is_url(manifest.root):
+        try:
+            manifest.blob(0).read()
+        except (OSError, UserError):
+            return manifest.images[0].path
+        return None
+    files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
+    return next((path for file, path in files.items() if not Path(file).is_file()), None)
 
 
 def _manifest(run_dir: Path, data: Address | None, *, needed: bool) -> Manifest | None:

@@ -103,16 +103,20 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
 
 
 def data(folder: Address) -> Iterator[Finding]:
-    """Tell what training would find in the data folder; whether the classes are large enough depends on the recipe."""
+    """Tell what training would find in the data; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.decoding.backends import open_backend
     from fpcn_dist.data.index.build import build_manifest
+    from fpcn_dist.data.index.shapes.recognise import recognise
 
     backend = open_backend("auto").name
     any_size = DataConfig(backend=backend, classes_per_batch=None, images_per_class=1, val_fraction=0, test_fraction=0)
     manifest = build_manifest(folder, any_size, seed=0)
     sizes = np.bincount(manifest.labels, minlength=len(manifest.classes))
     smallest = manifest.classes[int(sizes.argmin())]
-    yield ok(f"{len(manifest.images)} images of {len(sizes)} classes, the fewest ({sizes.min()}) of {smallest!r}")
+    shape = recognise(folder, any_size.columns).name
+    yield ok(
+        f"{shape}: {len(manifest.images)} images of {len(sizes)} classes, the fewest ({sizes.min()}) of {smallest!r}"
+    )
     if manifest.refused:
         shown = "; ".join(f"{image.path}: {image.reason}" for image in manifest.refused[:3])
         more = "; ..." if len(manifest.refused) > 3 else ""
@@ -123,13 +127,14 @@ def data(folder: Address) -> Iterator[Finding]:
 
 
 def data_is_here(folder: Address) -> Iterator[Finding]:
-    """Tell whether a node other than the first sees the data folder at all."""
-    if isinstance(folder, RemoteFolder):
-        from fpcn_dist.data.remote.store import reach
+    """Tell whether a node other than the first sees the data at all."""
+    from fpcn_dist.data.index.shapes.tar import expand
+    from fpcn_dist.data.remote.store import reach
 
+    if isinstance(folder, RemoteFolder):
         reach(folder.url)
-        yield ok(f"{folder} can be listed here too")
-    elif folder.is_dir():
+        yield ok(f"{folder} can be listed from here too")
+    elif folder.exists() or all(Path(shard).exists() for shard in expand(str(folder))):
         yield ok(f"{folder} is here too")
     else:
-        yield problem(f"there is no folder {folder} on this machine", "share it with all nodes, at the same place")
+        yield problem(f"there is no {folder} on this machine", "share it with all nodes, at the same place")

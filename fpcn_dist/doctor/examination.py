@@ -18,6 +18,7 @@ from rich.console import Console
 from fpcn_dist.doctor import software
 from fpcn_dist.doctor.findings import Check, Finding, problem, stuck
 from fpcn_dist.runtime.address import Address
+from fpcn_dist.runtime.launchers import told
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +80,8 @@ def examine(output: Path | None, data: Address | None) -> int:
     with contextlib.ExitStack() as stack:
         ranks, unreachable = _join(stack)
         # connect() has written here what any launcher said.
-        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        rank, local_rank = told("RANK", 0), told("LOCAL_RANK", 0)
+        several = told("WORLD_SIZE", 1) > 1
         report = _Report(_Place(socket.gethostname(), rank), several=several, printing=local_rank == 0)
         report.add(unreachable)
         patient = None
@@ -138,8 +139,8 @@ def _checks(output: Path, data: Address | None, ranks: Ranks | None, local_rank:
     from fpcn_dist.runtime.ranks import own_device
 
     device = ranks.device if ranks else own_device()
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = int(os.environ.get("WORLD_SIZE", 1)) // ranks_here
+    ranks_here = told("LOCAL_WORLD_SIZE", 1)
+    nodes = told("WORLD_SIZE", 1) // ranks_here
     cuda = device.type == "cuda"
 
     def check(
@@ -154,6 +155,7 @@ def _checks(output: Path, data: Address | None, ranks: Ranks | None, local_rank:
         *([check("nccl", machine.nccl, hint=reinstall)] if cuda else []),
         check("processor", machine.processor, ranks_here, hint="look at this machine's limits"),
         check("memory", machine.memory, ranks_here, hint="look at this machine's limits"),
+        check("limits", machine.limits, hint="look at this machine's limits"),
         check("disk", machine.disk, output, hint="choose another --output", seconds=60),
         check("host name", network.host_name, nodes > 1, hint="look at /etc/hosts and /etc/resolv.conf"),
         check("network", network.interfaces, cuda, hint="look at the machine's network"),
@@ -165,7 +167,7 @@ def _checks(output: Path, data: Address | None, ranks: Ranks | None, local_rank:
         check("masked_pool", _on, device, computing.masked_pool, device, hint=reinstall, seconds=90),
         check("pair_contrast", _on, device, computing.pair_contrast, device, hint=reinstall, seconds=90),
     ]
-    if data is not None and local_rank == 0 and int(os.environ.get("RANK", 0)) > 0:
+    if data is not None and local_rank == 0 and told("RANK", 0) > 0:
         of_machine.append(check("data", computing.data_is_here, data, hint="see whether its file system answers"))
     return [*(of_machine if local_rank == 0 else []), *of_rank]
 

@@ -19,6 +19,7 @@ from torch.cuda import nccl as torch_nccl
 
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.runtime.cores import usable_cores
+from fpcn_dist.runtime.limits import raise_open_files, shortages
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia[0-9]*", "/dev/dxg")
 """Files of these patterns are only there where the driver of an NVIDIA GPU is; the last is for Linux under Windows."""
@@ -93,7 +94,7 @@ def processor(ranks_here: int) -> Iterator[Finding]:
 
 
 def memory(ranks_here: int) -> Iterator[Finding]:
-    """Tell how much memory is free, and how much of it processes can share."""
+    """Tell how much memory is free."""
     machine = psutil.virtual_memory()
     free, total = machine.available, machine.total
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -105,12 +106,14 @@ def memory(ranks_here: int) -> Iterator[Finding]:
     else:
         yield ok(found)
 
-    shared = shutil.disk_usage("/dev/shm").total
-    found = f"/dev/shm has {shared / GIB:.2f} GiB"
-    if shared < GIB:
-        yield warning(found, "give NCCL and Ray at least 1 GiB (docker run --shm-size=8g)")
-    else:
-        yield ok(found)
+
+def limits() -> Iterator[Finding]:
+    """Tell whether there are open files, shared memory and room for temporary files enough."""
+    found = list(shortages(shared=True))
+    yield from (warning(f"{short.name}: {short.found}", short.hint) for short in found)
+    if not found:
+        shared = shutil.disk_usage("/dev/shm").total / GIB
+        yield ok(f"{raise_open_files()} open files, {shared:.1f} GiB in /dev/shm, room in {tempfile.gettempdir()}")
 
 
 def disk(output: Path) -> Iterator[Finding]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,6 +22,7 @@ from fpcn_dist.recipe.reading import explain, load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.address import Address, address
 from fpcn_dist.runtime.errors import Preempted, UserError
+from fpcn_dist.runtime.launchers import told
 from fpcn_dist.runtime.output import quiet_without_reader
 
 Args = TypeVar("Args")
@@ -111,8 +114,8 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _readable_exit() -> Iterator[None]:
-    rank = int(os.environ.get("RANK", 0))
-    prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = told("RANK", 0)
+    prefix = f"rank {rank}: " if told("WORLD_SIZE", 1) > 1 else ""
     try:
         yield
     except UserError as error:
@@ -141,4 +144,13 @@ def _leave(message: str, status: int) -> None:
         if message:
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
+    _tell_torchrun(message)
     os._exit(status)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Let torchrun end its own report with this message, where it would say that it knows of no cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and message:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from fpcn_dist.recipe.section import PositiveInt, Schema
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Dimension(Schema):
@@ -14,13 +16,13 @@ class Dimension(Schema):
 
     choices: list[Any] | None = None
     """Values to choose from."""
-    low: float | None = None
+    low: Finite | None = None
     """Least value of a range."""
-    high: float | None = None
+    high: Finite | None = None
     """Largest value of a range."""
     log: bool = False
     """Whether a range is searched by orders of magnitude."""
-    also: list[float] = Field(default_factory=list)
+    also: list[Finite] = Field(default_factory=list)
     """Values tried beside a range, such as an exact 0 beside a logarithmic one."""
 
     @model_validator(mode="after")
@@ -30,11 +32,10 @@ class Dimension(Schema):
                 raise ValueError("choices and a range exclude each other; give choices alone, or low and high")
             if len(self.choices) < 2:
                 raise ValueError(f"choices {self.choices} leave nothing to search; give two or more")
-        elif self.low is not None and self.high is not None:
-            if not self.low < self.high:
-                raise ValueError(f"low {self.low} is not below high {self.high}; exchange them")
-            if self.log and self.low <= 0:
-                raise ValueError(f"low {self.low} has no logarithm; raise it, and list 0 under also")
+        elif self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}; exchange them")
+        if self.log and self.low is not None and self.low <= 0:
+            raise ValueError(f"low {self.low} has no logarithm; raise it, and list 0 under also")
         return self
 
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fpcn_dist.models import CLASS_TOKEN, build_model, knows_token_maps
+from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
@@ -39,6 +40,7 @@ _HARMLESS = {
     "train.feature_bank",
     *("data.backend", "data.threads", "data.eval_batch_size", "data.max_bad_images"),
     "data.cache_gib",
+    *(f"data.columns.{name}" for name in ColumnsConfig.model_fields),  # the manifest says what came of them
     *("distill.teacher", "distill.teacher_mode", "distill.bank"),
 }
 """Recipe fields that may differ when a run resumes: they change how it is computed, not what."""

@@ -44,10 +44,12 @@ class Preempted(Exception):
         when: how far it had come, such as "after step 3, with a checkpoint".
 
     Attributes:
+        signal, when: the arguments.
         status: exit status: 75, EX_TEMPFAIL; but 0 under torchrun, which starts all ranks again for any other.
     """
 
     def __init__(self, signal: str, when: str) -> None:
+        self.signal, self.when = signal, when
         self.status = 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
         super().__init__(f"stopped by {signal} {when}; the same command goes on from there")
 

@@ -1,4 +1,4 @@
-"""Who am I among the ranks: read the launcher's environment, connect, agree, and leave.
+"""Who am I among the ranks: connect, agree, and leave; :mod:`fpcn_dist.runtime.launchers` reads the environment.
 
 ``torchrun``, ``deepspeed``, ``srun`` and plain ``python`` differ only in the environment that they give a process;
 everything after :func:`connect` is the same for all of them.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
 import os
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from fpcn_dist.runtime.errors import Outage, UserError
+from fpcn_dist.runtime.errors import Outage, Preempted, UserError
+from fpcn_dist.runtime.launchers import placement
 
 CPU = torch.device("cpu")
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
@@ -61,7 +60,7 @@ class Ranks:
         The others wait for up to :data:`FIRST_RANK_TIMEOUT`, far longer than in an ordinary collective.
 
         Raises:
-            UserError: on every rank, if ``compute`` raised one on the first.
+            UserError, Preempted: on every rank, if ``compute`` raised one on the first.
         """
         if self.world_size == 1:
             return compute()
@@ -74,7 +73,9 @@ class Ranks:
                 outcome[0] = compute()
             except UserError as error:
                 value = None if error.value is None else str(error.value)
-                outcome[1] = [isinstance(error, Outage), error.field, value, error.reason, error.hint]
+                outcome[1] = [type(error).__name__, error.field, value, error.reason, error.hint]
+            except Preempted as error:
+                outcome[1] = [type(error).__name__, error.signal, error.when]
             store.set(key, "done")
         else:
             store.wait([key], FIRST_RANK_TIMEOUT)
@@ -82,8 +83,8 @@ class Ranks:
         dist.broadcast_object_list(payload, src=0)
         result, failure = json.loads(payload[0])
         if failure is not None:
-            outage, *parts = failure
-            raise (Outage if outage else UserError)(*parts)
+            kind, *parts = failure
+            raise _KINDS.get(kind, UserError)(*parts)
         return result
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -95,49 +96,20 @@ class Ranks:
         return [item for share in everyone for item in share]
 
 
+_KINDS: dict[str, type[Exception]] = {"Outage": Outage, "Preempted": Preempted}
+"""What :meth:`Ranks.on_first` raises on every rank under its own name; all else is a UserError."""
 _turn = 0
 _PARTING = 1.0
 """Seconds that the end of a group which has lost a rank may take."""
 
 
-def _environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as the launcher set them."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        return rank, world_size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world_size))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
-        local_world_size = tasks[int(env["SLURM_NODEID"]) if "SLURM_NODEID" in env else _node_of(rank, tasks)]
-        if "MASTER_ADDR" not in env:
-            nodes = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-            env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-        env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=env["SLURM_LOCALID"])
-        env.update(LOCAL_WORLD_SIZE=str(local_world_size))
-        return rank, world_size, int(env["SLURM_LOCALID"]), local_world_size
-    return 0, 1, 0, 1
-
-
-def _tasks_per_node(written: str) -> list[int]:
-    """The number of tasks of each node, from SLURM's short form: "4(x2),2" means [4, 4, 2]."""
-    tasks = []
-    for part in written.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        tasks += [int(count)] * int(times or 1)
-    return tasks
-
-
-def _node_of(rank: int, tasks: list[int]) -> int:
-    """The number of the node that runs task ``rank``, where SLURM fills one node after the other."""
-    return next(node for node, end in enumerate(itertools.accumulate(tasks)) if rank < end)
-
-
 def _device(local_rank: int, local_world_size: int) -> torch.device:
+    """The GPU of this rank: its own number, or the only one where its launcher lets each rank see its own alone."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return CPU
     gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return torch.device("cuda", 0)
     if local_rank >= gpus:
         raise UserError(
             "local ranks",
@@ -146,6 +118,29 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
             f"start at most {gpus} processes on each machine",
         )
     return torch.device("cuda", local_rank)
+
+
+def _require_own_gpus(ranks: Ranks) -> None:
+    """Refuse two ranks on one GPU, which NCCL cannot serve. Collective.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if ranks.world_size == 1 or ranks.device.type != "cuda":
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[ranks.device.index or 0 :][:1]
+    # A slice of a GPU has a name of its own, and, in some versions of CUDA, the number of the whole GPU.
+    name = (
+        visible[0]
+        if visible and visible[0].startswith("MIG-")
+        else str(torch.cuda.get_device_properties(ranks.device).uuid)
+    )
+    names = ranks.gather([name])
+    doubled = next(([r for r, other in enumerate(names) if other == n] for n in names if names.count(n) > 1), None)
+    if doubled:
+        shown = " and ".join(map(str, doubled[:4]))
+        hint = "start at most one process for each GPU of a machine, or let each see its own (srun --gpus-per-task=1)"
+        raise UserError("GPU", names[doubled[0]], f"ranks {shown} would share it", hint)
 
 
 def _own_store() -> Store | None:
@@ -162,20 +157,22 @@ def _own_store() -> Store | None:
 
 
 @contextlib.contextmanager
-def connect(store: Store | None = None) -> Iterator[Ranks]:
+def connect(store: Store | None = None, *, join: bool = True) -> Iterator[Ranks]:
     """Join the run that the environment describes; leave it at the end of the block.
 
     A process that no launcher started becomes the only rank of a group of one.
 
     Args:
         store: where the ranks meet; by default at the address that the environment names.
+        join: see :func:`fpcn_dist.runtime.launchers.placement`.
 
     Raises:
-        UserError: more local ranks than GPUs, a rendezvous port in use, or no answer from the other ranks.
+        UserError: no launcher's environment, more local ranks than GPUs, two ranks on one GPU, a rendezvous port in
+            use, or no answer from the other ranks.
     """
     global _turn
     _turn = 0  # all ranks count from here, also where a process joins one run after another
-    rank, world_size, local_rank, local_world_size = _environment()
+    rank, world_size, local_rank, local_world_size = placement(join=join)
     device = _device(local_rank, local_world_size)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
@@ -204,7 +201,9 @@ def connect(store: Store | None = None) -> Iterator[Ranks]:
         ) from error
     patience = None
     try:
-        yield Ranks(rank, world_size, local_rank, local_world_size, device)
+        ranks = Ranks(rank, world_size, local_rank, local_world_size, device)
+        _require_own_gpus(ranks)
+        yield ranks
     except RuntimeError:
         patience = _PARTING
         raise

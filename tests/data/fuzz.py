@@ -64,16 +64,16 @@ def run(cases: Iterable[Case]) -> tuple[list[Fault], Counter[str]]:
             Path(paths[-1]).write_bytes(case.data)
         faults, decided = [], Counter[str]()
         for index, check in check_blobs(Blob.of_files(paths), f"{__name__}:Readings", MAX_PIXELS, seconds=20.0):
-            verdict, _, what = (check.reason or "shown: ").partition(": ")
-            if verdict in ("shown", "refused"):
+            reason = check.reason or ""
+            if (verdict := reason.split(":")[0]) in ("shown", "refused"):
                 decided[f"{cases[index].form} {verdict}"] += 1
             else:
-                faults.append(Fault(cases[index], check.reason or ""))
+                faults.append(Fault(cases[index], reason))
         return sorted(faults), decided
 
 
 class Readings:
-    """Every way to read a file, as a decoder for the children: ``fault`` says what all agree on, or where they differ."""
+    """Every way to read a file, as one decoder for the children."""
 
     def __init__(self) -> None:
         import torch
@@ -89,7 +89,7 @@ class Readings:
         self._folder = tempfile.TemporaryDirectory()
 
     def fault(self, data: bytes, max_pixels: int) -> str:
-        """``refused: reason`` or ``shown`` where all agree."""
+        """ "refused: ..." or "shown" where all agree, else where they differ."""
         file = Path(self._folder.name, "case")
         file.write_bytes(data)
         verdicts = {b.name: d.fault(data, max_pixels) for b, d in zip(self._backends, self._decoders, strict=True)}
@@ -111,7 +111,7 @@ class Readings:
                 return f"{backend.name} shows it in the check, and not in the training: {error}"
         apart = {name: int(abs(pixels[name] - pixels["onnx"]).max()) for name in pixels}
         # Resizing to another size, Pillow and PyTorch round differently.
-        return "shown: " if max(apart.values()) <= 1 else f"the pixels differ from ONNX's: {apart}"
+        return "shown" if max(apart.values()) <= 1 else f"the pixels differ from ONNX's: {apart}"
 
     def _by_onnx(self, file: Path):
         import numpy as np

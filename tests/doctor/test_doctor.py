@@ -258,7 +258,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, tmp_path):
 def test_little_shared_memory_and_one_core(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=64 * 2**20))
-    assert any(line.status == "warning" and "--shm-size" in line.hint for line in found(machine.memory, 1))
+    assert any(line.status == "warning" and "--shm-size" in line.hint for line in found(machine.limits))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     (line,) = found(machine.processor, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -72,6 +73,9 @@ def test_a_batch_that_does_not_divide(runs):
     done = runs.run(argv, expect=None)
     assert done.returncode != 0
     assert "9 images" in done.stderr and "2 ranks" in done.stderr and "try" in done.stderr
+    # torchrun adds its own traceback, and its report; what the user must read is what that ends with.
+    *_, last, border = done.stderr.strip().splitlines()
+    assert set(border) == {"="} and re.match(r" *traceback : rank \d: error: data.images_per_class", last)
 
 
 def test_micro_batches_that_do_not_divide(runs):

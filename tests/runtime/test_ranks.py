@@ -1,40 +1,79 @@
-"""What a process learns about itself from its launcher's environment."""
+"""How processes find their GPUs and each other."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from fpcn_dist.runtime import ranks
+from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.ranks import Ranks
+
+_ROOT = Path(__file__).parents[2]
 
 
-def start_with_srun(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """Let this process look like a task of a SLURM job step."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NODEID"):
-        monkeypatch.setenv(name, "")  # so that what the code sets is undone, too
-        monkeypatch.delenv(name)
-    for name, value in {"MASTER_ADDR": "localhost", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0", **variables}.items():
-        monkeypatch.setenv(name, value)
+def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(("gpus", "local_rank", "device"), [(0, 3, "cpu"), (4, 3, "cuda:3"), (1, 0, "cuda:0")])
+def test_a_rank_takes_the_gpu_of_its_number(monkeypatch, gpus, local_rank, device):
+    see_gpus(monkeypatch, gpus)
+    assert ranks._device(local_rank, 4) == torch.device(device)
+
+
+def test_a_rank_that_sees_one_gpu_takes_it(monkeypatch):
+    """As under ``srun --gpus-per-task=1``, where every task calls its own one cuda:0."""
+    see_gpus(monkeypatch, 1)
+    assert ranks._device(1, 2) == torch.device("cuda", 0)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    see_gpus(monkeypatch, 2)
+    with pytest.raises(UserError, match=r"local ranks 3: this machine has 2 GPU\(s\), so rank 2 on it has none"):
+        ranks._device(2, 3)
 
 
 @pytest.mark.parametrize(
-    ("written", "tasks"),
-    [("4", [4]), ("2(x3)", [2, 2, 2]), ("4(x2),2", [4, 4, 2]), ("1,3(x2),1", [1, 3, 3, 1]), ("8(x12)", [8] * 12)],
+    ("visible", "uuids", "message"),
+    [
+        ("", ["a", "b", "c"], None),
+        ("", ["a", "b", "a"], "GPU a: ranks 0 and 2 would share it; start at most one process for each GPU"),
+        ("MIG-1", ["MIG-1", "MIG-1", "a"], "GPU MIG-1: ranks 0 and 1 would share it"),
+        ("MIG-1", ["MIG-1", "MIG-2", "a"], None),
+    ],
 )
-def test_the_tasks_of_every_node_are_read(written, tasks):
-    assert ranks._tasks_per_node(written) == tasks
+def test_two_ranks_on_one_gpu_are_refused_by_its_name(monkeypatch, visible, uuids, message):
+    """However each of them calls it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    gathered = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, items: gathered.append(items) or uuids)
+    here = Ranks(0, 3, 0, 3, torch.device("cuda", 0))
+    if message is None:
+        ranks._require_own_gpus(here)
+    else:
+        with pytest.raises(UserError) as error:
+            ranks._require_own_gpus(here)
+        assert str(error.value).startswith(message)
+    assert gathered == [[uuids[0]]]
 
 
-@pytest.mark.parametrize("node_is_told", [True, False])
-@pytest.mark.parametrize(("rank", "node", "local_world_size"), [(0, 0, 4), (4, 1, 4), (7, 1, 4), (8, 2, 2), (9, 2, 2)])
-def test_the_local_world_size_is_that_of_the_own_node(monkeypatch, rank, node, local_world_size, node_is_told):
-    start_with_srun(monkeypatch, SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS="10", SLURM_STEP_TASKS_PER_NODE="4(x2),2")
-    if node_is_told:
-        monkeypatch.setenv("SLURM_NODEID", str(node))
-    assert ranks._environment() == (rank, 10, 0, local_world_size)
-    assert ranks.os.environ["LOCAL_WORLD_SIZE"] == str(local_world_size)
-
-
-def test_the_node_that_is_told_counts_where_tasks_are_dealt_out_in_turn(monkeypatch):
-    start_with_srun(monkeypatch, SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="6", SLURM_STEP_TASKS_PER_NODE="4,2")
-    monkeypatch.setenv("SLURM_NODEID", "1")
-    assert ranks._environment()[3] == 2
+def test_processes_of_mpirun_meet():
+    """The same way, on a port that they agree on, as ranks of any other launcher."""
+    script = "from fpcn_dist.runtime.ranks import connect\nwith connect() as ranks: print(ranks.gather([ranks.rank]))"
+    started = []
+    for rank in ("0", "1"):
+        variables = {f"OMPI_COMM_WORLD_{name}": rank for name in ("RANK", "LOCAL_RANK")}
+        variables |= {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")}
+        environment = {**os.environ, **variables, "PYTHONPATH": f"{_ROOT}:{_ROOT / 'kernels'}"}
+        argv = [sys.executable, "-c", script]
+        started.append(subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True))
+    assert [process.communicate(timeout=100)[0].strip() for process in started] == ["[0, 1]", "[0, 1]"]

@@ -102,9 +102,9 @@ def test_a_job_trains_over_its_nodes(jobs, undisturbed):
 
 
 def srun(jobs: Jobs, tasks: int, *argv: str) -> str:
-    """What a script prints that srun starts itself, on two nodes."""
+    """What a script prints that srun starts itself, on two nodes, without any program of SLURM, as in a container."""
     python = environment()["PATH"].partition(":")[0] + "/python"
-    command = ["srun", "--nodes=2", f"--ntasks-per-node={tasks}", python, *argv]
+    command = ["srun", "--nodes=2", f"--ntasks-per-node={tasks}", "--export=ALL,PATH=/nowhere", python, *argv]
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     return jobs.cluster.run(*command, cwd=ROOT, env=env, timeout=200).stdout
 

@@ -72,11 +72,12 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     images.sort()
     duplicates = describe_duplicates(images, classes)
     if duplicates and config.on_duplicate == "fail":
-        described = "; ".join(f"{notice.subject} {notice.text}" for notice in duplicates)
+        shown = "; ".join(f"{notice.subject} {notice.text}" for notice in duplicates)
         hint = "remove them, or set data.on_duplicate to 'drop' or 'warn'"
-        raise UserError("--data", root, described, hint)
+        raise UserError("--data", root, shown, hint)
     _require_batches(classes, images, config, refused)
-    return Manifest(str(root.absolute()), tuple(classes), tuple(images), tuple(refused), (*found.notices, *duplicates))
+    notices = (*found.notices, *duplicates)
+    return Manifest(str(root.absolute()), tuple(classes), tuple(images), tuple(refused), notices)
 
 
 def _require_usable(

@@ -9,7 +9,7 @@ from typing import TypeVar
 from fpcn_dist.data.index.images import Check, Refused
 from fpcn_dist.data.index.layout import Candidate
 from fpcn_dist.data.index.manifest import Image
-from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.notices import Notice, listed, printable
 
 T = TypeVar("T")
 
@@ -84,4 +84,4 @@ def _counted(groups: dict[tuple[str, ...], list[list[Image]]]) -> str:
 
 
 def _paths(copies: Sequence[Image]) -> str:
-    return " and ".join(image.path for image in copies[:2])
+    return " and ".join(printable(image.path) for image in copies[:2])

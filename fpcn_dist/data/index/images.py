@@ -52,7 +52,7 @@ def check_images(
         backend: the recipe's ``data.backend``.
 
     Raises:
-        UserError: the backend is not installed.
+        UserError: the backend is not installed, or an object store cannot be read.
         Preempted: a signal of :data:`fpcn_dist.runtime.preemption.SIGNALS` came, in a process that heeds them.
     """
     if backend == "auto" and not has_dali():

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.blob import Blob, Stored
 from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
-from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.images import Refused
+from fpcn_dist.data.index.notices import Notice, listed, printable
 from fpcn_dist.data.index.places import describe, find_places
 from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
 from fpcn_dist.data.index.tree import Tree
@@ -50,10 +52,19 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a data folder holds: the files that should be images, and what a user should know about the others."""
+    """What a data set holds, before any image is read.
+
+    Attributes:
+        candidates: what should be images.
+        notices: what a user should know about the others.
+        refused: images that cannot be used, as is known already.
+        stored: what a remote folder lists of its objects, by their path.
+    """
 
     candidates: list[Candidate]
-    notices: list[Notice]
+    notices: Sequence[Notice] = ()
+    refused: Sequence[Refused] = ()
+    stored: Mapping[str, Stored] = MappingProxyType({})
 
 
 def find(root: Path) -> Found:
@@ -148,7 +159,8 @@ def _require_each_folder_once(
         elif home(link) is not None and home(link) == home(target):
             known[link] = f"the same folder as {target}/, which is used already"
         else:
-            reason = f"{target}/ and {link}/ are the same folder, and an image cannot be of two classes or two splits"
+            both = " and ".join(printable(f"{folder}/") for folder in (target, link))
+            reason = f"{both} are the same folder, and an image cannot be of two classes or two splits"
             raise UserError("--data", root, reason, "remove one of the links to it")
     notices += _left_out(known)
 
@@ -226,7 +238,7 @@ def _describe_others(tree: Tree, members: Mapping[str, dict[str, list[str]]]) ->
         for suffix, count in tree.suffixes(folder).items():
             counts.setdefault(suffix, Counter())[folder] = count
     if hidden:
-        notices.append(Notice("hidden files", f"left out: {len(hidden):,}, such as {hidden[0]}"))
+        notices.append(Notice("hidden files", f"left out: {len(hidden):,}, such as {printable(hidden[0])}"))
     for suffix, by_folder in sorted(counts.items()):
         where = listed(f"{folder}/ ({count:,})" for folder, count in by_folder.most_common())
         text = f"left out: {by_folder.total():,} file(s) with the suffix of no image, in {where}"

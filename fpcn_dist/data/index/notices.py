@@ -27,9 +27,16 @@ class Notice(NamedTuple):
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message: the first ten, in their order, and how many there are beside these."""
+    """Names for a message of one line: the first ten, in their order, and how many there are beside these."""
     names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+    return ", ".join(map(printable, names[:_SHOWN])) + (
+        f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    )
+
+
+def printable(name: str) -> str:
+    """A name with its line breaks and bytes that are no text written out, so that any terminal can show it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def refusal_table(refused: Sequence[Refused]) -> Table:
@@ -56,7 +63,7 @@ def _table(title: str, subject: str, text: str, rows: Iterable[tuple[str, str]])
 
     table = Table(subject, text, title=title)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.notices import Notice, listed, printable
 from fpcn_dist.data.index.splits import find_splits, may_be_split, parse
 from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
@@ -58,7 +58,7 @@ def find_places(tree: Tree, root: Path | str, notices: list[Notice]) -> dict[str
 def describe(tree: Tree, folder: str) -> str:
     """A folder without images, and what it holds instead."""
     held = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in tree.suffixes(folder).most_common()]
-    return f"{folder}/ ({listed(held) or 'empty'})"
+    return printable(f"{folder}/ ({listed(held) or 'empty'})")
 
 
 def _inner(tree: Tree, top: str, split: str) -> str:

@@ -24,8 +24,10 @@ _VERSIONS += ("last_modified", "mtime", "created")
 """What stores call what changes with an object, the most telling first."""
 _REFUSALS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, getattr(errno, "EREMCHG", -1)}
 """Error numbers of requests that are wrong, and stay so."""
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extras of this package that bring a protocol's package."""
+_OPTIONS = {protocol: {"max_concurrency": 1} for protocol in ("s3", "s3a")}
+"""Options of file systems. s3fs would ask for the size of each object first, and fetch large ones in several parts."""
+_OF_OUR_EXTRA = "s3fs"
+"""The package that fpcn-dist[remote] brings."""
 
 
 class Listed(NamedTuple):
@@ -95,12 +97,11 @@ def _open(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     try:
-        return fsspec.url_to_fs(url)
+        return fsspec.url_to_fs(url, **_OPTIONS.get(protocol, {}))
     except ImportError as error:
         known = known_implementations.get(protocol, {"class": error.name or protocol})
         package = known["class"].partition(".")[0]
-        extra = _EXTRAS.get(protocol)
-        hint = f"pip install 'fpcn-dist[{extra}]'" if extra else f"install {package} with pip"
+        hint = f"pip install {'fpcn-dist[remote]'!r}" if package == _OF_OUR_EXTRA else f"pip install {package}"
         raise UserError("--data", url, f"{protocol}:// needs {package}, which is not installed", hint) from None
     except ValueError:
         reason = f"fsspec knows no protocol {protocol!r}"

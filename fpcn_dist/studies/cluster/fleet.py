@@ -146,7 +146,7 @@ class Fleet:
 
     def _start(self, group: Group) -> RunningGroup:
         recipes = {str(self.output / name): self.runs[name].model_dump() for name in group.runs}
-        log = str(self.output / "logs" / f"{'+'.join(group.runs)[:100]}-rank{{rank}}.log")
+        log = str(self.output / "logs" / f"{'+'.join(group.runs)[:100]}")
         return RunningGroup(self.ray, group, self.slots, recipes, str(self.output / "manifest.json"), log)
 
     def _ended(self, running: Sequence[RunningGroup]) -> list[RunningGroup]:

@@ -52,7 +52,7 @@ class RunningGroup:
         slots: what a place is.
         recipes: nested dictionaries, by run folder.
         manifest: file of the checked images.
-        log: path of each rank's output, with ``{rank}`` in it.
+        log: beginning of the path of each rank's output, which ``-rank0.log`` and so on complete.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class RunningGroup:
                 rank=rank,
                 world_size=self.group.ranks,
                 meeting=address,
-                log=self._log.format(rank=rank),
+                log=f"{self._log}-rank{rank}.log",
             )
             for rank, actor in enumerate(self._actors)
         ]

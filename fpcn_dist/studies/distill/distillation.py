@@ -39,7 +39,7 @@ from fpcn_dist.studies.distill.results import (
     device_name,
     read_student,
 )
-from fpcn_dist.training.soft_labels.students import check_recipe
+from fpcn_dist.training.soft_labels.students import check_recipe, student_name
 from fpcn_dist.training.soft_labels.teacher import open_teacher, weights_sha256
 
 
@@ -85,7 +85,8 @@ def distill(
         slots = _limited(find_slots(ray), gpus)
         if recipe.distill.bank is None:
             recipe = recipe.changed(**{"distill.bank": str((output / "bank").resolve())})
-        runs = _run_recipes(recipe, students, baselines, threads=slots.cpus)
+        networks = {student_name(network): network for network in students}
+        runs = _run_recipes(recipe, networks, baselines, threads=slots.cpus)
         failures, unfinished = survey(output, runs)
         costs = dict.fromkeys(unfinished, 0.0)
         if slots.count > 1:  # on a single place there is nothing to weigh up
@@ -100,7 +101,7 @@ def distill(
             write_bank(ray, slots, recipe, manifest, output)
         if plan:
             failures |= Fleet(ray, slots, runs, output).run(plan)
-    _finish(recipe, output, students, failures, baselines)
+    _finish(recipe, output, list(networks), failures, baselines)
 
 
 def _limited(slots: Slots, gpus: int | None) -> Slots:
@@ -113,11 +114,12 @@ def _limited(slots: Slots, gpus: int | None) -> Slots:
     return slots._replace(count=gpus)
 
 
-def _run_recipes(recipe: Recipe, students: Sequence[str], baselines: bool, threads: int) -> dict[str, Recipe]:
+def _run_recipes(recipe: Recipe, networks: Mapping[str, str], baselines: bool, threads: int) -> dict[str, Recipe]:
+    """The recipe of each run by its name, of which ``networks`` tells the network."""
     recipe = recipe.changed(**{"data.threads": recipe.data.threads or max(1, threads)})
     runs = {}
-    for student in students:
-        runs[student] = recipe.changed(**{"name": student, "model.backbone": student})
+    for student, network in networks.items():
+        runs[student] = recipe.changed(**{"name": student, "model.backbone": network})
         if baselines:
             runs[student + BASELINE] = runs[student].changed(name=student + BASELINE, task="classify")
     return runs

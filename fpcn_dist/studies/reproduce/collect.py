@@ -26,6 +26,7 @@ from fpcn_dist.studies.reproduce import paper
 from fpcn_dist.studies.reproduce.experiments import BASELINE, WITHOUT_ALPHA, Grid, run_name
 from fpcn_dist.studies.reproduce.gradcam import compare
 from fpcn_dist.studies.reproduce.tables import Comparison, ReproductionResults, Row, RunRecord, Score, Table
+from fpcn_dist.training.soft_labels.students import student_name
 
 RUNS = "runs"
 """Folder of the run folders."""
@@ -144,8 +145,8 @@ class _Collector:
         """The distilled students; the costs of a network are those of the first seed that has them."""
         distilled = {seed: _read(students_folder(self.output, seed) / DISTILLATION_FILE) for seed in self.grid.seeds}
         rows = [self._teacher_row(distilled)]
-        for student in self.students:
-            printed = paper.TABLE_4.get(student)
+        for network in self.students:
+            student, printed = student_name(network), paper.TABLE_4.get(network)
             entries = {seed: e for seed, values in distilled.items() for e in values if e.get("student") == student}
             scores, records = [], []
             for key, suffix in (("baseline", STUDENT_BASELINE), ("distilled", "")):

@@ -34,7 +34,7 @@ from fpcn_dist.studies.reproduce.collect import RUNS, collect, students_folder
 from fpcn_dist.studies.reproduce.estimate import Estimate, bank_seconds, run_seconds
 from fpcn_dist.studies.reproduce.experiments import Grid, Scale, run_name
 from fpcn_dist.studies.reproduce.report import build_reproduction_report
-from fpcn_dist.training.soft_labels.students import check_students
+from fpcn_dist.training.soft_labels.students import check_students, student_name
 
 REPRODUCTION_FILE = "reproduction.json"
 
@@ -197,7 +197,7 @@ def _estimate(
     taught: dict[str, dict[str, Recipe]] = {}
     for seed in grid.seeds if "table4" in grid.sections else ():
         folder = students_folder(output, seed)
-        missing = [name for name in students if RunFolder(folder / name).read_outcome()[0] != "finished"]
+        missing = [name for name in students if RunFolder(folder / student_name(name)).read_outcome()[0] != "finished"]
         student = _with_threads(grid.student(seed, folder), slots.cpus)
         taught[folder.name] = {name: student.changed(**{"model.backbone": name}) for name in missing}
     asked = todo | {f"student {name}": recipe for named in taught.values() for name, recipe in named.items()}

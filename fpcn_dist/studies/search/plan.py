@@ -12,6 +12,7 @@ from typing import Any
 
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.studies.search.space import Chooser, Settings, Space, Stage
+from fpcn_dist.training.soft_labels.students import student_name
 
 TEACHER, STUDENT = "teacher.", "student."
 """Prefixes of field names in stage "joint", where both have a recipe."""
@@ -113,7 +114,8 @@ class Plan:
         if self.stage == "joint":
             teacher = self.teacher_folder(settings)
             recipe = recipe.changed(**{"distill.teacher": str(teacher), "distill.bank": str(teacher / "bank")})
-        return {folder / name: recipe.changed(**{"name": name, "model.backbone": name}) for name in self.students}
+        networks = {student_name(network): network for network in self.students}
+        return {folder / name: recipe.changed(**{"name": name, "model.backbone": networks[name]}) for name in networks}
 
     def teacher_folder(self, settings: Settings) -> Path:
         """Run folder of the teacher of a joint trial, which trials that differ only in the student's fields share."""

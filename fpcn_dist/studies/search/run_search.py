@@ -53,6 +53,11 @@ def search(
     recipe = request.student or request.recipe
     manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
     show_notices(manifest.refused, manifest.notices)
+    if not len(manifest.ids("val")):
+        hint = "raise it, or give the data a folder val/"
+        raise UserError(
+            "data.val_fraction", recipe.data.val_fraction, "no images validate, so trials would not compare", hint
+        )
     if request.stage == "student":
         print(open_teacher(recipe, manifest, CPU), flush=True)
     require_searchable(request, len(manifest.classes))

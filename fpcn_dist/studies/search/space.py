@@ -23,6 +23,10 @@ Settings = dict[str, Any]
 """Values of recipe fields, by their dotted names."""
 
 PAIRS, NUM_PAIRS = "contrast.pairs", "contrast.num_pairs"
+_BATCH = ("data.images_per_class", "data.classes_per_batch")
+"""Fields that the size of a batch is made of."""
+_MOST = 2**31
+"""Whole numbers are searched below this one."""
 DEFAULTS: dict[str, dict[str, Dimension]] = {
     "teacher": {
         "contrast.center_weight": Dimension(low=1e-4, high=10, log=True, also=[0.0]),
@@ -104,6 +108,7 @@ class Space:
             if name != NUM_PAIRS:
                 for value in _ends(name, dimension):
                     self._try(name, value)
+        self._require_pairs()
 
     def _try(self, name: str, value: Any) -> None:
         """Refuse at once a value that the recipe refuses whatever the other fields are."""
@@ -114,6 +119,33 @@ class Space:
             self.recipe(settings)
         except UserError as error:
             raise UserError(f"search.space.{name}", repr(value), error.reason, error.hint) from None
+
+    def _require_pairs(self) -> None:
+        """Refuse numbers of pairs that some batch of the space does not have: its smallest and its largest one tell."""
+        dimension, field = self.dimensions.get(NUM_PAIRS), f"search.space.{NUM_PAIRS}"
+        searched = self.dimensions.get(PAIRS)
+        kinds = [self.common.contrast.pairs] if searched is None else searched.choices or []
+        if dimension is None:
+            needy = sorted({"random", "shifts"} & set(kinds)) if self.common.contrast.num_pairs is None else []
+            if needy:
+                reason = f"is not searched, and the recipe has no number of pairs, which {' and '.join(needy)} need"
+                raise UserError(field, None, reason, f"search it, set {NUM_PAIRS}, or take these out of {PAIRS}")
+        if dimension is None or dimension.choices is not None or set(kinds) == {"all"}:
+            return
+        for settings in self._extreme_batches():
+            images = self.batch_size(settings)
+            low, high = self._bounds(NUM_PAIRS, dimension, settings)
+            if low > high:
+                batch = "".join(f", {name} {value}" for name, value in settings.items())
+                reason = f"is empty for a batch of {images} images{batch}, which are {images} to {images**2} pairs"
+                raise UserError(field, f"from {low:g} to {high:g}", reason, "widen the range, or that of the batch")
+
+    def _extreme_batches(self) -> list[Settings]:
+        """Settings of the smallest and of the largest batch that the space has."""
+        sizes = {name: _ends(name, d) for name, d in self.dimensions.items() if name in _BATCH}
+        drawn = [dict(zip(sizes, values, strict=True)) for values in itertools.product(*sizes.values())]
+        ordered = sorted(drawn, key=self.batch_size)
+        return [ordered[0], ordered[-1]]
 
     def suggest(self, trial: Chooser) -> Settings:
         """Draw a value for each field; the number of pairs only where their kind leaves a choice."""
@@ -205,7 +237,7 @@ class Space:
         return settings.get(PAIRS, self.common.contrast.pairs)
 
     def _bounds(self, name: str, dimension: Dimension, settings: Settings) -> tuple[float, float]:
-        low, high = dimension.low, dimension.high
+        low, high = _whole_ends(dimension) if is_whole(name) else (dimension.low, dimension.high)
         if name == NUM_PAIRS:
             images = self.batch_size(settings)
             low, high = images if low is None else low, images**2 if high is None else high
@@ -244,7 +276,20 @@ def _checked(name: str, dimension: Dimension, stage: str) -> Dimension:
         raise UserError(field, None, "is no number, so it has no range", "give choices")
     if name != NUM_PAIRS and (dimension.low is None or dimension.high is None):
         raise UserError(field, None, "has no range", "give low and high, or choices")
+    if is_whole(name):
+        low, high = _whole_ends(dimension)
+        if low is not None and high is not None and low > high:
+            shown = f"{dimension.low:g} to {dimension.high:g}"
+            raise UserError(field, shown, "there is no whole number between them", "widen the range")
+        if any(end is not None and abs(end) >= _MOST for end in (low, high)):
+            raise UserError(field, None, f"its range reaches {_MOST} and beyond", "give a smaller one")
     return dimension
+
+
+def _whole_ends(dimension: Dimension) -> tuple[int | None, int | None]:
+    """The least and the largest whole number of a range, where it has that end."""
+    low, high = dimension.low, dimension.high
+    return None if low is None else math.ceil(low), None if high is None else math.floor(high)
 
 
 def is_whole(name: str) -> bool:
@@ -301,7 +346,9 @@ def _draw(name: str, dimension: Dimension, trial: Chooser) -> Any:
     if dimension.also:
         return _draw_beside(name, dimension, trial)
     if is_whole(name):
-        return trial.suggest_int(name, math.ceil(dimension.low), math.floor(dimension.high), log=dimension.log)
+        low, high = _whole_ends(dimension)
+        assert low is not None and high is not None
+        return trial.suggest_int(name, low, high, log=dimension.log)
     return trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
 
 
@@ -322,5 +369,6 @@ def _ends(name: str, dimension: Dimension) -> list[Any]:
     """The values that a recipe is tried with before the search begins."""
     if dimension.choices is not None:
         return dimension.choices
-    values = [end for end in (dimension.low, dimension.high) if end is not None] + dimension.also
-    return [int(value) for value in values] if is_whole(name) else values
+    ends = _whole_ends(dimension) if is_whole(name) else (dimension.low, dimension.high)
+    beside = [int(value) for value in dimension.also] if is_whole(name) else dimension.also
+    return [end for end in ends if end is not None] + beside

@@ -14,6 +14,11 @@ from fpcn_dist.training.pretrained import name_preprocessing
 from fpcn_dist.training.soft_labels.teacher import name_teacher
 
 
+def student_name(network: str) -> str:
+    """What the run of a student is called, in file names too: its network, without the slash of torchvision's names."""
+    return network.replace("/", "-")
+
+
 def check_recipe(recipe: Recipe, students: Sequence[str]) -> Recipe:
     """``recipe`` with its teacher found, and with the preprocessing that all students and their baselines have.
 

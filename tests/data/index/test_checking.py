@@ -15,6 +15,7 @@ import pytest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index import checking
 from fpcn_dist.data.index.checking import Check, check_blobs
+from tests.helpers.irregular import REASONS, make_irregular
 
 DEADLY = "tests.helpers.deadly:Decoder"
 
@@ -84,23 +85,13 @@ def test_nothing_to_check_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "device.jpg").symlink_to("/dev/zero")
-    (tmp_path / "nowhere.jpg").symlink_to("gone.jpg")
-    (tmp_path / "circle.jpg").symlink_to("circle.jpg")
+    make_irregular(tmp_path)
     with open(tmp_path / "sparse.jpg", "wb") as file:
         file.truncate(1 << 40)
-    names = ["pipe", "folder", "device", "nowhere", "circle", "sparse"]
-    found = dict(check_blobs(Blob.of_files(tmp_path / f"{name}.jpg" for name in names), DEADLY, 10**6))
-    assert {name: found[i].reason for i, name in enumerate(names)} == {
-        "pipe": "cannot be read (not a regular file)",
-        "folder": "cannot be read (Is a directory)",
-        "device": "cannot be read (not a regular file)",
-        "nowhere": "cannot be read (No such file or directory)",
-        "circle": "cannot be read (Too many levels of symbolic links)",
-        "sparse": "its 1,099,511,627,776 bytes are more than any image of data.max_pixels 1,000,000 has",
-    }
+    much = "its 1,099,511,627,776 bytes are more than any image of data.max_pixels 1,000,000 has"
+    reasons = {**REASONS, "folder.jpg": "cannot be read (Is a directory)", "sparse.jpg": much}
+    found = dict(check_blobs(Blob.of_files(tmp_path / name for name in reasons), DEADLY, 10**6))
+    assert {name: found[i].reason for i, name in enumerate(reasons)} == reasons
 
 
 @pytest.mark.parametrize("name", [b"not \xff utf-8.jpg", b"two\nlines.jpg", b"n" * 250 + b".jpg"])

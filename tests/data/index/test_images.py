@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
+import signal
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +18,18 @@ from PIL import Image
 from rich.console import Console
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.backends import open_backend
 from fpcn_dist.data.decoding.header import NO_IMAGE
+from fpcn_dist.data.index import images
+from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.cache import CheckCache
 from fpcn_dist.data.index.images import Refused, cache_file, check_images
 from fpcn_dist.data.index.notices import refusal_table
+from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.errors import Preempted
+from fpcn_dist.runtime.preemption import Preemption
+from fpcn_dist.runtime.ranks import CPU, Ranks
+from tests.helpers.irregular import REASONS, make_irregular
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -116,9 +128,8 @@ def test_a_remembered_file_is_not_read_again_until_it_changes(tmp_path: Path) ->
     for path in paths:
         _damage(path, keep_time=True)
     assert check_images(Blob.of_files(paths), 10**8, cache) == first and all(check.ok for check in first)
-    assert not any(
-        check.ok for check in check_images(Blob.of_files(paths), 10**7, cache)
-    )  # another bound is another question
+    # Another bound is another question.
+    assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**7, cache))
     shutil.rmtree(cache.parent)
     assert not any(check.ok for check in check_images(Blob.of_files(paths), 10**8, cache))
 
@@ -129,9 +140,33 @@ def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
     check_images(Blob.of_files(paths), 10**8, cache)
     os.utime(paths[0], ns=(0, paths[0].stat().st_mtime_ns - 10))
     _damage(paths[0], keep_time=True)
-    assert [check.ok for check in check_images(Blob.of_files(paths), 10**8, cache)] == [False] + [True] * (
-        len(paths) - 1
-    )
+    found = check_images(Blob.of_files(paths), 10**8, cache)
+    assert [check.ok for check in found] == [False] + [True] * (len(paths) - 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_check_that_is_told_to_stop_stops_and_keeps_what_it_found(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the files keeps its decoder busy for an hour."""
+    (tmp_path / "images").mkdir()
+    contents = {f"{i}.jpg": b"good" for i in range(9)} | {"last.jpg": b"sleep"}
+    blobs, cache = Blob.of_files(_write(tmp_path / "images", contents)), tmp_path / "cache.json"
+    deadly = open_backend("torchvision")._replace(decoder="tests.helpers.deadly:Decoder")
+    monkeypatch.setattr(images, "open_backend", lambda name: deadly)
+    noted, note = [], CheckCache.note
+
+    def stop_after_nine(*args: Any) -> None:
+        note(*args)
+        noted.append(args)
+        if len(noted) == 9:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(CheckCache, "note", stop_after_nine)
+    told: tuple[type[BaseException], ...] = (Preempted, KeyboardInterrupt)
+    with pytest.raises(told), Preemption(Ranks(0, 1, 0, 1, CPU)):
+        check_images(blobs, 10**8, cache)
+    assert len(json.loads(cache.read_text())["files"]) == 9
 
 
 def test_cache_lies_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,3 +180,11 @@ def test_table_names_file_and_reason() -> None:
     console.print(refusal_table([Refused("marble/[old] 3.jpg", "the file is empty")]))
     text = console.export_text()
     assert "1 image(s) refused" in text and "marble/[old] 3.jpg" in text and "the file is empty" in text
+
+
+def test_a_class_folder_may_hold_what_is_no_regular_file(rocks: Path, tmp_path: Path) -> None:
+    for name in ("basalt", "marble"):
+        shutil.copytree(rocks / name, tmp_path / name)
+    make_irregular(tmp_path / "marble")
+    manifest = build_manifest(tmp_path, DataConfig(images_per_class=2, classes_per_batch=None), seed=0)
+    assert {Path(path).name: reason for path, reason in manifest.refused} == REASONS

@@ -102,7 +102,7 @@ def test_there_is_no_such_folder() -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("sftp://host/photos", r"sftp:// needs .*, which is not installed; install .* with pip"),
+        ("sftp://host/photos", r"sftp:// needs .*, which is not installed; pip install .*"),
         ("s4://bucket/photos", r"fsspec knows no protocol 's4'; did you mean 's3'"),
     ],
 )

@@ -157,11 +157,19 @@ def test_groups_run_on_different_nodes_at_once_and_a_lost_node_costs_its_groups_
 
 
 def test_more_nodes_than_students_make_groups_of_several_ranks(command, cluster):
-    options = ["--students", "test_resnet", "--address", cluster[0], "--distill.teacher-mode", "online"]
-    finish(command.start("ranks", *options, **CLUSTER))
-    output = command.folder / "ranks"
-    assert len(list((output / "logs").glob("test_resnet-rank*.log"))) == 3
-    assert json.loads((output / "test_resnet/environment.json").read_text())["world_size"] == 3
+    """Also of a network, and in a folder, whose name could be taken for a path or a format."""
+    options = [
+        "--students",
+        "torchvision/shufflenet_v2_x0_5",
+        "--address",
+        cluster[0],
+        "--distill.teacher-mode",
+        "online",
+    ]
+    finish(command.start("ranks {rank} {0}", *options, **CLUSTER))
+    output, name = command.folder / "ranks {rank} {0}", "torchvision-shufflenet_v2_x0_5"
+    assert len(list((output / "logs").glob(f"{name}-rank*.log"))) == 3
+    assert json.loads((output / f"{name}/environment.json").read_text())["world_size"] == 3
 
 
 def test_dry_run_prints_the_plan_alone(command):

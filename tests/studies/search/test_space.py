@@ -79,6 +79,24 @@ def test_a_recipe_adds_fields_replaces_and_removes_those_of_the_stage():
     assert all(isinstance(h, int) for h in hidden) and min(hidden) >= 8 and max(hidden) <= 64
 
 
+def test_whole_numbers_of_a_range_are_those_within_it():
+    space = Space(recipe({"train.micro_batches": {"low": 1.2, "high": 3.7}}), "teacher", classes=3)
+    assert {settings["train.micro_batches"] for settings in drawn(space)} == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("dimension", "message"),
+    [
+        ({"low": 0.001, "high": float("inf")}, "finite number"),
+        ({"low": float("nan"), "high": 1.0}, "finite number"),
+        ({"low": 0.0, "log": True}, "low 0.0 has no logarithm"),
+    ],
+)
+def test_ranges_that_are_none(dimension, message):
+    with pytest.raises(ValueError, match=message):
+        Dimension.model_validate(dimension)
+
+
 def test_the_gated_head_keeps_its_pairs():
     gated = recipe(model={"head": "gated"}, contrast={"pairs": "hardest"})
     assert all("contrast.pairs" not in settings for settings in drawn(Space(gated, "teacher", classes=3)))
@@ -112,6 +130,20 @@ def test_perturbed_settings_stay_in_the_space():
         ({"optim.lr": {"low": -1, "high": 1}}, r"optim\.lr -1\.0: input should be greater than 0"),
         ({"model.backbone": {"choices": ["resnet18", 5]}}, r"model\.backbone 5: input should be a valid string"),
         ({f"contrast.{n}": None for n in ("pairs", "num_pairs", "center_weight")}, "leaves no field to search"),
+        (
+            {"contrast.num_pairs": None},
+            "is not searched, and the recipe has no number of pairs, which random and shifts",
+        ),
+        ({"train.micro_batches": {"low": 1.2, "high": 1.8}}, "1.2 to 1.8: there is no whole number between them"),
+        ({"model.hidden": {"low": 8, "high": 1e300}}, "its range reaches 2147483648 and beyond"),
+        (
+            {"contrast.num_pairs": {"low": 300, "log": True}, "data.images_per_class": {"low": 2, "high": 8}},
+            "from 300 to 36: is empty for a batch of 6 images, data.images_per_class 2, which are 6 to 36 pairs",
+        ),
+        (
+            {"contrast.num_pairs": {"high": 20}, "data.images_per_class": {"choices": [2, 8]}},
+            "from 24 to 20: is empty for a batch of 24 images, data.images_per_class 8, which are 24 to 576 pairs",
+        ),
     ],
 )
 def test_spaces_that_make_no_sense(space, message):

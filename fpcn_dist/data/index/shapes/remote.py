@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from fpcn_dist.data.blob import Stored
-from fpcn_dist.data.index.folders import Listing
-from fpcn_dist.data.index.layout import arrange
-from fpcn_dist.data.index.shapes.found import Found
+from fpcn_dist.data.index.folders import Listing, is_image
+from fpcn_dist.data.index.layout import Found, arrange
 from fpcn_dist.data.remote.store import list_objects
 from fpcn_dist.runtime.address import RemoteFolder
 from fpcn_dist.runtime.errors import UserError
 
 _OTHER_SHAPES = {".tar": "tar shards", ".parquet": "Parquet files"}
+_OTHER_SHAPES |= dict.fromkeys((".csv", ".tsv", ".jsonl"), "tables")
 
 
 def find(folder: RemoteFolder) -> Found:
@@ -23,14 +23,17 @@ def find(folder: RemoteFolder) -> Found:
         UserError: it cannot be listed, is no folder of images, or it is unclear what is meant.
     """
     listed = list_objects(folder.url)
-    listing = as_listing(listed)
-    shapes = {_OTHER_SHAPES.get(PurePosixPath(path).suffix.lower()) for path in listed}
-    if len(shapes) == 1 and (shape := shapes.pop()) is not None:
-        hint = "copy them to this machine, and name the folder there"
-        raise UserError("--data", folder, f"it holds {shape}, which are read from this machine alone", hint)
-    candidates, notices = arrange(listing, folder.url)
-    stored = {c.path: Stored(*listed[c.path]) for c in candidates}
-    return Found(candidates, notices=notices, stored=stored)
+    if not any("/" in path and is_image(path.rpartition("/")[2]) for path in listed):
+        _refuse_other_shapes(folder, listed)
+    found = arrange(as_listing(listed), folder.url)
+    return found._replace(stored={c.path: Stored(*listed[c.path]) for c in found.candidates})
+
+
+def _refuse_other_shapes(folder: RemoteFolder, paths: Iterable[str]) -> None:
+    shape = next(filter(None, (_OTHER_SHAPES.get(PurePosixPath(path).suffix.lower()) for path in paths)), None)
+    if shape is not None:
+        hint = "copy the data to this machine, and name the folder there"
+        raise UserError("--data", folder, f"it holds {shape}, which are read on this machine alone", hint)
 
 
 def as_listing(paths: Iterable[str]) -> Listing:
