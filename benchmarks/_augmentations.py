@@ -34,8 +34,8 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 """What is changed in ``data``."""
 
 
-def by_v2(config: DataConfig) -> Callable[[str], Tensor]:
-    """From a path to a normalised view [3, crop, crop] as torchvision's v2 makes it, on uint8."""
+def by_v2(config: DataConfig) -> Callable[[str | bytes], Tensor]:
+    """From a path, or the bytes of an image, to a normalised view [3, crop, crop] as v2 makes it, on uint8."""
     transform = v2.Compose(
         [
             *_geometry(config),
@@ -45,7 +45,11 @@ def by_v2(config: DataConfig) -> Callable[[str], Tensor]:
             v2.Normalize(config.preprocessing.mean, config.preprocessing.std),
         ]
     )
-    return lambda path: transform(io.decode_image(io.read_file(path), mode=io.ImageReadMode.RGB))
+    return lambda source: transform(io.decode_image(_encoded(source), mode=io.ImageReadMode.RGB))
+
+
+def _encoded(source: str | bytes) -> Tensor:
+    return io.read_file(source) if isinstance(source, str) else torch.frombuffer(bytearray(source), dtype=torch.uint8)
 
 
 def mixed_by_v2(config: DataConfig, num_classes: int) -> Callable[[Tensor, Tensor], Any]:

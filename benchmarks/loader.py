@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks._augmentations import AUGMENTATIONS, by_v2, mixed_by_v2
+from benchmarks._shapes import Stored, others, reading
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
@@ -76,10 +78,10 @@ def _pil(config: DataConfig) -> Callable[[str], Any]:
     return lambda path: transform(PIL.Image.open(path).convert("RGB"))
 
 
-def _ours(paths: Sequence[str], config: DataConfig, threads: int) -> Iterator[Tensor]:
-    ids = np.arange(len(paths))
-    parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(paths), _BATCH_SIZE)]
-    requests = (BatchRequest(Blob.of_files(paths[part]), views(0, ids[part], ids[part], config)) for part in parts)
+def _ours(blobs: Sequence[Blob], config: DataConfig, threads: int) -> Iterator[Tensor]:
+    ids = np.arange(len(blobs))
+    parts = [slice(start, start + _BATCH_SIZE) for start in range(0, len(blobs), _BATCH_SIZE)]
+    requests = (BatchRequest(list(blobs[part]), views(0, ids[part], ids[part], config)) for part in parts)
     decoding = open_backend(config.backend).decoding(requests, config, torch.device("cpu"), _BATCH_SIZE, threads)
     with contextlib.closing(decoding):
         for step in range(len(parts)):
@@ -107,14 +109,15 @@ def loader_benchmark(data: Path, config: DataConfig, *, images: int = 512, repea
         UserError: no images in the folder.
     """
     paths, threads = _paths(data, config, images), config.threads or usable_cores()
+    blobs = Blob.of_files(paths)
     pil, tensor = _torchvision(paths, _pil(config), threads), _torchvision(paths, by_v2(config), threads)
     loaders: dict[str, Callable[[], Iterable[Tensor]]] = {
         "torchvision DataLoader, PIL": lambda: pil,
         "torchvision DataLoader, decode_jpeg + v2 on uint8": lambda: tensor,
-        "fpcn_dist (torchvision)": lambda: _ours(paths, config.changed(backend="torchvision"), threads),
+        "fpcn_dist (torchvision)": lambda: _ours(blobs, config.changed(backend="torchvision"), threads),
     }
     if has_dali():
-        loaders["fpcn_dist (DALI)"] = lambda: _ours(paths, config.changed(backend="dali"), threads)
+        loaders["fpcn_dist (DALI)"] = lambda: _ours(blobs, config.changed(backend="dali"), threads)
     costs = _measured(loaders, repeats, "Measuring loaders")
     Console().print(_table(costs, f"{images} images, resize {config.resize}, crop {config.crop}, {threads} thread(s)"))
     return costs
@@ -129,12 +132,13 @@ def augmentation_benchmark(
         The cost of each, ours first.
     """
     paths, threads = _paths(data, config, images), config.threads or usable_cores()
+    blobs = Blob.of_files(paths)
     costs: dict[str, tuple[Cost, Cost]] = {}
     for name, changes in AUGMENTATIONS.items():
         changed = config.changed(**changes)
         mixed, loader = mixed_by_v2(changed, _CLASSES), _torchvision(paths, by_v2(changed), threads)
         both: dict[str, Callable[[], Iterable[Tensor]]] = {
-            "ours": lambda changed=changed: _ours(paths, changed, threads),
+            "ours": lambda changed=changed: _ours(blobs, changed, threads),
             "v2": lambda mixed=mixed, loader=loader: (mixed(batch, _labels(batch))[0] for batch in loader),
         }
         found = _measured(both, repeats, name)
@@ -148,6 +152,36 @@ def augmentation_benchmark(
     for name, pair in costs.items():
         table.add_row(name, *(cell for cost in pair for cell in _cells(cost)))
     Console().print(table)
+    return costs
+
+
+def shapes_benchmark(data: Path, config: DataConfig, *, images: int = 512, repeats: int = 5) -> dict[str, Cost]:
+    """Measure folder, tar shards and Parquet files, read by us and by others, as :func:`loader_benchmark` does; then
+    the reading of their bytes alone, in order and at random, from the disk. Prints two tables.
+
+    We and those that can read at random do so; the others read in order and shuffle in a buffer. All but ours decode
+    with torchvision, and make views with its v2 on uint8.
+
+    Returns:
+        The cost of each loader.
+
+    Raises:
+        UserError: no images in the folder.
+    """
+    paths, threads = list(dict.fromkeys(_paths(data, config, images))), config.threads or usable_cores()
+    with tempfile.TemporaryDirectory(dir=data.resolve().parent) as folder:
+        stored = Stored.write(paths, Path(folder))
+        loaders: dict[str, Callable[[], Iterable[Tensor]]] = {}
+        for name, loader in others(stored, by_v2(config), _BATCH_SIZE, threads).items():
+            loaders[name] = lambda loader=loader: loader
+        backend = open_backend(config.backend).name
+        for name, blobs in stored.blobs(config).items():
+            drawn = [blobs[i] for i in np.random.default_rng(0).permutation(len(blobs))]
+            loaders[f"fpcn_dist ({backend}), {name}"] = lambda drawn=drawn: _ours(drawn, config, threads)
+        costs = _measured(loaders, repeats, "Measuring loaders")
+        title = f"{len(paths)} images, resize {config.resize}, crop {config.crop}, {threads} thread(s)"
+        Console().print(_table(costs, title))
+        Console().print(reading(stored.blobs(config), threads, repeats))
     return costs
 
 
@@ -204,6 +238,7 @@ def loader(
     images: int = 512,
     repeats: int = 5,
     augmentations: bool = False,
+    shapes: bool = False,
     config: DataConfig = DataConfig(),  # noqa: B008
 ) -> None:
     """CPU milliseconds per image of the data pipeline beside torchvision's DataLoader.
@@ -213,9 +248,11 @@ def loader(
         images: Images per repeat.
         repeats: Repeats, interleaved between the loaders; the table shows medians.
         augmentations: Measure each augmentation beside torchvision's v2 with the same set, in place of the loaders.
+        shapes: Measure folder, tar shards and Parquet files beside WebDataset and Hugging Face's datasets, and what it
+            costs to read them at random from the disk. All is written beside the data folder for so long.
         config: Sizes and threads.
     """
-    benchmark = augmentation_benchmark if augmentations else loader_benchmark
+    benchmark = shapes_benchmark if shapes else augmentation_benchmark if augmentations else loader_benchmark
     benchmark(data, config, images=images, repeats=repeats)
 
 

@@ -16,7 +16,7 @@ class Args:
     """
 
     data: command_line.Data | None = None
-    """Image folder to look at as well: classes, images, files that cannot be used."""
+    """Data to look at as well: their shape, classes, images, files that cannot be used."""
     output: Path | None = None
     """Where runs are to go; default: runs/ where it exists, else the current folder."""
 

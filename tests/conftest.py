@@ -37,7 +37,7 @@ _ELSEWHERE = (
     "PIL",
     "jinja2",
 )
-_ELSEWHERE += ("huggingface_hub", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
+_ELSEWHERE += ("huggingface_hub", "pyarrow", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
 _ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging", "sklearn")
 _ELSEWHERE += ("fsspec", "s3fs", "moto", "werkzeug")
 

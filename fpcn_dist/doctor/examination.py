@@ -110,7 +110,7 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
     """Join the other ranks; where that fails, the first value is ``None`` and the findings say why."""
     import torch
 
-    from fpcn_dist.runtime.ranks import COLLECTIVE_TIMEOUT, connect
+    from fpcn_dist.runtime.ranks import MEETING_TIMEOUT, connect
 
     joined: list[Ranks] = []
 
@@ -119,7 +119,7 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
         return []
 
     # Where only one side of a connection fails, gloo lets the other wait without end.
-    seconds = COLLECTIVE_TIMEOUT.total_seconds() + 5
+    seconds = MEETING_TIMEOUT.total_seconds() + 5
     hint = (
         "see that all ranks are started and reach MASTER_ADDR at MASTER_PORT; between nodes with several networks or "
         "names for 127.0.1.1 set GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME, to the one that joins them"

@@ -8,11 +8,12 @@ every random number of a run is drawn from a key of (seed, step, rank), so the s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import replacing, write_tensors
+from fpcn_dist.runtime.files import link_or_copy, replacing, write_tensors
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -36,14 +37,19 @@ BEST = "best.safetensors"
 
 _HARMLESS = {
     *("name", "engine", "search"),
-    *("train.micro_batches", "train.compile", "train.channels_last", "train.log_every", "train.keep_checkpoints"),
-    "train.feature_bank",
+    *("train.micro_batches", "train.compile", "train.channels_last", "train.feature_bank"),
+    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("data.backend", "data.threads", "data.eval_batch_size", "data.max_bad_images"),
     "data.cache_gib",
     *(f"data.columns.{name}" for name in ColumnsConfig.model_fields),  # the manifest says what came of them
     *("distill.teacher", "distill.teacher_mode", "distill.bank"),
 }
-"""Recipe fields that may differ when a run resumes: they change how it is computed, not what."""
+"""Recipe fields that may differ when a run resumes: they change how it is computed, and what is noted, not what."""
+_EXTENDED = "train.epochs"
+
+
+Best = tuple[int, float]
+"""Step and validation accuracy of the best checkpoint of a run."""
 
 
 @dataclass
@@ -73,6 +79,7 @@ class CheckpointInfo:
         manifest_hash: of the data set.
         classes: class names in label order.
         accuracy: on the validation images, where they were evaluated at this step.
+        best: step and accuracy of the best checkpoint so far, this one included; ``None`` where there is none yet.
     """
 
     step: int
@@ -80,6 +87,7 @@ class CheckpointInfo:
     manifest_hash: str
     classes: tuple[str, ...]
     accuracy: float | None = None
+    best: Best | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -169,7 +177,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
 
 def _info(metadata: dict[str, str]) -> CheckpointInfo:
     values = json.loads(metadata["info"])
-    return CheckpointInfo(**values | {"classes": tuple(values["classes"])})
+    best = values.get("best")  # which earlier versions did not note
+    return CheckpointInfo(**values | {"classes": tuple(values["classes"]), "best": best and tuple(best)})
 
 
 class CheckpointFolder:
@@ -221,20 +230,59 @@ class CheckpointFolder:
         return None
 
     def best(self) -> Checkpoint | None:
-        """The best checkpoint; ``None`` where nothing was validated.
+        """The best checkpoint; ``None`` where nothing was validated, or nothing of it is left.
 
-        Raises:
-            UserError: it is damaged.
+        Where best.safetensors is damaged or gone, the best of the others that are whole takes its place, which is
+        reported.
         """
-        path = self.folder / BEST
-        return Checkpoint(path, *read_checkpoint(path)) if path.exists() else None
-
-    def best_accuracy(self) -> float | None:
-        """Validation accuracy of the best checkpoint, where there is one; its tensors are not read."""
-        try:
-            return read_info(self.folder / BEST).accuracy
-        except UserError:
+        path, reason = self.folder / BEST, "is missing"
+        if path.exists():
+            try:
+                return Checkpoint(path, *read_checkpoint(path))
+            except UserError as error:
+                reason = error.reason
+        infos = self._infos()
+        known = infos[-1].best if infos else None
+        if known is None and not path.exists():
             return None
+        lost = f"warning: {path} {reason}" + (f": it was step {known[0]} with {known[1]:.4f}" if known else "")
+        # Of equals the earliest, as in a run that never lost one.
+        for info in sorted(infos, key=lambda info: -(info.accuracy or 0.0)):
+            if info.accuracy is None:
+                continue
+            with contextlib.suppress(UserError):
+                found = Checkpoint(self.path(info.step), *read_checkpoint(self.path(info.step)))
+                with replacing(path) as temporary:
+                    link_or_copy(found.path, temporary)
+                self.warn(f"{lost}; the best that is left is step {info.step} with {info.accuracy:.4f}")
+                return found
+        self.warn(f"{lost}; no other checkpoint was validated, so the next that is counts as the best")
+        return None
+
+    def best_of(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """The best checkpoint as of another one of this folder, where it is still there and whole."""
+        info = checkpoint.info
+        known = info.best or (None if info.accuracy is None else (info.step, info.accuracy))
+        if known is None:
+            return None
+        if known[0] == info.step:
+            return checkpoint
+        for path in (self.folder / BEST, self.path(known[0])):
+            with contextlib.suppress(UserError):
+                found = Checkpoint(path, *read_checkpoint(path))
+                if found.info.step == known[0] and found.info.manifest_hash == info.manifest_hash:
+                    return found
+        where = f"the best so far, step {known[0]} with {known[1]:.4f}, is not beside {checkpoint.path}"
+        self.warn(f"{where}; the next evaluation counts as the best")
+        return None
+
+    def _infos(self) -> list[CheckpointInfo]:
+        """What those checkpoints say that can be read, by step; their tensors are not looked at."""
+        infos = []
+        for step in self.steps():
+            with contextlib.suppress(UserError):
+                infos.append(read_info(self.path(step)))
+        return infos
 
     def save(self, state: TrainingState, info: CheckpointInfo, *, best: bool) -> None:
         """Write the checkpoint of ``info.step``, name it the best if it is, and delete those too old to keep.
@@ -260,7 +308,7 @@ class CheckpointFolder:
         if best:  # first, as a run that ended in between would go on from this step without evaluating it again
             write_checkpoint(self.folder / BEST, state, info)
             with replacing(path) as temporary:
-                os.link(self.folder / BEST, temporary)
+                link_or_copy(self.folder / BEST, temporary)
         else:
             write_checkpoint(path, state, info)
         for step in self.steps()[: -self.keep]:
@@ -272,22 +320,46 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
 
 
-def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path) -> None:
+def changed_fields(recipe: Recipe, info: CheckpointInfo, *, extend: bool = False) -> list[str]:
+    """What ``recipe`` computes otherwise, each as ``field before -> now``; nothing where a run may go on with it.
+
+    Args:
+        recipe: what is asked for now.
+        info: what a run or a checkpoint says of itself.
+        extend: whether it may be trained for more epochs.
+    """
+    before = _flat(_in_todays_fields(info.recipe)) | _flat({"data": info.preprocessing.model_dump()})
+    # What the recipe leaves to the network was settled when the run began.
+    now = _flat(recipe.with_preprocessing(info.preprocessing).model_dump())
+    fields = [f for f in sorted(before.keys() | now.keys()) if before.get(f) != now.get(f) and not _harmless(f)]
+    if extend and before.get(_EXTENDED, 0) < now[_EXTENDED]:
+        fields = [field for field in fields if field != _EXTENDED]
+    return [f"{field} {before.get(field)!r} -> {now.get(field)!r}" for field in fields]
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a recipe as it was written, without the fields that a run may change on its way."""
+    fields = {name: value for name, value in _flat(dict(recipe)).items() if not _harmless(name)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def require_same_recipe(recipe: Recipe, info: CheckpointInfo, path: Path, *, extend: bool = False) -> None:
     """Refuse to resume with a recipe that would compute something else.
+
+    Args:
+        recipe, info, extend: see :func:`changed_fields`.
+        path: of the checkpoint.
 
     Raises:
         UserError: naming each field that changed, with both values; or a checkpoint of a network whose tokens were
             not yet a map.
     """
-    before = _flat(_in_todays_fields(info.recipe)) | _flat({"data": info.preprocessing.model_dump()})
-    # What the recipe leaves to the network was settled when the run began.
-    now = _flat(recipe.with_preprocessing(info.preprocessing).model_dump())
-    fields = sorted(before.keys() | now.keys())
-    changed = [f"{f} {before.get(f)!r} -> {now.get(f)!r}" for f in fields if before.get(f) != now.get(f)]
-    changed = [line for line in changed if not _harmless(line.split(" ", 1)[0])]
+    changed = changed_fields(recipe, info, extend=extend)
     if changed:
         what = "of another model" if any(line.startswith("model.") for line in changed) else "of another recipe"
         hint = "use the recipe that the run started with (recipe.yaml in its folder), or another --output"
+        if not changed_fields(recipe, info, extend=True):
+            hint = "add --extend to train on for more epochs, or use another --output"
         raise UserError("checkpoint", path, f"is {what}: {', '.join(changed)}", hint)
     dated = not knows_token_maps(info.recipe.get("model", {}))
     if dated and build_model(recipe.model.changed(pretrained=False), 2, task=recipe.task).backbone.ends_in_tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 
@@ -53,12 +54,12 @@ def finish_run(
 
 def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
     chosen = checkpoints.best() or checkpoints.newest()
-    assert chosen is not None, "the last step writes a checkpoint"
+    assert chosen is not None, "the last step writes a checkpoint, as does a start from one"
     path, state, info = chosen
     recipe, _ = run.open()
     model = build_model(recipe.model.changed(pretrained=False), len(info.classes), task=recipe.task)
     model.load_state_dict(model_weights(state))
-    save_model(run.path, model, recipe, info.classes)
+    save_model(run.path, model, recipe, info.classes, origin=run.origin())
     return path.name, info.step
 
 
@@ -95,6 +96,9 @@ def evaluate_run(
         UserError: no run or no model in the folder, no images in the split, an image that cannot be read.
     """
     recipe, manifest = run.open()
+    if len({json.dumps(origin) for origin in ranks.gather([run.origin()])}) > 1:
+        reason = "its recipe or manifest is not the same on all ranks: the folder is not shared"
+        raise UserError("RUN", run.path, reason, "evaluate on one machine, or on storage that all nodes see")
     if data is not None:
         manifest = dataclasses.replace(manifest, root=str(data.resolve()))
     split = split or ("test" if len(manifest.ids("test")) else "val")

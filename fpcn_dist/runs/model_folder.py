@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from fpcn_dist.models.weights import MODEL_FILE
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe, Task
 from fpcn_dist.runs.evaluation import Evaluation
+from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors, write_text
@@ -56,7 +57,13 @@ class ModelInfo:
 
 
 def save_model(
-    run_dir: Path, model: Classifier, recipe: Recipe, classes: Sequence[str], *, evaluation: Evaluation | None = None
+    run_dir: Path,
+    model: Classifier,
+    recipe: Recipe,
+    classes: Sequence[str],
+    *,
+    evaluation: Evaluation | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Write model.safetensors, config.json and the model card to ``run_dir``; each appears whole or not at all.
 
@@ -66,6 +73,7 @@ def save_model(
         recipe: the recipe that it was trained with.
         classes: class names in label order.
         evaluation: results for the model card, where there are any yet.
+        origin: the run that it comes from (:meth:`fpcn_dist.runs.folder.RunFolder.origin`), where it is one's.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -84,6 +92,8 @@ def save_model(
         "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit"})
         | recipe.data.preprocessing.model_dump(),
     }
+    if origin is not None:
+        config["origin"] = dict(origin)
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
     write_card(run_dir, recipe, classes, evaluation)
 
@@ -136,7 +146,8 @@ def load_info(folder: Path) -> ModelInfo:
     """What config.json says of the model in ``folder``, whose weights are not read.
 
     Raises:
-        UserError: no such folder, no model in it, or a config.json of something else.
+        UserError: no such folder, no model in it, a config.json of something else, or a model of another run than the
+            one that recipe.yaml and manifest.json beside it describe.
     """
     if not folder.is_dir():
         raise UserError("model", folder, "there is no such folder", "give the run folder of a finished training")
@@ -156,11 +167,24 @@ def load_info(folder: Path) -> ModelInfo:
         version = config["fpcn_dist_version"]
         reason = f"has format {config.get('format')} (fpcn_dist {version}), not {_FORMAT} (fpcn_dist {__version__})"
         raise UserError("model", path, reason, f"install fpcn_dist {version}, or export the model again")
+    _require_same_origin(folder, config.get("origin"))
     try:
         return _parse_info(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__} {error}"
         raise UserError("model", path, f"is damaged ({detail})", "export the model again") from error
+
+
+def _require_same_origin(folder: Path, origin: Any) -> None:
+    """Refuse a model beside the recipe or the images of another run, whose sizes and split are not its own."""
+    found = RunFolder(folder).origin()
+    if not isinstance(origin, dict) or found is None or found == origin:
+        return
+    other = " and ".join(name for name in found if found[name] != origin.get(name))
+    reason = f"is of another run than the {other} beside it"
+    raise UserError(
+        "model", folder, reason, "put the files of one run together (what was there before is in previous/)"
+    )
 
 
 def _parse_info(config: dict[str, Any]) -> ModelInfo:

@@ -6,7 +6,9 @@ Machines that only run an ONNX model use this too: torch and safetensors are imp
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+_REFUSED = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.ENOTTY),
+}
+"""How file systems say that a folder is nothing that they synchronise, rather than that a disk has failed."""
 
 
 def cache_home() -> Path:
@@ -53,16 +60,39 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         reason = f"could not be written ({error.strerror or error})"
         raise Outage("file", path, reason, "free some space there or choose another --output folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the names in a folder reach the disk, on file systems that can be asked to."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; where the file system knows no hard links, or does not allow this one, copy it.
+
+    Raises:
+        OSError: neither is possible.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,9 +1,11 @@
-"""One writer for a folder: a lock that lives as long as its owner, on any file system that renames atomically.
+"""One writer for a folder: a lock that lives as long as its owner, on any file system that creates and renames files.
 
 The owner rewrites the lock every few seconds. Another process that finds the lock watches it: if the lock changes, its
 owner is alive, and the other process is refused; if the lock does not change for long enough, its owner is dead, and
-the other process takes the lock over. No clocks of different machines are compared. There is nothing to wait for if the
-owner ran on this machine, where its process is looked up, or in an earlier start of this batch job.
+the other process takes the lock over. No clocks of different machines are compared. An owner on this machine whose
+process is seen is alive, and nothing is waited for; one whose process is not seen is waited for a few signs long, as it
+may be another user's, hidden from this one, or that of a copy of this machine. Nothing is waited for either if the
+owner ran in an earlier start of this batch job, or of these ranks by the same launcher.
 
 filelock.SoftFileLease gives signs of life in a similar way, but it cannot refuse as soon as it sees that an owner is
 alive, so that a user would always wait for a minute; it knows nothing of batch jobs that SLURM starts again; and its
@@ -24,17 +26,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from fpcn_dist.runtime import processes
 from fpcn_dist.runtime.errors import UserError
 
 LOCK_FILE = ".lock"
-_BEAT, _PATIENCE = 5.0, 60.0
+_BEAT, _PATIENCE = 2.0, 60.0
 """Seconds between two signs of life, and seconds without one after which an owner is taken for dead."""
-_CLOCK_STEP = 30.0
-"""Seconds by which the start of a process may seem to have moved, because this machine's clock was set."""
+_SIGNS = 3
+"""Signs of life that an owner on this machine, whose process is not seen, may miss before it is taken for dead."""
+_LATEST = 0.75
+"""Part of its patience after which an owner that can give no sign of life ends: before another takes its folder."""
+_TRIES = 5
+"""Times that a file is looked at, where a storage fails for a moment, before its fault counts."""
 _LOST = 4
-"""Exit status of an owner that finds its folder taken over."""
+"""Exit status of an owner that finds its folder taken over, or can no longer keep it."""
 
 
 @contextlib.contextmanager
@@ -42,7 +47,8 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
     """Own ``folder``, which exists, for the length of the block.
 
     An owner that was believed dead (suspended, or cut off from the storage) and finds another in its place ends its
-    process at once: two writers would spoil what they write.
+    process at once: two writers would spoil what they write. So does one that could give no sign of life for so long
+    that another would soon take it for dead.
 
     Args:
         folder: what to own.
@@ -52,42 +58,48 @@ def locked(folder: Path, *, beat: float = _BEAT, patience: float = _PATIENCE) ->
     Raises:
         UserError: another process that is alive owns it, or the lock cannot be written.
     """
-    path, token = folder / LOCK_FILE, secrets.token_hex(8)
-    if (owner := _acquire(path, token, patience)) is not None:
+    path, lock = folder / LOCK_FILE, _describe(secrets.token_hex(8), beat)
+    if (owner := _acquire(path, lock, patience)) is not None:
         who = f"process {owner['process']} on {owner['host']}"
         if owner.get("job"):
             who += f", batch job {owner['job']}"
         hint = "wait for it, stop it, or choose another --output"
         raise UserError("--output", folder, f"another run is writing to it ({who})", hint)
     ended = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(path, token, beat, ended), daemon=True, name="lock")
+    keeper = threading.Thread(target=_keep, args=(path, lock, beat, patience, ended), daemon=True, name="lock")
     keeper.start()
     try:
         yield
     finally:
         ended.set()
         keeper.join()
-        if (found := _read(path)) is not None and found["token"] == token:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next owner takes over what cannot be removed
+            if _token(_read(path)) == lock["token"]:
+                path.unlink(missing_ok=True)
 
 
-def _acquire(path: Path, token: str, patience: float) -> dict[str, Any] | None:
+def _acquire(path: Path, lock: dict[str, Any], patience: float) -> dict[str, Any] | None:
     """Own the lock, taking it over from a dead owner; gives the owner instead where that is alive."""
-    while not _create(path, token):
-        found = _read(path)
-        alive = _lives(found) if found else None
-        if found and alive is None:
-            alive = _moves(path, found, patience)
-        if found is None or alive is None:
-            continue
-        if alive:
-            return found
-        if _take_over(path, token, found, patience):
-            return None
-    return None
+    try:
+        while not _create(path, lock):
+            found = _read(path)
+            alive = None if found is None else _lives(found)
+            if found and alive is None:
+                alive = _moves(path, found, min(patience, _SIGNS * found["every"]) if _is_here(found) else patience)
+            if found is None or alive is None:
+                continue
+            if alive:
+                return found
+            if _take_over(path, lock, found, patience):
+                return None
+        return None
+    except OSError as error:
+        reason = f"cannot be locked ({error.strerror or error})"
+        hint = "free some space there or choose another folder"
+        raise UserError("--output", path.parent, reason, hint) from error
 
 
-def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) -> bool:
+def _take_over(path: Path, lock: dict[str, Any], dead: dict[str, Any], patience: float) -> bool:
     """Put our lock in the place of a dead owner's; ``False`` where another has.
 
     Between a look at the lock and its replacement, the lock may have become another's. A process that replaces it
@@ -95,95 +107,106 @@ def _take_over(path: Path, token: str, dead: dict[str, Any], patience: float) ->
     in the same way.
     """
     claim = path.with_name(f"{LOCK_FILE}-{dead['token']}-claim")
-    if _acquire(claim, token, patience) is not None:
+    if _acquire(claim, lock, patience) is not None:
         time.sleep(0.01)
         return False
     try:
-        found = _read(path)
-        if found is None or found["token"] != dead["token"]:
+        if _token(_read(path)) != dead["token"]:
             return False
-        _replace(path, token, beats=0)
+        _replace(path, lock)
         return True
-    except OSError as error:
-        raise _unwritable(path, error) from error
     finally:
         claim.unlink(missing_ok=True)
 
 
-def _create(path: Path, token: str) -> bool:
-    """Create the lock; gives whether it was free and is ours now."""
-    draft = path.with_name(f"{LOCK_FILE}-{token}-new")
+def _create(path: Path, lock: dict[str, Any]) -> bool:
+    """Create the lock; gives whether it was free and is ours now.
+
+    Whoever looks before it is written sees a damaged lock, and waits for it to change, as it does at once. A link to a
+    whole file would never be seen so, but many network file systems and that of memory cards have no links.
+    """
     try:
-        draft.write_text(json.dumps(_describe(token, beats=0)), encoding="utf-8")
-        os.link(draft, path)
-        return True
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(lock))
+        return True
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    reason = f"cannot be locked ({error.strerror or error})"
-    return UserError("--output", path.parent, reason, "free some space there or choose another folder")
+def _replace(path: Path, lock: dict[str, Any]) -> None:
+    """Write the lock anew, whole; where there is no room for a second one, over the old one, which is as long."""
+    draft, text = path.with_name(f"{LOCK_FILE}-{lock['token']}"), json.dumps(lock)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        with open(path, "r+", encoding="utf-8") as file:
+            file.write(text)
 
 
-def _replace(path: Path, token: str, beats: int) -> None:
-    """Write the lock anew, whole."""
-    draft = path.with_name(f"{LOCK_FILE}-{token}")
-    draft.write_text(json.dumps(_describe(token, beats)), encoding="utf-8")
-    os.replace(draft, path)
-
-
-def _describe(token: str, beats: int) -> dict[str, Any]:
+def _describe(token: str, beat: float) -> dict[str, Any]:
     return {
         "token": token,
         "host": socket.gethostname(),
-        "namespace": _namespace(),
-        "process": os.getpid(),
-        "started": _start_of(os.getpid()),
+        **processes.describe_self(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-        "beats": beats,
+        "launcher": processes.launcher(),
+        "launch": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        "every": beat,
+        "beats": "0" * 12,
     }
 
 
-def _namespace() -> str:
-    return os.readlink("/proc/self/ns/pid")
-
-
-def _start_of(process: int) -> float | None:
-    """When a process of this machine began; ``None`` if there is none. A number that is used again has another start.
-
-    A process that has ended, and whose parent has not asked for its status yet, is there no more.
-    """
-    try:
-        found = psutil.Process(process)
-        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
-    except psutil.Error:
-        return None
-
-
 def _read(path: Path) -> dict[str, Any] | None:
-    """Read what the lock says; gives ``None`` where there is no lock, or none any more."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {"token": "", "host": "?", "process": "?", "beats": -1}  # of a disk that lost its end: never moves
+    """Read what the lock says; gives ``None`` where there is no lock, or none any more.
+
+    Raises:
+        OSError: the storage does not give it, and does not after a while either.
+    """
+    damaged = {"token": "", "host": "?", "process": "?", "every": _BEAT, "beats": ""}
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(0.02)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return damaged | found if isinstance(found, dict) else damaged
+        except FileNotFoundError:
+            return None
+        except ValueError:  # it is being written; or of a disk that lost its end, and never moves
+            continue
+        except OSError:
+            if attempt == _TRIES - 1:
+                raise
+    return damaged
+
+
+def _token(lock: dict[str, Any] | None) -> str | None:
+    return None if lock is None else lock["token"]
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether an owner says that it is on this machine, among the processes that this one may see."""
+    return processes.place() == (owner.get("machine"), owner.get("namespace"))
 
 
 def _lives(owner: dict[str, Any]) -> bool | None:
-    """Tell whether an owner is alive; gives ``None`` where this machine cannot know."""
-    if (owner["host"], owner.get("namespace")) == (socket.gethostname(), _namespace()):
-        began = _start_of(owner["process"])
-        return began is not None and abs(began - owner["started"]) < _CLOCK_STEP
-    # SLURM starts a job again when all of its last start has ended.
+    """Tell whether an owner is alive; gives ``None`` where only its signs can tell."""
+    if _is_here(owner) and processes.lives(owner["process"], owner["started"]):
+        return True
+    # SLURM starts a job again when all of its last start has ended, and torchrun its ranks.
     job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return False if job is not None and owner.get("job") == job and owner["restart"] < restart else None
+    if job is not None and owner.get("job") == job and owner["restart"] < restart:
+        return False
+    launcher, launch = processes.launcher(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return False if launcher is not None and owner.get("launcher") == launcher and owner["launch"] < launch else None
 
 
 def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
@@ -193,24 +216,39 @@ def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = _read(path)
-        if found is None or found["token"] != owner["token"]:
+        if _token(found) != owner["token"]:
             return None
-        if found["beats"] != owner["beats"]:
+        if found and found["beats"] != owner["beats"]:
             return True
         time.sleep(min(0.2, patience / 10))
     return False
 
 
-def _keep(path: Path, token: str, beat: float, ended: threading.Event) -> None:
-    """Write the lock anew every ``beat`` seconds until the block has ended."""
-    beats = 0
+def _keep(path: Path, lock: dict[str, Any], beat: float, patience: float, ended: threading.Event) -> None:
+    """Write the lock anew every ``beat`` seconds until the block has ended, through all that a storage does meanwhile.
+
+    What fails once is tried again. A lock that was removed is made again, if nobody else was faster.
+    """
+    beats, kept = 0, time.monotonic()
     while not ended.wait(beat):
-        found = _read(path)
-        if found is None or found["token"] != token:
-            print(
-                f"error: {path.parent} has been taken over by another run; this one ends", file=sys.stderr, flush=True
-            )
-            os._exit(_LOST)
         beats += 1
-        with contextlib.suppress(OSError):  # a full disk must not end a run that may need no more of it
-            _replace(path, token, beats)
+        now = lock | {"beats": f"{beats:012d}"}
+        try:
+            found = _token(_read(path))
+            if found is None and not _create(path, now):
+                found = _token(_read(path))
+            if found not in (None, "", lock["token"]):
+                _end(f"{path.parent} has been taken over by another run; this one ends")
+            if found is not None:
+                _replace(path, now)
+            kept = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - kept > _LATEST * patience:
+                lost = f"{path.parent} could not be kept from other runs ({error.strerror or error})"
+                _end(f"{lost}; this one ends, and the same command goes on from its last checkpoint")
+
+
+def _end(reason: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(_LOST)

@@ -23,8 +23,14 @@ from fpcn_dist.runtime.errors import Outage, Preempted, UserError
 from fpcn_dist.runtime.launchers import placement
 
 CPU = torch.device("cpu")
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
-"""How long a rank waits inside a collective for the others before it gives the run up."""
+MEETING_TIMEOUT = datetime.timedelta(seconds=60)
+"""How long a rank waits at its start for the others."""
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits inside a collective for others that stand still (a storage that hangs, a suspended machine)
+before it gives the run up, unless :data:`PATIENCE` says otherwise. One that has died is noticed at once: its
+connections close."""
+PATIENCE = "FPCN_RANK_TIMEOUT"
+"""Environment variable with that time in seconds."""
 FIRST_RANK_TIMEOUT = datetime.timedelta(hours=12)
 """How long ranks wait while the first one does what only one can do (checking a large data set, say)."""
 
@@ -156,6 +162,26 @@ def _own_store() -> Store | None:
     return PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", shared)
 
 
+def _patience() -> datetime.timedelta:
+    written = os.environ.get(PATIENCE)
+    if not written:
+        return COLLECTIVE_TIMEOUT
+    try:
+        seconds = datetime.timedelta(seconds=float(written))
+    except (ValueError, OverflowError):
+        seconds = datetime.timedelta(0)
+    if seconds <= datetime.timedelta(0):
+        reason = "is no number of seconds that ranks could wait for one another"
+        raise UserError(PATIENCE, written, reason, f"set it to {COLLECTIVE_TIMEOUT.total_seconds():.0f}, say")
+    return seconds
+
+
+def _set_timeout(timeout: datetime.timedelta) -> None:
+    """Let collectives wait so long from now on, whatever the ranks' meeting was given."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.13
+    set_timeout(timeout, dist.group.WORLD)
+
+
 @contextlib.contextmanager
 def connect(store: Store | None = None, *, join: bool = True) -> Iterator[Ranks]:
     """Join the run that the environment describes; leave it at the end of the block.
@@ -172,6 +198,7 @@ def connect(store: Store | None = None, *, join: bool = True) -> Iterator[Ranks]
     """
     global _turn
     _turn = 0  # all ranks count from here, also where a process joins one run after another
+    patience = _patience()
     rank, world_size, local_rank, local_world_size = placement(join=join)
     device = _device(local_rank, local_world_size)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -183,7 +210,8 @@ def connect(store: Store | None = None, *, join: bool = True) -> Iterator[Ranks]
         else:
             store = store or _own_store()
             where: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **where)
+            dist.init_process_group(backend, timeout=MEETING_TIMEOUT, **where)
+            _set_timeout(patience)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         if "EADDRINUSE" in str(error) or "in use" in str(error):
@@ -199,16 +227,16 @@ def connect(store: Store | None = None, *, join: bool = True) -> Iterator[Ranks]
             f"rank {rank} could not reach the other {world_size - 1} rank(s) there",
             "start all ranks with the same MASTER_ADDR and MASTER_PORT, reachable from each of them",
         ) from error
-    patience = None
+    parting = None
     try:
         ranks = Ranks(rank, world_size, local_rank, local_world_size, device)
         _require_own_gpus(ranks)
         yield ranks
     except RuntimeError:
-        patience = _PARTING
+        parting = _PARTING
         raise
     finally:
-        _leave(patience)
+        _leave(parting)
 
 
 def _leave(patience: float | None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.index.manifest import Manifest
@@ -14,9 +16,10 @@ from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluator
 from fpcn_dist.runs.finish import finish_run
-from fpcn_dist.runs.folder import RunFolder, owning
+from fpcn_dist.runs.folder import LOG_FILE, RunFolder, open_together, owning
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
+from fpcn_dist.runtime.output import Log, outliving_readers
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads
 from fpcn_dist.training.probe import probe_run
@@ -25,7 +28,8 @@ from fpcn_dist.training.progress import Progress
 from fpcn_dist.training.run import TrainingRun
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.soft_labels.attach import attach_teacher
-from fpcn_dist.training.start import open_run, prepare_data
+from fpcn_dist.training.soft_labels.bank import SoftLabelBank
+from fpcn_dist.training.start import Start, begin_run, prepare_data, settle_start
 
 Watch = Callable[[Path, float, float], None]
 """Called on the first rank after each evaluation with run folder, epoch and validation accuracy."""
@@ -40,6 +44,7 @@ def train(
     ranks: Ranks,
     *,
     resume: str = "auto",
+    extend: bool = False,
     profile: bool = False,
     preemption: Preemption | None = None,
 ) -> None:
@@ -51,17 +56,31 @@ def train(
         output: the run folder, on storage that all ranks see.
         ranks: this process among all.
         resume: ``"auto"`` goes on from the newest whole checkpoint in ``output``, if there is one; ``"never"`` begins
-            again; anything else is the path of a checkpoint.
+            again, and moves what is there to ``output``/previous/; ``"best"`` is the best checkpoint in ``output``;
+            anything else is the path of a checkpoint, or of a run whose newest it is. The last three count for the
+            first start of a command: when it is given again, or its launcher starts it again, it goes on.
+        extend: go on for more epochs than the run was planned for, at the learning rates of the longer plan.
         profile: write a trace of a few early steps to ``output``/profile/.
         preemption: whose signals end the training after a step.
 
     Raises:
         UserError: whatever is wrong with the data, the recipe, the folder or a checkpoint; a loss that is not finite;
-            another process that is writing to the folder.
+            another process that is writing to the folder. What is found before the first step changes nothing there.
         Preempted: a signal has ended it.
     """
-    with owning(output, ranks):
-        train_together({output: recipe}, data, ranks, resume=resume, profile=profile, preemption=preemption, probe=True)
+    log = Log() if ranks.first else None
+    with outliving_readers(log), owning(output, ranks):
+        train_together(
+            {output: recipe},
+            data,
+            ranks,
+            resume=resume,
+            extend=extend,
+            profile=profile,
+            preemption=preemption,
+            probe=True,
+            begun=lambda: log.begin(output / LOG_FILE) if log is not None else None,
+        )
 
 
 def train_together(
@@ -70,24 +89,27 @@ def train_together(
     ranks: Ranks,
     *,
     resume: str = "auto",
+    extend: bool = False,
     profile: bool = False,
     watch: Watch | None = None,
     preemption: Preemption | None = None,
     evaluate: bool = True,
     probe: bool = False,
+    begun: Callable[[], None] = lambda: None,
 ) -> dict[Path, str]:
     """Train several recipes at once, on the same decoded batches, each as if it were trained alone.
 
-    Each goes on from its own newest checkpoint. One whose loss stops being finite is stopped, and on a single rank one
-    that raises anything else, too; the others go on unharmed.
+    Each goes on from its own newest checkpoint; one that is finished stays as it is. One whose loss stops being finite
+    is stopped, and on a single rank one that raises anything else, too; the others go on unharmed.
 
     Args:
         recipes: by run folder; they agree in seed, data, epochs and teacher.
         data: the image folder; or a manifest, whose images are not checked again.
-        ranks, resume, profile, preemption: see :func:`train`.
+        ranks, resume, extend, profile, preemption: see :func:`train`.
         watch: may end the training by raising.
         evaluate: whether the models of those that come to their end are evaluated image by image for their reports.
         probe: print and keep the bar that each pretrained network has to beat (:mod:`fpcn_dist.training.probe`).
+        begun: called once the run folders belong to these trainings, unless all of them are finished.
 
     Returns:
         Why each of those stopped that did not come to their end, by run folder; also in its outcome.json.
@@ -95,7 +117,11 @@ def train_together(
     Raises:
         UserError, Preempted: see :func:`train`. Before the first step whatever is wrong with one recipe stops all.
     """
-    loader, teacher, trainings = _set_up(recipes, data, ranks, resume)
+    plan = _plan(recipes, data, ranks, resume, extend)
+    if not plan.starts:
+        return {}
+    loader, batches, trainings = _set_up(plan, ranks)
+    begun()
     for training in trainings if probe else []:
         probe_run(training)
     first_step, total = min(training.first_step for training in trainings), trainings[0].schedule.total
@@ -107,9 +133,9 @@ def train_together(
     ):
         for training in trainings:  # whatever happens, the last checkpoints get whole
             written.callback(training.finish_writing)
-        batches, reported = iter(loader), 0
+        reported = 0
         for step in range(first_step, total):
-            batch, waited = _next(batches, teacher)
+            batch, waited = _next(batches, plan.teacher)
             for training in _active(trainings, step):
                 with _isolated(training, trainings):
                     training.train(batch, step, waited)
@@ -133,39 +159,70 @@ def train_together(
     return {training.run.path: training.failure for training in trainings if training.failure is not None}
 
 
-def _set_up(
-    recipes: Mapping[Path, Recipe], data: Address | Manifest, ranks: Ranks, resume: str
-) -> tuple[TrainLoader, OnlineTeacher | None, list[TrainingRun]]:
-    """The batches from the first step on that any of the trainings takes part in, who labels them, and the trainings.
+class _Plan(NamedTuple):
+    """What trains on which images, before anything is built or written."""
+
+    manifest: Manifest
+    shared: Recipe
+    starts: dict[Path, Start]
+    soft_labels: SoftLabelBank | None
+    teacher: OnlineTeacher | None
+
+    def loader(self, ranks: Ranks) -> TrainLoader:
+        """This rank's batches, from the first step on that any of the trainings takes part in."""
+        return TrainLoader(
+            self.manifest,
+            self.shared.data,
+            self.shared.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            start_step=min(start.step for start in self.starts.values()),
+            soft_labels=self.soft_labels,
+        )
+
+
+def _plan(recipes: Mapping[Path, Recipe], data: Address | Manifest, ranks: Ranks, resume: str, extend: bool) -> _Plan:
+    """Check recipes and data, and settle where each training starts that has not come to its end. Collective."""
+    shared = _require_agreement(list(recipes.values()))
+    runs = [RunFolder(output) for output in recipes]
+    for run in runs:
+        open_together(run, ranks)
+    manifest = prepare_data(data, shared, ranks)
+    found = {run.path: settle_start(run, recipes[run.path], manifest, ranks, resume, extend=extend) for run in runs}
+    starts = {path: start for path, start in found.items() if not start.finished}
+    if not starts:
+        return _Plan(manifest, shared, starts, None, None)
+    # What recipes leave to their networks may differ, too.
+    chosen = [start.recipe for start in starts.values()]
+    shared = _require_agreement(chosen)
+    use_threads(shared.data.threads, ranks.device)
+    return _Plan(manifest, shared, starts, *attach_teacher(chosen, runs[0].path, manifest, ranks))
+
+
+def _set_up(plan: _Plan, ranks: Ranks) -> tuple[TrainLoader, Iterator[Batch], list[TrainingRun]]:
+    """The trainings, and their batches. Nothing in a folder changes before the networks are built and a batch decoded.
 
     The checkpoints that the trainings go on from are in memory no longer than it takes to fill their engines.
     """
-    shared = _require_agreement(list(recipes.values()))
-    manifest = prepare_data(data, shared, ranks)
-    runs = [RunFolder(output) for output in recipes]
-    starts = [open_run(run, recipes[run.path], manifest, ranks, resume) for run in runs]
-    # What recipes leave to their networks may differ, too.
-    shared = _require_agreement([start.recipe for start in starts])
-    use_threads(shared.data.threads, ranks.device)
-    soft_labels, teacher = attach_teacher([start.recipe for start in starts], runs[0].path, manifest, ranks)
-    loader = TrainLoader(
-        manifest,
-        shared.data,
-        shared.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        start_step=min(start.step for start in starts),
-        soft_labels=soft_labels,
-    )
-    trainings = []
-    for run, start in zip(runs, starts, strict=True):
+    loader, trainings = plan.loader(ranks), []
+    for path, start in plan.starts.items():
         _require_even_parts(loader.batch_size // ranks.world_size, start.recipe.train.micro_batches)
         schedule = Schedule.of(start.recipe, loader.batch_size, loader.steps_per_epoch)
-        trainings.append(TrainingRun(run, start, manifest, ranks, schedule))
-    if teacher is None:
-        loader.images_from = min(training.images_from for training in trainings)
-    return loader, teacher, trainings
+        trainings.append(TrainingRun(RunFolder(path), start, plan.manifest, ranks, schedule))
+    first_step, batches = min(training.first_step for training in trainings), iter(loader)
+    if first_step < trainings[0].schedule.total:
+        batches = itertools.chain([next(batches)], batches)
+    for training, start in zip(trainings, plan.starts.values(), strict=True):
+        begin_run(training.run, start, plan.manifest, ranks)
+        training.begin()
+    images_from = min(training.images_from for training in trainings)
+    if plan.teacher is None and images_from > first_step:  # their features were computed
+        loader.close()
+        loader = plan.loader(ranks)
+        loader.images_from = images_from
+        batches = iter(loader)
+    return loader, batches, trainings
 
 
 def _next(batches: Iterator[Batch], teacher: OnlineTeacher | None) -> tuple[Batch, float]:

@@ -6,20 +6,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from fpcn_dist.runtime.output import discard_output
-
-
-class _Console(Console):
-    """A console that a training outlives: if nobody reads it any more, the training goes on in silence."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        discard_output()
+from fpcn_dist.runtime.output import Outlived
 
 
 class Progress:
@@ -36,7 +29,11 @@ class Progress:
 
     def __init__(self, total_steps: int, *, start_step: int = 0, rank: int = 0, console: Console | None = None) -> None:
         self._total_steps, self._start_step, self._silent = total_steps, start_step, rank != 0
-        self._console = console or _Console(file=sys.stdout, soft_wrap=True)
+        # A bar is for a terminal; the log gets lines, as a file does.
+        stream, self._log = sys.stdout, None
+        if console is None and isinstance(stream, Outlived) and stream.isatty():
+            stream, self._log = stream.unlogged, stream.log
+        self._console = console or Console(file=cast(TextIO, stream), soft_wrap=True)
         self._bar = RichProgress(
             TextColumn("[bold]step[/] {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
@@ -50,6 +47,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._stack.enter_context(self._bar)
+        if self._log is not None:  # the bar lets what is printed appear above it
+            sys.stdout = cast(TextIO, Outlived(sys.stdout, self._log))
         self._start_time = time.monotonic()
         return self
 
@@ -70,13 +69,19 @@ class Progress:
         parts = [f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"]
         status = "  ".join([name, *parts] if name else parts)
         self._bar.update(self._task, completed=step, description=status)
+        line = f"step {step}/{self._total_steps}  {status}"
         if self._bar.disable:
-            self._console.print(f"step {step}/{self._total_steps}  {status}", highlight=False)
+            self._console.print(line, highlight=False)
+        elif self._log is not None:
+            self._log.write(f"{line}\n")
 
     def print(self, message: str) -> None:
         """Print a line above the bar."""
-        if not self._silent:
-            self._console.print(message, highlight=False, markup=False)
+        if self._silent:
+            return
+        self._console.print(message, highlight=False, markup=False)
+        if self._log is not None:
+            self._log.write(f"{message}\n")
 
     def _eta(self, step: int) -> str:
         done = step - self._start_step

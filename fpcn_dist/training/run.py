@@ -30,7 +30,8 @@ from fpcn_dist.training.start import Start
 
 
 class TrainingRun:
-    """A recipe on its way to a model, from the newest checkpoint in its folder on.
+    """A recipe on its way to a model, from the newest checkpoint in its folder on. Nothing is written before
+    :meth:`begin`.
 
     Args:
         run: its folder.
@@ -54,10 +55,14 @@ class TrainingRun:
         self.failure: str | None = None
         self.replaced: list[Replacement] = []
         self._build(start.state, recipe.optim.freeze if start.step < schedule.thaw else "none")
-        task = self.engine.task
-        self.features = attach_features(recipe, task, manifest, ranks, schedule, run.path, step=start.step)
-        self.meter = StepMeter(ranks, schedule.batch_size, None if self.features else self._flops_share())
-        self.logger = MetricsLogger(run.path, ranks.rank, start_step=start.step)
+
+    def begin(self) -> None:
+        """Write to the folder from now on; first the features that are computed once. Collective."""
+        recipe, ranks, step = self.recipe, self.ranks, self.first_step
+        task, manifest = self.engine.task, self.manifest
+        self.features = attach_features(recipe, task, manifest, ranks, self.schedule, self.run.path, step=step)
+        self.meter = StepMeter(ranks, self.schedule.batch_size, None if self.features else self._flops_share())
+        self.logger = MetricsLogger(self.run.path, ranks.rank, start_step=step)
 
     @property
     def images_from(self) -> int:
@@ -151,17 +156,21 @@ class TrainingRun:
 
     def save(self, done: int, accuracy: float | None, *, at_save_point: bool) -> None:
         """Write a checkpoint if it is time, or if ``accuracy`` is the best so far. Collective."""
-        improved = accuracy is not None and (self.best is None or accuracy > self.best)
+        best = self.best
+        if accuracy is not None and (best is None or accuracy > best[1]):
+            best = done, accuracy
+        improved = best != self.best
         if at_save_point or improved:
             began = time.perf_counter()
             # However slow the disk is: collectives have short patience.
             self.ranks.on_first(self.checkpoints.wait)
             state = self.engine.state(done)
-            info = CheckpointInfo(done, self.recipe.model_dump(), self.manifest.hash, self.manifest.classes, accuracy)
+            manifest = self.manifest
+            info = CheckpointInfo(done, self.recipe.model_dump(), manifest.hash, manifest.classes, accuracy, best)
             if self.ranks.first:
                 self.checkpoints.save(state, info, best=improved)
             self.logger.log_checkpoint(done, time.perf_counter() - began)
-            self.best = accuracy if improved else self.best
+            self.best = best
 
     def stop(self, state: str, failure: str) -> None:
         """Take no further part: free the engine's memory, and leave the outcome in the folder.

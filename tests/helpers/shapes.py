@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,3 +62,36 @@ def write_parquet(
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, file, **options)
     return file
+
+
+def as_csv(rocks: Path, folder: Path) -> Path:
+    """A table beside the class folders; gives what ``--data`` is to name, as the next ones do."""
+    shutil.copytree(rocks, folder, dirs_exist_ok=True)
+    return write_table(folder / "labels.csv", photographs(rocks))
+
+
+def as_metadata(rocks: Path, folder: Path) -> Path:
+    """The same with Hugging Face's table."""
+    shutil.copytree(rocks, folder, dirs_exist_ok=True)
+    write_table(folder / "metadata.csv", photographs(rocks), ("file_name", "label"))
+    return folder
+
+
+def as_tar(rocks: Path, folder: Path) -> Path:
+    """Three shards."""
+    rows = photographs(rocks)
+    for index in range(3):
+        write_tar(folder / f"rocks-{index:03d}.tar", examples(rocks, rows[index::3]))
+    return folder
+
+
+def as_parquet(rocks: Path, folder: Path) -> Path:
+    """Two files with several row groups of several pages, whose labels are numbers."""
+    rows, names = photographs(rocks), ("marble", "basalt", "dolomite")
+    for index in range(2):
+        file = folder / f"data-{index:05d}-of-00002.parquet"
+        write_parquet(file, rocks, rows[index::2], names, row_group_size=20, data_page_size=20_000)
+    return folder
+
+
+SHAPES = {"csv": as_csv, "metadata": as_metadata, "tar": as_tar, "parquet": as_parquet}

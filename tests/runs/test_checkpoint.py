@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -71,20 +72,74 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert not (folder.folder / BEST).exists()
 
 
-def test_the_best_accuracy_is_read_without_tensors(tmp_path, monkeypatch):
-    with CheckpointFolder(tmp_path, keep=1) as folder:
-        assert folder.best_accuracy() is None and folder.best() is None
-        folder.save(state(2), info(2, accuracy=0.75), best=True)
+def evaluated(folder: CheckpointFolder, accuracies: dict[int, float | None]) -> None:
+    """Save a checkpoint of each step, as a run does that scores so."""
+    best = None
+    for step, accuracy in accuracies.items():
+        improved = accuracy is not None and (best is None or accuracy > best[1])
+        best = (step, accuracy) if accuracy is not None and improved else best
+        folder.save(state(step), info(step, accuracy=accuracy, best=best), best=improved)
+    folder.wait()
+
+
+def damage(path: Path, how: str) -> None:
+    """Spoil a file, but not another name of it."""
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[-1] ^= 1
+    path.unlink()
+    if how != "removed":
+        path.write_bytes({"truncated": data[:-9], "flipped": data}[how])
+
+
+def test_the_best_so_far_stands_in_every_checkpoint(tmp_path):
+    with CheckpointFolder(tmp_path, keep=3) as folder:
+        assert folder.best() is None
+        evaluated(folder, {1: None, 2: 0.75, 3: None, 4: 0.5})
     best = folder.best()
     assert best is not None and best.path == tmp_path / BEST and best.info.step == 2
+    assert [read_checkpoint(folder.path(step))[1].best for step in (2, 3, 4)] == [(2, 0.75)] * 3
 
-    def read(path: Path) -> None:
-        raise AssertionError("the tensors are read")
 
-    monkeypatch.setattr("fpcn_dist.runs.checkpoint.read_checkpoint", read)
-    assert folder.best_accuracy() == 0.75
-    (tmp_path / BEST).write_bytes((tmp_path / BEST).read_bytes()[:-9])
-    assert folder.best_accuracy() is None
+@pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
+def test_in_the_place_of_a_lost_best_comes_the_best_that_is_left(tmp_path, how):
+    warnings = []
+    with CheckpointFolder(tmp_path, keep=3, warn=warnings.append) as folder:
+        evaluated(folder, {1: 0.7, 2: 0.5, 3: 0.6, 4: None})
+    damage(tmp_path / BEST, how)
+    best = folder.best()
+    assert best is not None and best.info.step == 3 and read_checkpoint(tmp_path / BEST)[1].step == 3
+    (said,) = warnings
+    assert ("is missing" if how == "removed" else "is damaged") in said
+    assert "it was step 1 with 0.7000; the best that is left is step 3 with 0.6000" in said
+    assert path_of(folder.best()) == tmp_path / BEST and len(warnings) == 1  # it is whole again
+
+
+def test_a_lost_best_is_found_again_in_its_own_checkpoint(tmp_path):
+    with CheckpointFolder(tmp_path, keep=3, warn=lambda _: None) as folder:
+        evaluated(folder, {1: 0.5, 2: 0.7, 3: 0.6})
+    damage(tmp_path / BEST, "truncated")
+    best = folder.best()
+    assert best is not None and best.info.step == 2
+
+
+def test_a_best_of_which_nothing_is_left_is_said(tmp_path):
+    warnings = []
+    with CheckpointFolder(tmp_path, keep=1, warn=warnings.append) as folder:
+        evaluated(folder, {1: 0.7, 2: None})
+    damage(tmp_path / BEST, "truncated")
+    assert folder.best() is None
+    assert "it was step 1 with 0.7000; no other checkpoint was validated" in warnings[0]
+
+
+def test_checkpoints_are_kept_where_there_are_no_links(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with CheckpointFolder(tmp_path, keep=3) as folder:
+        evaluated(folder, {1: 0.5, 2: 0.7})
+    assert (tmp_path / BEST).read_bytes() == folder.path(2).read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text"])
@@ -123,7 +178,8 @@ def test_missing_and_foreign(tmp_path):
 
 def test_changed_recipes_are_refused_field_by_field(tmp_path):
     said = info()
-    harmless = {"name": "other", "engine": {"name": "deepspeed"}, "train": {"micro_batches": 2, "log_every": 1}}
+    cadence = {"log_every": 1, "eval_every": 2, "checkpoint_every": 5, "keep_checkpoints": 1}
+    harmless = {"name": "other", "engine": {"name": "deepspeed"}, "train": {"micro_batches": 2} | cadence}
     harmless["data"] = {"backend": "torchvision"}
     require_same_recipe(Recipe.model_validate(harmless), said, tmp_path)
     with pytest.raises(UserError, match=r"of another recipe: optim.lr 0.01 -> 0.5"):
@@ -253,5 +309,16 @@ folder.wait()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     folder = CheckpointFolder(tmp_path, keep=3)
-    assert path_of(folder.newest()) == folder.path(1) and folder.best_accuracy() is None
+    assert path_of(folder.newest()) == folder.path(1)
     assert read_checkpoint(tmp_path / BEST)[1].step == 1
+
+
+def test_a_run_grows_by_extend_alone(tmp_path):
+    said = info()
+    longer = Recipe.model_validate({"train": {"epochs": 200}})
+    with pytest.raises(UserError, match=r"of another recipe: train.epochs 100 -> 200; add --extend"):
+        require_same_recipe(longer, said, tmp_path)
+    require_same_recipe(longer, said, tmp_path, extend=True)
+    for changed in ({"train": {"epochs": 50}}, {"train": {"epochs": 200}, "optim": {"lr": 0.5}}):
+        with pytest.raises(UserError, match="use the recipe that the run started with"):
+            require_same_recipe(Recipe.model_validate(changed), said, tmp_path, extend=True)

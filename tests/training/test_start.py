@@ -14,7 +14,7 @@ from fpcn_dist.runs.checkpoint import CheckpointFolder, CheckpointInfo, Training
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.ranks import connect
 from fpcn_dist.training.loop import train
-from fpcn_dist.training.start import open_run, prepare_data
+from fpcn_dist.training.start import begin_run, prepare_data, settle_start
 from tests.helpers.distilling import ALONE, recipe
 from tests.helpers.forked import start_ranks
 from tests.helpers.launching import free_port, losses
@@ -55,16 +55,20 @@ def start_on_a_rank(rank: int, port: int, folder: Path, data: Path) -> None:
     with connect() as ranks:
         manifest = prepare_data(data, recipe("classify"), ranks)
         assert manifest == build_manifest(data.resolve(), recipe("classify").data, 0)
-        start = open_run(RunFolder(folder), recipe("classify"), manifest, ranks, "auto")
-        assert start.state is not None and start.step == start.state.step == 2 and start.best == 0.75
-        assert start.state.weights["w"].item() == 2 and read == [["weights/w"]]
+        start = settle_start(RunFolder(folder), recipe("classify"), manifest, ranks)
+        assert start.state is not None and start.step == start.state.step == 2 and start.best == (1, 0.75)
+        # The first looks at the best, too, which is damaged unnoticed otherwise.
+        assert start.state.weights["w"].item() == 2 and read == [["weights/w"]] * (2 if rank == 0 else 1)
 
 
 def test_each_rank_reads_one_checkpoint_once(tmp_path, rocks):
     chosen = recipe("classify")
     manifest = prepare_data(rocks, chosen, ALONE)
     run = RunFolder(tmp_path / "run")
-    assert open_run(run, chosen, manifest, ALONE, "auto").state is None
+    start = settle_start(run, chosen, manifest, ALONE)
+    assert start.state is None and not run.path.exists()
+    run.create()
+    begin_run(run, start, manifest, ALONE)
     with CheckpointFolder(run.checkpoints, keep=3) as checkpoints:
         for step, accuracy in ((1, 0.75), (2, None), (3, None)):
             info = CheckpointInfo(step, chosen.model_dump(), manifest.hash, manifest.classes, accuracy)

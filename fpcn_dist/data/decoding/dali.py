@@ -178,7 +178,8 @@ class Read(NamedTuple):
 def read_ahead(requests: Iterator[BatchRequest], config: DataConfig, threads: int) -> Iterator[Read]:
     """Requests with their bytes, which threads read while the batches before them are decoded and used."""
     ahead: deque[tuple[list[Future[tuple[NDArray[np.uint8], int]]], Views]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="reading") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reading")
+    try:
         for request in itertools.chain(requests, [None] * BATCHES_IN_FLIGHT):
             if request is not None:
                 ahead.append(([pool.submit(_read, blob, config) for blob in request.blobs], request.views))
@@ -186,6 +187,10 @@ def read_ahead(requests: Iterator[BatchRequest], config: DataConfig, threads: in
                 parts, views = ahead.popleft()
                 encoded, orientations = zip(*(part.result() for part in parts), strict=True)
                 yield Read(list(encoded), np.array(orientations, dtype=np.int32), views)
+    finally:
+        # An abandoned pipeline is collected at any time, in a thread that is just being started, too, where to wait
+        # for another thread is to wait for ever.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(blob: Blob, config: DataConfig) -> tuple[NDArray[np.uint8], int]:

@@ -36,6 +36,7 @@ from fpcn_dist.runs.checkpoint import (
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import read_metrics
 from fpcn_dist.runtime.errors import Outage, UserError
+from fpcn_dist.runtime.files import link_or_copy
 from fpcn_dist.runtime.ranks import own_device, use_threads
 from fpcn_dist.studies.cluster.ranks import Rendezvous, describe_rank, join, write_output_to
 from fpcn_dist.studies.search.plan import Plan, number_of, run_folders
@@ -214,7 +215,7 @@ class _Reporter:
         (run,) = self._runs
         with tempfile.TemporaryDirectory(dir=run) as folder:
             path = _when_written(CheckpointFolder(run / "checkpoints", keep=1).path(lines[0][-1]["step"]))
-            os.link(path, Path(folder) / path.name)
+            link_or_copy(path, Path(folder) / path.name)
             tune.report(values, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -253,4 +254,4 @@ def _take_over(recipes: dict[Path, Recipe]) -> None:
     own.clear()
     own.folder.mkdir(parents=True, exist_ok=True)
     settled = recipe.with_preprocessing(info.preprocessing)
-    write_checkpoint(own.path(info.step), state, replace(info, recipe=settled.model_dump(), accuracy=None))
+    write_checkpoint(own.path(info.step), state, replace(info, recipe=settled.model_dump(), accuracy=None, best=None))

@@ -307,7 +307,7 @@ def test_identical_files_are_dropped(folder: Path) -> None:
 
 
 def test_identical_files_stop_the_run_where_asked(folder: Path) -> None:
-    with pytest.raises(UserError, match="identical files in two classes or more.*; identical files in two splits or"):
+    with pytest.raises(UserError, match=r"identical files in two classes or more.*; identical files in two splits or"):
         build_manifest(_copies(folder), CONFIG.changed(on_duplicate="fail"), seed=0)
     shutil.rmtree(folder / "test")
     shutil.rmtree(folder / "train" / "dolomite")

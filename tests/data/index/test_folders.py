@@ -108,5 +108,5 @@ def test_files_and_folders_to_predict(folder: Path) -> None:
     assert [path.name for path in find_files([folder / "predictions" / "overlays"])] == ["1.png"]
     shutil.rmtree(folder / "b")
     (folder / "b").mkdir()
-    with pytest.raises(UserError, match="holds no images; images end in .avif, .bmp"):
+    with pytest.raises(UserError, match=r"holds no images; images end in \.avif, \.bmp"):
         find_files([folder / "b"])

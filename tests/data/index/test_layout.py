@@ -88,8 +88,8 @@ def test_training_and_testing_alone() -> None:
         ({"train": 9}, "train/ holds 9 image(s) and no class folders; sort them into train/<class>/"),
         (
             FLAT | {"train": 9},
-            "train/ holds 9 image(s) and no class folders; beside basalt/, dolomite/, marble/ it may be a class of that "
-            "name, or the training images; if it is a class, put the folders of all classes into train/<class>/",
+            "train/ holds 9 image(s) and no class folders; beside basalt/, dolomite/, marble/ it may be a class of "
+            "that name, or the training images; if it is a class, put the folders of all classes into train/<class>/",
         ),
         (
             FLAT | {"train/steam": 9, "train/diesel": 9},

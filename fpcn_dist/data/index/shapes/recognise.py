@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from fpcn_dist.data.index import layout
-from fpcn_dist.data.index.folders import find_images
+from fpcn_dist.data.index.folders import is_image, list_folder
 from fpcn_dist.data.index.layout import Found
 from fpcn_dist.data.index.shapes import parquet, remote, table, tar
 from fpcn_dist.data.index.shapes.found import checked
+from fpcn_dist.data.index.strangers import find_strangers, is_inside
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.address import Address, RemoteFolder
 from fpcn_dist.runtime.errors import UserError
@@ -47,7 +47,7 @@ def recognise(data: Address, columns: ColumnsConfig) -> Shape:
     if isinstance(data, RemoteFolder):
         return Shape("a remote folder of images", lambda: remote.find(data))
     if data.is_dir():
-        return _of_folder(data, columns) or Shape("a folder of images", lambda: layout.find(data))
+        return _of_folder(data, columns)
     files = list(map(Path, tar.expand(str(data)))) if "{" in data.name else [data]
     suffix = files[0].suffix.lower()
     if suffix in table.SUFFIXES and len(files) == 1 and data.exists():
@@ -58,40 +58,25 @@ def recognise(data: Address, columns: ColumnsConfig) -> Shape:
     return Shape("a folder of images", lambda: layout.find(data))
 
 
-def _of_folder(data: Path, columns: ColumnsConfig) -> Shape | None:
-    """The shape of a folder, unless it is one of images."""
+def _of_folder(data: Path, columns: ColumnsConfig) -> Shape:
+    listing = list_folder(data)
+    images = Shape("a folder of images", lambda: layout.arrange(listing, data))
+    if listing.unreadable:
+        return images  # whose search says what cannot be read
+    strangers = find_strangers(listing.folders, is_image)
+    own = {folder: names for folder, names in listing.folders.items() if not is_inside(folder, strangers)}
+    has_classes = sum(any(map(is_image, names)) for folder, names in own.items() if folder) > 1
     tables = table.find_metadata(data)
-    if tables and (table.has_labels(tables[0], columns) or not _has_classes(data)):
+    if tables and (table.has_labels(tables[0], columns) or not has_classes):
         return _table(data, data, tables, columns)
-    if _has_classes(data):
-        return None
-    below = sorted(_files_below(data, _DEPTH))
-    for suffix in (".tar", ".parquet"):
-        if files := [file for file in below if file.suffix.lower() == suffix]:
-            return _files(data, data, files, columns)
-    _refuse_compressed(data, below)
-    return None
-
-
-def _has_classes(data: Path) -> bool:
-    """Whether images lie in two or more folders below the data folder; seldom more than a few are looked at."""
-    places = {data}
-    for folder in sorted(path for path in data.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        for image in find_images(folder):
-            places.add(image.parent)
-            if len(places) > 2:
-                return True
-    return False
-
-
-def _files_below(folder: Path, depth: int) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        if not entry.name.startswith("."):
-            if entry.is_dir():
-                if depth:
-                    yield from _files_below(Path(entry), depth - 1)
-            else:
-                yield Path(entry)
+    if not has_classes:
+        near = {folder: names for folder, names in own.items() if len(Path(folder).parts) <= _DEPTH}
+        below = sorted(data / folder / name for folder in near for name in near[folder] if not name.startswith("."))
+        for suffix in (".tar", ".parquet"):
+            if files := [file for file in below if file.suffix.lower() == suffix]:
+                return _files(data, data, files, columns)
+        _refuse_compressed(data, below)
+    return images
 
 
 def _table(root: Path, data: Path, files: list[Path], columns: ColumnsConfig) -> Shape:

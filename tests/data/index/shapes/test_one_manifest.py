@@ -18,38 +18,9 @@ from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.recipe.schema import DataConfig
-from tests.helpers.shapes import examples, photographs, write_parquet, write_table, write_tar
+from tests.helpers.shapes import SHAPES, as_parquet, as_tar, examples, photographs, write_parquet, write_tar
 
 CONFIG = DataConfig(images_per_class=2, classes_per_batch=None, resize=40, crop=32, threads=1)
-
-
-def _csv(rocks: Path, folder: Path) -> Path:
-    shutil.copytree(rocks, folder, dirs_exist_ok=True)
-    return write_table(folder / "labels.csv", photographs(rocks))
-
-
-def _metadata(rocks: Path, folder: Path) -> Path:
-    shutil.copytree(rocks, folder, dirs_exist_ok=True)
-    write_table(folder / "metadata.csv", photographs(rocks), ("file_name", "label"))
-    return folder
-
-
-def _tar(rocks: Path, folder: Path) -> Path:
-    rows = photographs(rocks)
-    for index in range(3):
-        write_tar(folder / f"rocks-{index:03d}.tar", examples(rocks, rows[index::3]))
-    return folder
-
-
-def _parquet(rocks: Path, folder: Path) -> Path:
-    rows, names = photographs(rocks), ("marble", "basalt", "dolomite")
-    for index in range(2):
-        file = folder / f"data-{index:05d}-of-00002.parquet"
-        write_parquet(file, rocks, rows[index::2], names, row_group_size=20, data_page_size=20_000)
-    return folder
-
-
-SHAPES = {"csv": _csv, "metadata": _metadata, "tar": _tar, "parquet": _parquet}
 
 
 @pytest.fixture(params=SHAPES)
@@ -110,7 +81,7 @@ def test_evaluation_reads_all_images_of_a_shape(data: Path) -> None:
     assert torch.cat([batch.image_ids for batch in loader]).tolist() == manifest.ids("train").tolist()
 
 
-@pytest.mark.parametrize("make", [_tar, _parquet])
+@pytest.mark.parametrize("make", [as_tar, as_parquet])
 def test_splits_of_file_names_are_those_of_folders(make, rocks: Path, tmp_path: Path) -> None:
     """``train/basalt/0000.jpg`` in a folder is called so in train/*.tar and in train-*.parquet, too."""
     splits = {"train": slice(0, None, 2), "validation": slice(1, None, 4), "test": slice(3, None, 4)}
@@ -120,7 +91,7 @@ def test_splits_of_file_names_are_those_of_folders(make, rocks: Path, tmp_path: 
         for path, _ in rows[part]:
             (folder / called / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(rocks / path, folder / called / path)
-        if make is _tar:
+        if make is as_tar:
             write_tar(data / split / "0.tar", examples(rocks, rows[part]))
         else:
             write_parquet(data / "data" / f"{split}-00000-of-00001.parquet", rocks, rows[part])
@@ -128,7 +99,7 @@ def test_splits_of_file_names_are_those_of_folders(make, rocks: Path, tmp_path: 
 
 
 def test_a_changed_shard_is_indexed_and_checked_again(rocks: Path, tmp_path: Path) -> None:
-    data, rows = _tar(rocks, tmp_path), photographs(rocks)
+    data, rows = as_tar(rocks, tmp_path), photographs(rocks)
     before = build_manifest(data, CONFIG, 0)
     shard = data / "rocks-000.tar"
     write_tar(shard, examples(rocks, rows[0::3])[:-2])

@@ -128,7 +128,7 @@ IMAGE = pa.array([{"bytes": b"x", "path": "x.jpg"}], IMAGES)
         (_table({"image": IMAGE, "x": ["y"]}), "a.parquet: it has no column label; its columns are image, x; name the"),
         (
             _table({"image": IMAGE, "mask": IMAGE, "label": ["y"]}),
-            "it has 2 columns of images (image, mask); its columns are image, mask, label; name one in data.columns.ima",
+            "it has 2 columns of images (image, mask); its columns are image, mask, label; name one in data.col",
         ),
         (
             _table({"image": IMAGE, "label": [["y"]]}),
