@@ -51,8 +51,8 @@ class Image(NamedTuple):
         image = cls(*values)
         if image.place is None:
             return image
-        *piece, packed = image.place
-        return image._replace(place=Blob(*piece, packed and Packed(*packed)))
+        path, offset, size, name, packed = image.place[:5]
+        return image._replace(place=Blob(path, offset, size, name, packed and Packed(*packed)))
 
 
 def folder_of(data: str) -> str:

@@ -153,8 +153,8 @@ def _outage(url: str, error: Exception, attempts: int) -> Outage:
 def _status(error: Exception) -> int | None:
     """The HTTP status that an error of any package carries, if it does."""
     response = getattr(error, "response", None)
-    found = [getattr(error, name, None) for name in ("status", "code")] + [getattr(response, "status_code", None)]
-    return next((int(status) for status in found if str(status).isdigit()), None)
+    found = [str(getattr(error, name, "")) for name in ("status", "code")] + [str(getattr(response, "status_code", ""))]
+    return next((int(status) for status in found if status.isdigit()), None)
 
 
 def _in_short(error: Exception) -> str:
