@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from fpcn_dist.data.index.shapes.remote import as_listing
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.data.remote.reading import reader
 from fpcn_dist.data.synthetic import generate
+from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.address import RemoteFolder, address
 from fpcn_dist.runtime.errors import Outage, UserError
+from tests.helpers.backends import BACKENDS
 from tests.helpers.objects import FaultyStore
 
 CPU = torch.device("cpu")
@@ -74,6 +77,20 @@ def _same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x.images, y.images) and torch.equal(x.image_ids, y.image_ids) for x, y in zip(a, b, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class _Args:
+    """A command."""
+
+    data: command_line.Data
+    other: command_line.Data | None = None
+
+
+def test_command_lines_take_paths_and_urls(tmp_path: Path) -> None:
+    args = command_line.parse(_Args, ["--data", "s3://bucket//photos/", "--other", str(tmp_path)])
+    assert args == _Args(RemoteFolder("s3://bucket//photos"), tmp_path)
+    assert command_line.parse(_Args, ["--data", "photos/"]) == _Args(Path("photos"))
 
 
 def test_addresses_keep_the_slashes_of_a_url(tmp_path: Path) -> None:
@@ -148,11 +165,12 @@ def test_a_connection_that_comes_back_changes_nothing(manifest: Manifest, own_ca
     assert _same(_take(_train(manifest), 3), expected)
 
 
-def test_a_lost_connection_ends_the_training_with_the_url(manifest: Manifest, own_cache: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lost_connection_ends_the_training_with_the_url(manifest: Manifest, own_cache: Path, backend: str) -> None:
     _forget(own_cache)
     FaultyStore.always = LOST
     with pytest.raises(Outage, match=r"--data faulty://bucket/photographs/.*cannot be reached.*same command"):
-        _take(_train(manifest), 1)
+        _take(_train(manifest, CONFIG.changed(backend=backend)), 1)
     with pytest.raises(Outage, match=r"--data faulty://bucket/photographs/"):
         list(_evaluate(manifest))
 
