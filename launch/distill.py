@@ -16,7 +16,7 @@ class Args:
 
     teacher: Path
     """Run folder of the teacher, or any folder with its model.safetensors and config.json."""
-    data: Path
+    data: command_line.Data
     """Image folder, as for train.py; classes and split must be those of the teacher."""
     recipe: Path
     """Recipe of a student (launch/recipes/distill*.yaml). Every field can be overridden below."""

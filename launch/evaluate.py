@@ -24,7 +24,7 @@ class Args:
     split: Literal["train", "val", "test", "all"] | None = None
     """Images to evaluate; default: test where there are some, else val. all: every image of --data, which are others
     than the run's; their folders are named as the model's classes."""
-    data: Path | None = None
+    data: command_line.Data | None = None
     """The image folder, if it has moved since the training; or that of other images."""
     together: bool = False
     """Share the images among all processes that srun or mpirun started, of which otherwise the first works alone. Those

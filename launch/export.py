@@ -25,7 +25,7 @@ class Args:
     """With onnx: also model-int8.onnx, about a quarter of the size, calibrated on training images."""
     output: Path | None = None
     """Folder to write; default: RUN."""
-    data: Path | None = None
+    data: command_line.Data | None = None
     """The image folder, if it has moved since the training."""
 
 

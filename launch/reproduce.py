@@ -21,7 +21,7 @@ class Args:
     Prints what it will take and asks before it begins. Killed, it goes on when the same command is given again.
     """
 
-    data: Path
+    data: command_line.Data
     """Image folder, as for train.py."""
     overrides: command_line.Overrides
     scale: Literal["tiny", "paper"] = "tiny"

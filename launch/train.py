@@ -15,9 +15,9 @@ class Args:
 
     recipe: Path
     """Recipe file; launch/recipes/ has some. Every field can be overridden below."""
-    data: Path
+    data: command_line.Data
     """Image folder, with or without train/, val/ and test/ above the class folders; or a table, Parquet files or tar
-    shards (docs/data.md)."""
+    shards; or the URL of a remote folder (docs/data.md)."""
     overrides: command_line.Overrides
     output: Path | None = None
     """Run folder; default: runs/<recipe name>-<data folder name>. The same command resumes what is in it."""

@@ -41,6 +41,7 @@ _ELSEWHERE = (
 )
 _ELSEWHERE += ("huggingface_hub", "pyarrow", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
 _ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging", "sklearn")
+_ELSEWHERE += ("fsspec", "s3fs", "moto", "werkzeug")
 
 
 _TIMEOUTS = importlib.util.find_spec("pytest_timeout") is not None

@@ -18,7 +18,7 @@ class Args:
     recipe: Path
     """Recipe of the teacher or, with --stage student, of a student. Every field can be overridden below; search.space
     names more fields to search."""
-    data: Path
+    data: command_line.Data
     """Image folder, as for train.py."""
     stage: Literal["teacher", "student", "joint"]
     """teacher: lambda and the pairs; student: T and alpha, for --distill.teacher RUN; joint: both at once."""

@@ -7,7 +7,12 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from fpcn_dist.runtime.address import is_url
+
+if TYPE_CHECKING:
+    from fpcn_dist.data.remote.reading import Piece
 
 _KEPT = 128 << 20
 """Bytes of unpacked pages that a process keeps: neighbours, which are often wanted next, need no second unpacking."""
@@ -74,17 +79,32 @@ class _Pages:
 _PAGES = _Pages()
 
 
+class Stored(NamedTuple):
+    """What is known of an object of a remote folder before it is read.
+
+    Attributes:
+        size: bytes.
+        version: what its store lists of it, and changes with it; empty where it was not listed.
+        digest: SHA-256 that it must have, in hexadecimal; empty where it was not checked yet.
+    """
+
+    size: int
+    version: str = ""
+    digest: str = ""
+
+
 class Blob(NamedTuple):
     """The bytes of one image: a whole file, a part of one, or a part of a compressed part.
 
     It is small, and processes may hand it to each other.
 
     Attributes:
-        path: the file.
+        path: the file, or the URL of an object.
         offset: where the image, or the compressed part that holds it, begins in the file.
         size: bytes of these; ``None``: to the end of the file.
         name: what messages call it; the path where empty.
         packed: how to get the image out of a compressed part; ``None`` where nothing is compressed.
+        stored: what is known of a remote object; ``None`` for what lies on this machine.
     """
 
     path: str
@@ -92,6 +112,7 @@ class Blob(NamedTuple):
     size: int | None = None
     name: str = ""
     packed: Packed | None = None
+    stored: Stored | None = None
 
     @classmethod
     def of_files(cls, paths: Iterable[str | os.PathLike[str]]) -> list[Blob]:
@@ -118,20 +139,38 @@ class Blob(NamedTuple):
     @property
     def key(self) -> str:
         """What tells it from all other blobs on this machine: its absolute path, and where it lies in the file."""
-        path = os.path.abspath(self.path)
+        path = self.path if self.is_remote else os.path.abspath(self.path)
         if self.size is None:
             return path
         return f"{path}:{self.offset}+{self.size}" + (f":{self.packed.start}" if self.packed else "")
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is an object of a store, and not a file of this machine."""
+        return is_url(self.path)
+
+    @property
+    def piece(self) -> Piece:
+        """What is fetched of a remote object."""
+        from fpcn_dist.data.remote.reading import Piece
+
+        _, version, digest = self.stored or Stored(0)
+        return Piece(self.path, self.offset, self.size, version, digest)
+
     def read(self) -> bytes:
-        """The bytes of the image.
+        """The bytes of the image; those of a remote object through the cache of this machine.
 
         Raises:
             OSError: the file cannot be read, is no regular file (a pipe would be waited for without end), is too
-                short, or is damaged.
+                short, or is damaged; or an object is gone, or has changed since it was checked.
+            UserError: a remote object cannot be read for a reason that is not its own.
         """
         if self.packed is not None:
             return _PAGES.get(self, self.packed)[self.packed.start : self.packed.start + self.packed.length]
+        if self.is_remote:
+            from fpcn_dist.data.remote.reading import reader
+
+            return reader().read(self.piece)
         # Opening a pipe waits for its other end, unless this flag is set; regular files do not heed it.
         with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -143,8 +182,9 @@ class Blob(NamedTuple):
         return data
 
 
-FileState = tuple[int, int]
-"""Size and modification time: what must not have changed for what is known about a file to hold."""
+FileState = tuple[int, int | str]
+"""Size and modification time, or the version of a remote object: what must not have changed for what is known about it
+to hold."""
 
 
 def file_state(path: str | os.PathLike[str]) -> FileState | None:

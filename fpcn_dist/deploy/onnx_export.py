@@ -36,6 +36,7 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.other_images import require_same_images
 from fpcn_dist.runs.report.overlay import to_pixels
+from fpcn_dist.runtime.address import Address, is_url
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
 from fpcn_dist.runtime.terminal import Terminal
@@ -79,7 +80,7 @@ def export_onnx(
     *,
     int8: bool = False,
     output: Path | None = None,
-    data: Path | None = None,
+    data: Address | None = None,
     console: Console | None = None,
 ) -> list[Path]:
     """Write model.onnx, and model-int8.onnx if asked for; print parity, sizes and accuracies.
@@ -127,7 +128,19 @@ def export_onnx(
     return written
 
 
-def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | None:
+def _missing(manifest: Manifest) -> str | None:
+    """The path of an image that is not there; of a remote folder, only the first one is looked at."""
+    if is_url(manifest.root):
+        try:
+            manifest.blob(0).read()
+        except (OSError, UserError):
+            return manifest.images[0].path
+        return None
+    files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
+    return next((path for file, path in files.items() if not Path(file).is_file()), None)
+
+
+def _manifest(run_dir: Path, data: Address | None, *, needed: bool) -> Manifest | None:
     """The manifest of a run whose photographs are all there, else ``None`` where they are not needed."""
     run = RunFolder(run_dir)
     if not (run.recipe.is_file() and run.manifest.is_file()):
@@ -139,8 +152,7 @@ def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | N
     _, manifest = run.open()
     if data is not None:
         manifest = dataclasses.replace(manifest, root=str(data.resolve()))
-    files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
-    missing = next((path for file, path in files.items() if not Path(file).is_file()), None)
+    missing = _missing(manifest)
     if missing is None:
         if data is not None:
             ids = range(len(manifest.images))

@@ -18,7 +18,7 @@ Fit = Literal["squeeze", "pad", "short_side"]
 _NOT_PIXELS = {
     *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class", "class_weights"),
     *("val_fraction", "test_fraction", "split_seed", "columns", "on_bad_image", "on_duplicate"),
-    *("max_pixels", "max_decoded_mib", "max_bad_images"),
+    *("max_pixels", "max_decoded_mib", "max_bad_images", "cache_gib"),
 }
 """Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
 
@@ -94,6 +94,9 @@ class DataConfig(Schema):
     batch is decoded in pieces, which changes no pixel. An image that is larger by itself is decoded alone."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """How many files may turn unreadable while the run is under way before it stops."""
+    cache_gib: Annotated[float, Field(ge=0.0)] = 10.0
+    """GiB of this machine's disk that copies of remote images may take, in the user's cache folder (XDG_CACHE_HOME); 0
+    keeps none. All processes share it, and what was used last is kept (docs/data.md)."""
     threads: PositiveInt | None = None
     """CPU threads per rank of the data pipeline and, without a GPU, of the network; null shares the machine's cores
     between its ranks."""

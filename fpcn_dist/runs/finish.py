@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -33,6 +32,7 @@ from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runs.report.run import build_report
 from fpcn_dist.runs.report.samples import FOLDER as SAMPLES
 from fpcn_dist.runs.report.samples import SampleCollector
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.names import file_stem, printable
 from fpcn_dist.runtime.ranks import Ranks
@@ -90,7 +90,7 @@ def evaluate_run(
     ranks: Ranks,
     *,
     split: str | None = None,
-    data: Path | None = None,
+    data: Address | None = None,
     checkpoint: str | None = None,
     step: int | None = None,
     frozen: Frozen = lambda model, _: model,
@@ -172,7 +172,9 @@ def _show(title: str, evaluation: Evaluation) -> Terminal:
     return console
 
 
-def evaluate_others(run: RunFolder, ranks: Ranks, data: Path, *, frozen: Frozen = lambda model, _: model) -> Evaluation:
+def evaluate_others(
+    run: RunFolder, ranks: Ranks, data: Address, *, frozen: Frozen = lambda model, _: model
+) -> Evaluation:
     """Evaluate the exported model of a run on all labelled images of another folder. Collective.
 
     Writes evaluation-NAME.json beside the run's own evaluation, which stays as it is, as do model card and report.
@@ -214,7 +216,7 @@ def evaluate_others(run: RunFolder, ranks: Ranks, data: Path, *, frozen: Frozen 
 
 def _write_others(run: RunFolder, evaluation: Evaluation, others: OtherImages) -> None:
     data = evaluation.data or ""
-    name = f"evaluation-{file_stem(Path(data).name)}.json"
+    name = f"evaluation-{file_stem(data.name)}.json"
     there = Evaluation.load(run.path, name)
     if there is not None and there.data != data:  # another folder of the same name
         name = f"{name.removesuffix('.json')}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:12]}.json"

@@ -6,7 +6,6 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.names import first_few, printable
@@ -79,7 +79,7 @@ class OtherImages(NamedTuple):
     trained_on: int
 
 
-def find_others(data: Path, recipe: Recipe) -> Manifest:
+def find_others(data: Address, recipe: Recipe) -> Manifest:
     """All images of a data folder, whatever their split; prints what there is to know about them.
 
     Raises:

@@ -28,6 +28,11 @@ _REFUSED = {
 """How file systems say that a folder is nothing that they synchronise, rather than that a disk has failed."""
 
 
+def cache_home() -> Path:
+    """The folder of this package in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpcn-dist"
+
+
 def make_folder(path: Path) -> None:
     """Make an output folder, with all above it; one that is there already is left as it is.
 

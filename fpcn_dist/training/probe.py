@@ -31,6 +31,7 @@ from fpcn_dist.runs.probe import (
     score_folds,
     score_split,
 )
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.ranks import use_threads
@@ -102,7 +103,7 @@ def probe_backbone(
 
 
 def probe_folder(
-    recipe: Recipe, data: Path, device: torch.device, *, folds: int = 0, output: Path | None = None
+    recipe: Recipe, data: Address, device: torch.device, *, folds: int = 0, output: Path | None = None
 ) -> Probe:
     """Probe the backbone that a recipe names, print a table, and write probe.json to ``output`` where that is given.
 

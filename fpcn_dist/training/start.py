@@ -27,6 +27,7 @@ from fpcn_dist.runs.checkpoint import (
 )
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import METRICS_FILE
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import link_or_copy
 from fpcn_dist.runtime.names import printable
@@ -59,7 +60,7 @@ class Start:
     writing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def prepare_data(data: Path | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
+def prepare_data(data: Address | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
     """Check the images unless that was done, and give the manifest to every rank. Collective.
 
     Raises:

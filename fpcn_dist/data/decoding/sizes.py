@@ -45,7 +45,9 @@ def decoded_bytes(blob: Blob) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(blob.path if blob.size is None else io.BytesIO(blob.read())) as image:
+            with Image.open(
+                blob.path if blob.size is None and not blob.is_remote else io.BytesIO(blob.read())
+            ) as image:
                 return _CHANNELS * image.width * image.height
     except Exception:  # Pillow raises whatever its parsers stumble over
         return None

@@ -18,9 +18,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.blob import Blob, Stored
 from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
 from fpcn_dist.data.index.images import Refused
 from fpcn_dist.data.index.notices import Notice, listed
@@ -58,11 +59,13 @@ class Found(NamedTuple):
         candidates: what should be images.
         notices: what a user should know about the others.
         refused: images that cannot be used, as is known already.
+        stored: what a remote folder lists of its objects, by their path.
     """
 
     candidates: list[Candidate]
     notices: Sequence[Notice] = ()
     refused: Sequence[Refused] = ()
+    stored: Mapping[str, Stored] = MappingProxyType({})
 
 
 def find(root: Path) -> Found:

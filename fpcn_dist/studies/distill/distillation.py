@@ -20,6 +20,7 @@ from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.model_folder import WEIGHTS, load_model
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
@@ -44,7 +45,7 @@ from fpcn_dist.training.soft_labels.teacher import open_teacher, weights_sha256
 
 def distill(
     recipe: Recipe,
-    data: Path,
+    data: Address,
     output: Path,
     *,
     students: Sequence[str],

@@ -20,6 +20,7 @@ from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
@@ -59,7 +60,7 @@ class ReproductionRequest:
 
 
 def reproduce(
-    request: ReproductionRequest, data: Path, output: Path, *, address: str | None = None, yes: bool = False
+    request: ReproductionRequest, data: Address, output: Path, *, address: str | None = None, yes: bool = False
 ) -> None:
     """Train and measure all that the sections need; leave run folders, results and a report in ``output``.
 
@@ -210,7 +211,7 @@ def _estimate(
     return Estimate(seconds, slots.count)
 
 
-def _distill(grid: Grid, students: Sequence[str], data: Path, output: Path, address: str | None) -> dict[str, str]:
+def _distill(grid: Grid, students: Sequence[str], data: Address, output: Path, address: str | None) -> dict[str, str]:
     """Table 4: the students of each seed's FPCN, and their baselines; what went wrong, by seed."""
     failures = {}
     for seed in grid.seeds:
