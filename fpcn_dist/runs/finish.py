@@ -216,7 +216,7 @@ def evaluate_others(
 
 def _write_others(run: RunFolder, evaluation: Evaluation, others: OtherImages) -> None:
     data = evaluation.data or ""
-    name = f"evaluation-{file_stem(data.name)}.json"
+    name = f"evaluation-{file_stem(PurePath(data).name)}.json"
     there = Evaluation.load(run.path, name)
     if there is not None and there.data != data:  # another folder of the same name
         name = f"{name.removesuffix('.json')}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:12]}.json"
