@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from fpcn_dist.runs.finish import evaluate_run
@@ -29,8 +27,7 @@ def test_it_finishes_with_the_last_weights_and_a_report(tmp_path, rocks, capsys)
     looked_at = []
     evaluate_run(run, ALONE, split="train", frozen=lambda model, images: looked_at.append(images) or model)
     assert (run.path / "evaluation.json").exists() and looked_at == [72]
-    shutil.rmtree(run.checkpoints)
-    train(chosen, rocks, run.path, ALONE)  # other weights, for all that is known
+    train(chosen, rocks, run.path, ALONE, resume="never")  # other weights, for all that is known
     assert not (run.path / "evaluation.json").exists() and not (run.path / "samples").exists()
 
 
