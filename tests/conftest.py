@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fpcn_dist.runtime.collection import collect_seldom
+
 if not torch.cuda.is_available():
     from fpcn_kernels._interpreter import interpret
 
@@ -51,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    collect_seldom()
     if not _TIMEOUTS:
         config.addinivalue_line("markers", "timeout: read by pytest-timeout, where it is installed")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +14,9 @@ from fpcn_dist.runtime.address import is_url
 
 if TYPE_CHECKING:
     from fpcn_dist.data.remote.reading import Piece
+
+_KEPT = 128 << 20
+"""Bytes of unpacked pages that a process keeps: neighbours, which are often wanted next, need no second unpacking."""
 
 
 class Packed(NamedTuple):
@@ -30,7 +35,7 @@ class Packed(NamedTuple):
     length: int
 
     def unpack(self, data: bytes) -> bytes:
-        """The image.
+        """All that the piece holds.
 
         Raises:
             OSError: the piece is damaged, or pyarrow, which unpacks it, is not installed.
@@ -40,10 +45,39 @@ class Packed(NamedTuple):
         except ImportError:
             raise OSError(0, "pyarrow is not installed") from None
         try:
-            whole = pyarrow.decompress(data, self.unpacked, self.codec)
+            return pyarrow.decompress(data, self.unpacked, self.codec, asbytes=True)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise OSError(0, f"the page that holds it is damaged: {error}") from None
-        return memoryview(whole)[self.start : self.start + self.length].tobytes()
+
+
+class _Pages:
+    """The unpacked pages that were used last."""
+
+    def __init__(self) -> None:
+        self._pages: OrderedDict[tuple[str, int, FileState | None], bytes] = OrderedDict()
+        self._size, self._lock = 0, threading.Lock()
+
+    def get(self, blob: Blob, packed: Packed) -> bytes:
+        """The page that holds an image; of a file that has changed, it is read again.
+
+        Raises:
+            OSError: it cannot be read or unpacked.
+        """
+        key = blob.path, blob.offset, file_state(blob.path)
+        with self._lock:
+            if key in self._pages:
+                self._pages.move_to_end(key)
+                return self._pages[key]
+        page = packed.unpack(blob._replace(packed=None).read())
+        with self._lock:
+            if key not in self._pages:
+                self._pages[key], self._size = page, self._size + len(page)
+            while self._size > _KEPT:
+                self._size -= len(self._pages.popitem(last=False)[1])
+        return page
+
+
+_PAGES = _Pages()
 
 
 class Stored(NamedTuple):
@@ -136,6 +170,8 @@ class Blob(NamedTuple):
             from fpcn_dist.data.remote.reading import reader
 
             return reader().read(self.piece)
+        if self.packed is not None:
+            return _PAGES.get(self, self.packed)[self.packed.start : self.packed.start + self.packed.length]
         # Opening a pipe waits for its other end, unless this flag is set; regular files do not heed it.
         with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -144,7 +180,7 @@ class Blob(NamedTuple):
             data = file.read(self.size)
         if self.size is not None and len(data) < self.size:
             raise OSError(0, f"ends {self.size - len(data)} bytes too early", self.path)
-        return self.packed.unpack(data) if self.packed else data
+        return data
 
 
 FileState = tuple[int, int | str]

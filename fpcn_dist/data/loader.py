@@ -19,6 +19,7 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
 from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import (
@@ -71,13 +72,14 @@ class _Plan(NamedTuple):
 
 def _faults(plans: Iterable[_Plan], config: DataConfig) -> dict[int, Replacement]:
     """Which of the images that are planned cannot be decoded now, by image id."""
-    blobs = {i: blob for plan in plans for i, blob in zip(plan.image_ids.tolist(), plan.blobs, strict=True)}
-    image_ids, found = list(blobs), {}
-    for index, check in check_blobs(list(blobs.values()), open_backend(config.backend).decoder, config.max_pixels):
-        if check.reason is not None:
-            i = image_ids[index]
-            found[i] = Replacement(i, str(blobs[i]), check.reason)
-    return dict(sorted(found.items()))
+    planned = {i: blob for plan in plans for i, blob in zip(plan.image_ids.tolist(), plan.blobs, strict=True)}
+    blobs = list(planned.values())
+    looked = dict(check_blobs(blobs, open_backend(config.backend).decoder, config.max_pixels))
+    checks = [looked[index] for index in range(len(blobs))]
+    if config.on_bad_image == "salvage":
+        checks, _ = salvage(blobs, checks, config.max_pixels)
+    found = zip(planned, blobs, checks, strict=True)
+    return {i: Replacement(i, str(blob), check.reason) for i, blob, check in found if check.reason is not None}
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.header import UnreadableError
+from fpcn_dist.data.decoding.photograph import examine
 from fpcn_dist.data.index.folders import find_images
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader
@@ -180,20 +182,16 @@ def _check_parity(
     Raises:
         UserError: too far.
     """
-    found, expected, from_files, levels, ties = [], [], [], 0, 0
+    found, expected, from_files, levels, ties, furthest = [], [], [], 0, 0, photographs.blobs[0]
     for batch in photographs.batches(info):
         logits, mask = map(torch.from_numpy, exported.run(batch.images.numpy()))
         reference, undecided = _reference(exportable, batch.images, mask, run_dir)
         ties += undecided
-        try:
-            files = [Path(photographs.blobs[index].path) for index in batch.image_ids.tolist()]
-            pixels = [exported.read(file) for file in files]
-        except ValueError as error:
-            raise UserError(
-                "image", run_dir, f"Pillow cannot read what training could: {error}", "convert it"
-            ) from None
-        for image, own in zip(batch.images, pixels, strict=True):
-            levels = max(levels, int(np.abs(to_pixels(image, info.preprocessing).astype(int) - own.astype(int)).max()))
+        blobs = [photographs.blobs[index] for index in batch.image_ids.tolist()]
+        pixels = [_read(exported, blob) for blob in blobs]
+        for blob, image, own in zip(blobs, batch.images, pixels, strict=True):
+            apart = int(np.abs(to_pixels(image, info.preprocessing).astype(int) - own.astype(int)).max())
+            levels, furthest = max((levels, furthest), (apart, blob), key=lambda pair: pair[0])
         found.append(logits)
         expected.append(reference)
         from_files.append(torch.from_numpy(exported.run(exported.normalise(pixels))[0]))
@@ -215,8 +213,16 @@ def _check_parity(
         reason += f", and {others} of {count} images get another class" if others else ""
         raise UserError("model", run_dir, reason, _OTHER_VERSIONS)
     if levels > _GREY_LEVELS:
-        reason = f"the images that Pillow and training's decoder make differ by {levels} grey levels"
-        raise UserError("model", run_dir, reason, _OTHER_VERSIONS)
+        header = examine(furthest.read(), info.preprocessing.max_pixels, salvage=True)
+        reason = f"of {header.form} with {header.mode}, Pillow and training's decoder make images that differ by "
+        raise UserError("image", furthest, f"{reason}{levels} grey levels", "convert it to PNG of 8 bits a channel")
+
+
+def _read(exported: onnx_predict.OnnxModel, blob: Blob) -> NDArray[np.uint8]:
+    try:
+        return exported.read(blob)
+    except UnreadableError as error:
+        raise UserError("image", blob, f"Pillow cannot read what training could: {error}", "convert it") from None
 
 
 def _reference(exportable: ExportableModel, images: Tensor, mask_Bhw: Tensor, run_dir: Path) -> tuple[Tensor, int]:

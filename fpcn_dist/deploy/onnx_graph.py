@@ -161,6 +161,7 @@ def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
         "resize": str(info.preprocessing.resize),
         "crop": str(info.preprocessing.crop),
         "fit": info.preprocessing.fit,
+        "on_bad_image": info.preprocessing.on_bad_image,
         "mean": json.dumps(shown.mean),
         "std": json.dumps(shown.std),
         "interpolation": shown.interpolation,

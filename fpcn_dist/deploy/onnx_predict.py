@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.header import UnreadableError
+from fpcn_dist.data.decoding.photograph import decode, examine
 from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.errors import UserError
@@ -31,15 +33,8 @@ FORMAT = 2
 1 knew no interpolation but the bilinear one."""
 INPUT, LOGITS, MASK = "image", "logits", "mask"
 """Input [B, 3, crop, crop] float32, normalised; outputs [B, K], and [B, h, w], which is 1 inside the region."""
-SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-        *(".gif", ".heic", ".heif", ".avif"),
-    }
-)
 MAX_PIXELS = 100_000_000
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _BATCH = 8
 _EXPORT = "export one with launch/export.py RUN --format onnx"
 
@@ -56,6 +51,7 @@ class OnnxModel:
         mean, std: of red, green and blue, for pixels in [0, 1].
         interpolation: filter of the resizing, one of :data:`INTERPOLATIONS`.
         fit: "squeeze" (to a square), "pad" (to a square that the long side fills) or "short_side".
+        on_bad_image: where "salvage", JPEGs that were cut short are shown.
         task: "contrast" (FPCN) or "classify" (the plain classifier).
     """
 
@@ -67,6 +63,7 @@ class OnnxModel:
     std: tuple[float, ...]
     interpolation: str
     fit: str
+    on_bad_image: str
     task: str
 
     def run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -74,9 +71,10 @@ class OnnxModel:
         logits, mask = self.session.run([LOGITS, MASK], {INPUT: images})
         return np.asarray(logits), np.asarray(mask)
 
-    def read(self, path: Path) -> NDArray[np.uint8]:
-        """Grey levels [crop, crop, 3] of an image file, cut as the network expects; see :func:`read_image`."""
-        return read_image(path, self.resize, self.crop, self.fit, self.interpolation)
+    def read(self, blob: Blob) -> NDArray[np.uint8]:
+        """Grey levels [crop, crop, 3] of an image, cut as the network expects; see :func:`read_image`."""
+        salvage = self.on_bad_image == "salvage"
+        return read_image(blob, self.resize, self.crop, self.fit, self.interpolation, salvage=salvage)
 
     def normalise(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """B images [crop, crop, 3] of grey levels to the network's input [B, 3, crop, crop]."""
@@ -139,6 +137,7 @@ def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
             _three(metadata["std"]),
             metadata.get("interpolation", "bilinear"),
             metadata.get("fit", "squeeze"),  # as before there was a choice
+            metadata.get("on_bad_image", "skip"),
             metadata["task"],
         )
         _check(model)
@@ -167,28 +166,20 @@ def _check(model: OnnxModel) -> None:
         raise ValueError(f"{len(model.classes)} class names do not fit the output {shapes[LOGITS]}")
 
 
-def read_image(path: Path, resize: int, crop: int, fit: str, interpolation: str) -> NDArray[np.uint8]:
+def read_image(
+    blob: Blob, resize: int, crop: int, fit: str, interpolation: str, *, salvage: bool = False
+) -> NDArray[np.uint8]:
     """Grey levels [crop, crop, 3] of the central crop, upright, as :mod:`fpcn_dist.data.decoding` cuts it.
 
     Raises:
-        ValueError: the file is no readable image; says why.
+        UnreadableError: the image is not shown; says why.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images and of oddities in files that it reads nevertheless.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                _check_size(image)
-                rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        known = "not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged"
-        raise ValueError("the file is empty" if empty else known) from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        strerror = getattr(error, "strerror", None)
-        detail = f"cannot be read ({strerror})" if strerror else f"the image data are damaged ({error})"
-        raise ValueError(detail) from None
-    framed = _fit(rgb, resize, fit, INTERPOLATIONS[interpolation])
+        data = blob.read()
+    except OSError as error:
+        raise UnreadableError(f"cannot be read ({error.strerror})") from None
+    image = Image.fromarray(decode(examine(data, MAX_PIXELS, salvage=salvage)))
+    framed = _fit(image, resize, fit, INTERPOLATIONS[interpolation])
     left, top = (round((side - crop) / 2) for side in framed.size)
     return np.asarray(framed.crop((left, top, left + crop, top + crop)))
 
@@ -207,27 +198,13 @@ def _fit(image: Image.Image, resize: int, fit: str, kernel: Image.Resampling) ->
     return frame
 
 
-def _check_size(image: Image.Image) -> None:
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        size = f"{image.width} x {image.height} = {pixels:,} pixels"
-        raise ValueError(f"its header announces {size}, more than {MAX_PIXELS:,}")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; transparency is dropped, and of 16 bits the upper 8 are kept (Pillow would clip them)."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) * 255 // 65535).astype(np.uint8))
-    return image.convert("RGB")
-
-
 def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction], list[tuple[Path, str]]]:
     """Predictions for the files that are images, in order, and the other files with the reason."""
     predictions, refused, batch = [], [], []
     for index, file in enumerate(files):
         try:
-            batch.append((file, model.read(file)))
-        except ValueError as error:
+            batch.append((file, model.read(Blob(str(file)))))
+        except UnreadableError as error:
             refused.append((file, str(error)))
         if batch and (len(batch) == _BATCH or index == len(files) - 1):
             predictions += _classify_batch(model, batch)

@@ -20,6 +20,7 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.data.index.images import Refused, check_images
 from fpcn_dist.data.index.notices import refusal_table
+from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
@@ -80,7 +81,10 @@ def predict(
 
 def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused]]:
     """Files that decode, and those that do not with the reason."""
-    checks = check_images(Blob.of_files(files), info.preprocessing.max_pixels, backend=info.preprocessing.backend)
+    blobs, config = Blob.of_files(files), info.preprocessing
+    checks = check_images(blobs, config.max_pixels, backend=config.backend)
+    if config.on_bad_image == "salvage":
+        checks, _ = salvage(blobs, checks, config.max_pixels)
     checked = list(zip(files, checks, strict=True))
     refused = [Refused(str(file), check.reason) for file, check in checked if check.reason is not None]
     return [file for file, check in checked if check.ok], refused

@@ -21,6 +21,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fpcn_dist.recipe.reading import explain, load_recipe
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.address import Address, address
+from fpcn_dist.runtime.collection import collect_seldom
 from fpcn_dist.runtime.errors import Preempted, UserError
 from fpcn_dist.runtime.launchers import told
 from fpcn_dist.runtime.output import quiet_without_reader
@@ -108,6 +109,7 @@ def run(main: Callable[[], None]) -> None:
     A rank that lost its peers leaves at once, without the clean shutdown that would wait for them. A command whose
     output nobody reads any more ends quietly.
     """
+    collect_seldom()
     with quiet_without_reader(), _readable_exit():
         main()
 

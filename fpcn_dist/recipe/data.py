@@ -43,7 +43,7 @@ class DataConfig(Schema):
 
     backend: DecodingBackend = "auto"
     """What decodes images: NVIDIA DALI, torchvision (anywhere, on the CPU), or DALI where it is installed. Batches are
-    the same within one grey level, so that a run may go on with the other one."""
+    the same (on a GPU within one grey level), so that a run may go on with the other one."""
     resize: PositiveInt = 512
     """Side in pixels that every image is resized to, in the way that fit says."""
     fit: Fit = "squeeze"
@@ -81,8 +81,9 @@ class DataConfig(Schema):
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Seed of the split; null: the recipe's. Set it to train with several seeds on the same images."""
     columns: ColumnsConfig = ColumnsConfig()
-    on_bad_image: Annotated[Literal["skip", "fail"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
-    """Whether unreadable images are left out (and listed in the run folder) or stop the run."""
+    on_bad_image: Annotated[Literal["skip", "fail", "salvage"], tyro.conf.arg(aliases=("--on-bad-image",))] = "skip"
+    """Unreadable images are left out (and listed in the run folder), or stop the run; salvage shows those JPEGs that
+    were cut short of which 95 % of the rows are there, fills them up with their mean colour, and lists them, too."""
     on_duplicate: Literal["warn", "drop", "fail"] = "warn"
     """What becomes of identical files: they are counted; or one of each stays, of the test images before those of the
     validation and of the training, and none where they are in two classes; or they stop the run."""

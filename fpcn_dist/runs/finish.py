@@ -39,17 +39,17 @@ def finish_run(
 ) -> None:
     """Export the best checkpoint (the newest if nothing was validated), evaluate it, write the report. Collective.
 
-    Where the data have neither validation nor test images, or ``evaluate`` is false, the report says that nothing was
-    evaluated.
+    Where the data have neither validation nor test images, the report says that nothing was evaluated. Where
+    ``evaluate`` is false, the model is exported alone: :func:`evaluate_run` makes up for the rest.
     """
     name, step = ranks.on_first(lambda: _export(run, checkpoints))
+    if not evaluate:
+        return
     _, manifest = run.open()
-    measurable = len(manifest.ids("val")) or len(manifest.ids("test"))
-    if evaluate and measurable:
+    if len(manifest.ids("val")) or len(manifest.ids("test")):
         evaluate_run(run, ranks, checkpoint=name, step=step, frozen=frozen)
     else:
-        why = "it was not asked for" if measurable else "the data have no validation or test images"
-        ranks.on_first(lambda: _report_alone(run, why))
+        ranks.on_first(lambda: _report_alone(run))
 
 
 def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
@@ -63,12 +63,12 @@ def _export(run: RunFolder, checkpoints: CheckpointFolder) -> tuple[str, int]:
     return path.name, info.step
 
 
-def _report_alone(run: RunFolder, why: str) -> None:
+def _report_alone(run: RunFolder) -> None:
     # What an evaluation has left there was of other weights.
     (run.path / EVALUATION_FILE).unlink(missing_ok=True)
     shutil.rmtree(run.path / SAMPLES, ignore_errors=True)
     console = Console(soft_wrap=True)
-    console.print(f"nothing was evaluated: {why}", highlight=False)
+    console.print("nothing was evaluated: the data have no validation or test images", highlight=False)
     console.print(f"report {build_report(run.path)}", highlight=False)
 
 

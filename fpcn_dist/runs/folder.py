@@ -139,9 +139,8 @@ class RunFolder:
     def set_results_aside(self) -> None:
         """Move what was made of the checkpoints to previous/; the run itself goes on."""
         own = (self.recipe, self.manifest, self.environment, self.start, self.checkpoints)
-        self.set_aside(
-            keep=[*(path.name for path in own), METRICS_FILE, PROBE_FILE, "tensorboard", "profile", "features"]
-        )
+        others = (METRICS_FILE, PROBE_FILE, "tensorboard", "profile", "features")
+        self.set_aside(keep=[*(path.name for path in own), *others])
 
     def first_world_size(self) -> int | None:
         """Ranks that the run was started with; ``None`` where that is not known."""

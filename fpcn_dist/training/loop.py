@@ -107,7 +107,8 @@ def train_together(
         data: the image folder; or a manifest, whose images are not checked again.
         ranks, resume, extend, profile, preemption: see :func:`train`.
         watch: may end the training by raising.
-        evaluate: whether the models of those that come to their end are evaluated image by image for their reports.
+        evaluate: whether the models of those that come to their end are evaluated image by image and reported, or are
+            exported alone.
         probe: print and keep the bar that each pretrained network has to beat (:mod:`fpcn_dist.training.probe`).
         begun: called once the run folders belong to these trainings, unless all of them are finished.
 

@@ -22,7 +22,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from fpcn_dist.recipe.schema import DataConfig
 
 VERSION: str = f"nvImageCodec {nvimgcodec.__version__}, {photograph.VERSION}"
 _NO_IMAGE = b"unreadable"
+_T = TypeVar("_T")
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -176,32 +177,52 @@ class Read(NamedTuple):
 
 
 def read_ahead(requests: Iterator[BatchRequest], config: DataConfig, threads: int) -> Iterator[Read]:
-    """Requests with their bytes, which threads read while the batches before them are decoded and used."""
-    ahead: deque[tuple[list[Future[tuple[NDArray[np.uint8], int]]], Views]] = deque()
+    """Requests with what DALI decodes, which threads read while the batches before them are decoded and used.
+
+    Bytes are read two batches ahead; of these, what Pillow decodes is decoded one batch ahead.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="reading")
+    reading = (([pool.submit(_read, blob) for blob in request.blobs], request.views) for request in requests)
+    decoding = (
+        ([pool.submit(_prepare, part, config) for part in parts], views)
+        for parts, views in _ahead(reading, BATCHES_IN_FLIGHT - 1)
+    )
     try:
-        for request in itertools.chain(requests, [None] * BATCHES_IN_FLIGHT):
-            if request is not None:
-                ahead.append(([pool.submit(_read, blob, config) for blob in request.blobs], request.views))
-            if ahead and (request is None or len(ahead) > BATCHES_IN_FLIGHT):
-                parts, views = ahead.popleft()
-                encoded, orientations = zip(*(part.result() for part in parts), strict=True)
-                yield Read(list(encoded), np.array(orientations, dtype=np.int32), views)
+        for parts, views in _ahead(decoding, 1):
+            encoded, orientations = zip(*(part.result() for part in parts), strict=True)
+            yield Read(list(encoded), np.array(orientations, dtype=np.int32), views)
     finally:
         # An abandoned pipeline is collected at any time, in a thread that is just being started, too, where to wait
         # for another thread is to wait for ever.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(blob: Blob, config: DataConfig) -> tuple[NDArray[np.uint8], int]:
-    """What DALI decodes of an image, and its orientation; of what is not shown, bytes that no decoder takes, so that it
-    fails with its own batch."""
+def _ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
+    """The same items, each drawn ``count`` items before it is needed."""
+    drawn = deque(itertools.islice(items, count))
+    for item in items:
+        drawn.append(item)
+        yield drawn.popleft()
+    yield from drawn
+
+
+def _read(blob: Blob) -> bytes:
+    """Its bytes; of what cannot be read none, so that it fails with its own batch."""
     try:
-        header = examine(blob.read(), config.max_pixels, salvage=config.on_bad_image == "salvage")
-        encoded = header.encoded if header.plain else _pixmap(decode(header))
-    except (OSError, UnreadableError):
+        return blob.read()
+    except OSError:
+        return b""
+
+
+def _prepare(reading: Future[bytes], config: DataConfig) -> tuple[NDArray[np.uint8], int]:
+    """What DALI decodes of an image, and its orientation; of what is not shown, bytes that no decoder takes."""
+    try:
+        header = examine(reading.result(), config.max_pixels, salvage=config.on_bad_image == "salvage")
+        if header.plain:
+            return np.frombuffer(header.encoded, dtype=np.uint8), header.orientation
+        return np.frombuffer(_pixmap(decode(header)), dtype=np.uint8), 1
+    except UnreadableError:
         return np.frombuffer(_NO_IMAGE, dtype=np.uint8), 1
-    return np.frombuffer(encoded, dtype=np.uint8), header.orientation if header.plain else 1
 
 
 def _pixmap(pixels_HWC: NDArray[np.uint8]) -> bytes:

@@ -81,18 +81,6 @@ def decode(header: Header) -> NDArray[np.uint8]:
     return np.array(upright(stored, header.orientation), order="C")
 
 
-def salvaged(data: bytes) -> str | None:
-    """What of a readable file was not there, in words; ``None`` where nothing is missing.
-
-    Raises:
-        UnreadableError: too much is missing.
-    """
-    if not jpeg.is_jpeg(data) or not (header := jpeg.parse(data)).cut:
-        return None
-    missing = header.height - jpeg.salvage(header, _stored)[1]
-    return f"cut short: {missing} of {header.height} rows are missing" if missing else "cut short behind its last row"
-
-
 def _stored(header: Header) -> NDArray[np.uint8]:
     """[height, width, 3] uint8 RGB, as stored."""
     try:
@@ -131,6 +119,21 @@ class Decoder:
         """Why an image file is not shown, or ``None`` where it is."""
         try:
             decode(examine(data, max_pixels))
+        except UnreadableError as error:
+            return str(error)
+        return None
+
+
+class Salvager:
+    """Whether a JPEG that was cut short is shown where ``data.on_bad_image`` is ``salvage``."""
+
+    def fault(self, data: bytes, max_pixels: int) -> str | None:
+        """Why not, or ``None`` where it is; what was not cut short is refused."""
+        try:
+            header = examine(data, max_pixels, salvage=True)
+            if not header.cut:
+                return DAMAGED
+            decode(header)
         except UnreadableError as error:
             return str(error)
         return None

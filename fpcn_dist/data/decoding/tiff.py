@@ -1,7 +1,7 @@
 """The first directory of a TIFF: which of its many kinds are read, and how they are turned.
 
-Pillow gets the file with a directory of ours behind it, which holds what describes pixels and nothing else: neither an
-orientation, which it applies to some modes twice, nor metadata, further pages and entries of any other kind.
+Pillow gets the file with a directory that holds what describes pixels and nothing else: neither an orientation, which
+it applies to some modes twice, nor metadata, further pages and entries of any other kind.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ class _Entry(NamedTuple):
     """Its whole entry, whose last 4 bytes (8 in a BigTIFF) are the value or where it lies."""
 
 
+class _Directory(NamedTuple):
+    """Where a directory begins, and its entries by tag."""
+
+    start: int
+    entries: dict[int, _Entry]
+
+
 class _Layout(NamedTuple):
     """Byte order and field sizes of a TIFF or BigTIFF."""
 
@@ -70,27 +77,30 @@ def parse(data: bytes) -> Header:
         UnreadableError: its directory is damaged, or it is of a kind that is not read.
     """
     layout = _Layout("<" if data[:2] == b"II" else ">", 43 in data[2:4])
-    entries = _entries(data, layout)
+    directory = _directory(data, layout)
+    entries = directory.entries
     (width,), (height,) = (_values(data, layout, entries, tag, (0,)) for tag in (_WIDTH, _HEIGHT))
     mode = _mode(data, layout, entries)
     (orientation,) = _values(data, layout, entries, ORIENTATION, (1,))
-    encoded = _with_own_directory(data, layout, entries)
+    encoded = _with_own_directory(data, layout, directory)
     return Header("TIFF", width, height, orientation if orientation in TURNS else 1, encoded, mode)
 
 
-def _entries(data: bytes, layout: _Layout) -> dict[int, _Entry]:
-    """The first directory by tag; of several entries with one tag the first."""
+def _directory(data: bytes, layout: _Layout) -> _Directory:
+    """The first directory; of several entries with one tag the first."""
     (start,) = layout.unpack("Q", data, 8) if layout.big else layout.unpack("I", data, 4)
     (count,) = layout.unpack("Q" if layout.big else "H", data, start)
     form = layout.order + ("HHQ8s" if layout.big else "HHI4s")
     size, begin = struct.calcsize(form), start + (8 if layout.big else 2)
-    table = data[begin : begin + size * min(count, 0xFFFF)]
-    found: dict[int, _Entry] = {}
-    for index in range(len(table) // size):
-        raw = table[index * size : (index + 1) * size]
+    end = begin + size * count
+    if end + layout.field > len(data) or count > 0xFFFF:
+        raise UnreadableError(NO_IMAGE)
+    entries: dict[int, _Entry] = {}
+    for place in range(begin, end, size):
+        raw = data[place : place + size]
         tag, kind, values, _ = struct.unpack(form, raw)
-        found.setdefault(tag, _Entry(kind, values, raw))
-    return found
+        entries.setdefault(tag, _Entry(kind, values, raw))
+    return _Directory(start, entries)
 
 
 def _values(
@@ -101,9 +111,8 @@ def _values(
     if entry is None or entry.kind not in _CODES or not entry.count:
         return default
     form = f"{min(entry.count, len(default) or _MOST_SAMPLES)}{_CODES[entry.kind]}"
-    inline = struct.calcsize(f"={entry.count % 256 + 256 * (entry.count > 255)}{_CODES[entry.kind]}") <= layout.field
     value = entry.raw[-layout.field :]
-    if inline:
+    if entry.count * struct.calcsize(f"={_CODES[entry.kind]}") <= layout.field:
         return layout.unpack(form, value, 0)
     (offset,) = layout.unpack("Q" if layout.big else "I", value, 0)
     return layout.unpack(form, data, offset)
@@ -158,10 +167,9 @@ def _is_read(photometric: int, samples: int, bits: int, extra: tuple[int, ...], 
     return False
 
 
-def _with_own_directory(data: bytes, layout: _Layout, entries: dict[int, _Entry]) -> bytes:
-    own = [entries[tag].raw for tag in sorted(entries) if tag in _OF_PIXELS]
-    gap = b"\0" * (-len(data) % 8)
-    start = struct.pack(layout.order + ("Q" if layout.big else "I"), len(data) + len(gap))
+def _with_own_directory(data: bytes, layout: _Layout, directory: _Directory) -> bytes:
+    """The file with a shorter directory, in its place: where pixels are missing at the end, none come to be there."""
+    own = [directory.entries[tag].raw for tag in sorted(directory.entries) if tag in _OF_PIXELS]
     count = struct.pack(layout.order + ("Q" if layout.big else "H"), len(own))
-    head = data[:8] + start if layout.big else data[:4] + start
-    return b"".join([head, data[len(head) :], gap, count, *own, bytes(layout.field)])
+    shorter = b"".join([count, *own, bytes(layout.field)])
+    return b"".join([data[: directory.start], shorter, data[directory.start + len(shorter) :]])

@@ -11,7 +11,8 @@ from fpcn_dist.data.index.duplicates import describe_duplicates, drop_duplicates
 from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
 from fpcn_dist.data.index.layout import Candidate
 from fpcn_dist.data.index.manifest import Image, Manifest, folder_of
-from fpcn_dist.data.index.notices import listed, show_refused
+from fpcn_dist.data.index.notices import Notice, listed, show_refused
+from fpcn_dist.data.index.salvage import SALVAGED, salvage
 from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import check_composition
@@ -43,6 +44,9 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     candidates, folder = found.candidates, folder_of(str(root))
     blobs = [Blob.within(folder, c.path, c.place)._replace(stored=found.stored.get(c.path)) for c in candidates]
     checks = check_images(blobs, config.max_pixels, cache_file(root), backend=config.backend)
+    salvaged: list[int] = []
+    if config.on_bad_image == "salvage":
+        checks, salvaged = salvage(blobs, checks, config.max_pixels)
     refused = [*found.refused]
     refused += [Refused(c.path, check.reason) for c, check in zip(candidates, checks, strict=True) if check.reason]
     if refused and config.on_bad_image == "fail":
@@ -76,7 +80,7 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
         hint = "remove them, or set data.on_duplicate to 'drop' or 'warn'"
         raise UserError("--data", root, shown, hint)
     _require_batches(classes, images, config, refused)
-    notices = (*found.notices, *duplicates)
+    notices = (*found.notices, *duplicates, *(Notice(candidates[index].path, SALVAGED) for index in salvaged))
     return Manifest(str(root.absolute()), tuple(classes), tuple(images), tuple(refused), notices)
 
 

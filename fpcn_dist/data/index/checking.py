@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, NamedTuple, cast
 
@@ -68,7 +68,7 @@ class _Question(NamedTuple):
 
 def check_blobs(
     blobs: Sequence[Blob], decoder: str, max_pixels: int, *, seconds: float = _SECONDS
-) -> Iterator[tuple[int, Check]]:
+) -> Generator[tuple[int, Check], None, None]:
     """Read and decode files in one child process per core; gives each one's index with its check, as they come.
 
     The children end with the iterator, and with this process, whatever ends it.

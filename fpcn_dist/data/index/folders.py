@@ -38,7 +38,7 @@ class Listing(NamedTuple):
 
 def is_image(name: str) -> bool:
     """Whether a file is an image, by the suffix of its name, whatever its case; hidden files are none."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    return name[name.rfind(".") :].lower() in SUFFIXES and not name.startswith(".")
 
 
 def list_folder(root: Path) -> Listing:

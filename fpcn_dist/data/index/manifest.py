@@ -83,7 +83,11 @@ class Manifest:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 over classes, relative paths, splits and contents; where the folder lies plays no part."""
+        """SHA-256 over classes, relative paths, splits and contents; where the folder lies plays no part.
+
+        Nor does ``data.on_bad_image``: how a salvaged image is filled up follows from its contents, and unless it is to
+        be salvaged, it is not among the images.
+        """
         content = [self.classes, [(image.path, image.label, image.split, image.digest) for image in self.images]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -88,7 +88,7 @@ def test_backends_give_the_same_images_in_every_form(
         difference = ((one - other).abs() * torch.tensor(IMAGENET.std).view(3, 1, 1)).max()
         assert difference < 1e-6, path.name
     for name in ("dali", "torchvision"):
-        assert all(check.ok for check in check_images(paths, 10**8, backend=name))
+        assert all(check.ok for check in check_images(Blob.of_files(paths), 10**8, backend=name))
 
 
 def _by_both_resizers(sources: list[np.ndarray], corners: np.ndarray, config: DataConfig) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ def _of_folder(data: Path, columns: ColumnsConfig) -> Shape:
     own = {folder: names for folder, names in listing.folders.items() if not is_inside(folder, strangers)}
     has_classes = sum(any(map(is_image, names)) for folder, names in own.items() if folder) > 1
     tables = table.find_metadata(data)
-    if tables and (table.has_labels(tables[0], columns) or not has_classes):
+    if tables and (table.names_classes(tables[0], columns) or not has_classes):
         return _table(data, data, tables, columns)
     if not has_classes:
         near = {folder: names for folder, names in own.items() if len(Path(folder).parts) <= _DEPTH}
