@@ -165,12 +165,12 @@ class Blob(NamedTuple):
                 short, or is damaged; or an object is gone, or has changed since it was checked.
             UserError: a remote object cannot be read for a reason that is not its own.
         """
-        if self.packed is not None:
-            return _PAGES.get(self, self.packed)[self.packed.start : self.packed.start + self.packed.length]
         if self.is_remote:
             from fpcn_dist.data.remote.reading import reader
 
             return reader().read(self.piece)
+        if self.packed is not None:
+            return _PAGES.get(self, self.packed)[self.packed.start : self.packed.start + self.packed.length]
         # Opening a pipe waits for its other end, unless this flag is set; regular files do not heed it.
         with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import PurePath
 
 import numpy as np
 from rich.table import Table
