@@ -1,4 +1,4 @@
-"""Damaged files are read alike by all, and kill nothing: ``python -m tests.data.fuzz`` in small."""
+"""Damaged files are read alike by all, and kill nothing: ``tests/data/fuzz.py`` in small."""
 
 from __future__ import annotations
 
