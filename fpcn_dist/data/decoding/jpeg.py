@@ -20,8 +20,10 @@ _ALONE = {0x01, *range(0xD0, 0xD9)}
 """Markers without a segment."""
 _START, _END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_OF_PIXELS = _FRAMES | {0xC4, 0xCC, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE}
-_NAMED = {0xE0, 0xEE}
+_OF_PIXELS = _FRAMES | {0xC4, 0xCC, 0xDA, 0xDB, 0xDD}
+_JFIF = b"\xff\xe0\x00\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+_ADOBE = b"\xff\xee\x00\x0eAdobe\0d\0\0\0\0"
+"""Segments that tell of colours, made anew: damaged ones make decoders disagree. Behind the second stands the kind."""
 _NO_MARKER_IN_SCAN = np.zeros(256, dtype=bool)
 _NO_MARKER_IN_SCAN[[0x00, *range(0xD0, 0xD8), 0xFF]] = True
 _IN_SCANS = {0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
@@ -42,20 +44,20 @@ def parse(data: bytes) -> Header:
     Raises:
         UnreadableError: its header is damaged or cut short, or no program of ours shows its kind.
     """
-    kept, orientation, frame, adobe, jfif = [data[:2]], 0, b"", b"", False
+    kept, orientation, frame, adobe, jfif = [], 0, b"", b"", False
     for marker, start, end in _segments(data):
         content = data[start + 4 : end]
         if marker in _FRAMES and not frame:
             frame = data[start + 1 : end]
         elif marker == _APP1 and not orientation and content[:4] == b"Exif":
             orientation = orientation_of(content)
-        elif marker == 0xEE and content[:5] == b"Adobe":
+        elif marker == 0xEE and content[:5] == b"Adobe" and len(content) >= 12:  # as libjpeg knows them
             adobe = content[11:12]
-        elif marker == 0xE0 and content[:4] == b"JFIF":
+        elif marker == 0xE0 and content[:5] == b"JFIF\0" and len(content) >= 14:
             jfif = True
         if marker == _SCAN:
             break
-        if marker in _OF_PIXELS and (content or marker not in _NAMED):  # the empty ones, not all decoders pass over
+        if marker in _OF_PIXELS:
             kept.append(data[start:end])
     else:
         raise UnreadableError(NO_IMAGE)
@@ -63,7 +65,8 @@ def parse(data: bytes) -> Header:
     if mode == "YCbCr" and not jfif and (adobe == b"\0" or (not adobe and frame[9::3][:3] == b"RGB")):
         mode = "RGB"
     finish = _finish(data, start)
-    kept.append(data[start:finish])
+    colours = (_JFIF if jfif else b"") + (_ADOBE + adobe if adobe else b"")
+    kept = [data[:2], colours, *kept, data[start:finish]]
     plain = mode in ("grey", "YCbCr") and frame[0] in _HUFFMAN and finish is not None
     return Header("JPEG", width, height, orientation or 1, b"".join(kept), mode, plain=plain, cut=finish is None)
 
