@@ -42,6 +42,13 @@ FOUND = {
 """What the fuzz has found to be read differently, and is shown by all."""
 
 
+def test_a_segment_within_a_scan_is_read_alike(readings: Readings) -> None:
+    data = _jpeg()
+    for place in range(data.index(b"\xff\xda") + 20, len(data) - 20, 7):
+        broken = data[:place] + b"\xff\xc4\x00\x0b\x33\x33" + data[place:]
+        assert readings.fault(broken, MAX_PIXELS).startswith(("shown", "refused"))
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_read_alike(name: str, readings: Readings) -> None:
     assert readings.fault(FOUND[name], MAX_PIXELS) == "shown"

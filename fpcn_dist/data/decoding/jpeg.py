@@ -27,6 +27,7 @@ _ADOBE = b"\xff\xee\x00\x0eAdobe\0d\0\0\0\0"
 _NO_MARKER_IN_SCAN = np.zeros(256, dtype=bool)
 _NO_MARKER_IN_SCAN[[0x00, *range(0xD0, 0xD8), 0xFF]] = True
 _IN_SCANS = {0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
+_PROGRESSIVE = 0xC2
 _HUFFMAN, _ARITHMETIC = {0xC0, 0xC1, 0xC2}, {0xC9, 0xCA}
 _COLOURS = {1: "grey", 3: "YCbCr", 4: "CMYK"}
 # What may follow the bytes that are there: what both of them agree on does not depend on it.
@@ -64,10 +65,12 @@ def parse(data: bytes) -> Header:
     height, width, mode = _frame(frame)
     if mode == "YCbCr" and not jfif and (adobe == b"\0" or (not adobe and frame[9::3][:3] == b"RGB")):
         mode = "RGB"
-    finish = _finish(data, start)
+    finish, parted = _finish(data, start)
     colours = (_JFIF if jfif else b"") + (_ADOBE + adobe if adobe else b"")
     kept = [data[:2], colours, *kept, data[start:finish]]
-    plain = mode in ("grey", "YCbCr") and frame[0] in _HUFFMAN and finish is not None
+    # Where segments lie between its scans, and it is not progressive, decoders disagree about damaged ones.
+    whole = finish is not None and (frame[0] == _PROGRESSIVE or not parted)
+    plain = mode in ("grey", "YCbCr") and frame[0] in _HUFFMAN and whole
     return Header("JPEG", width, height, orientation or 1, b"".join(kept), mode, plain=plain, cut=finish is None)
 
 
@@ -101,24 +104,26 @@ def _frame(frame: bytes) -> tuple[int, int, str]:
     return int.from_bytes(frame[4:6], "big"), int.from_bytes(frame[6:8], "big"), _COLOURS[components]
 
 
-def _finish(data: bytes, scan: int) -> int | None:
-    """Where the image that has its first scan at ``scan`` ends; ``None`` where its end is missing.
+def _finish(data: bytes, scan: int) -> tuple[int | None, bool]:
+    """Where the image that has its first scan at ``scan`` ends, ``None`` where its end is missing; and whether other
+    segments follow that scan.
 
     Raises:
         UnreadableError: a marker that belongs into no scan says that its data are damaged.
     """
-    codes, position = np.frombuffer(data, dtype=np.uint8, offset=scan), 0
+    codes, position, parted = np.frombuffer(data, dtype=np.uint8, offset=scan), 0, False
     places = np.flatnonzero(codes[:-1] == 0xFF)
     for place in places[~_NO_MARKER_IN_SCAN[codes[places + 1]]]:
         if place < position:
             continue
         marker, start = int(codes[place + 1]), scan + int(place)
         if marker == _END:
-            return start + 2
+            return start + 2, parted
         if marker not in _IN_SCANS:
             raise UnreadableError(DAMAGED)
+        parted = parted or bool(place)
         position = place + 2 + max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
-    return None
+    return None, parted
 
 
 def salvage(header: Header, stored: Callable[[Header], NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], int]:
