@@ -1,6 +1,6 @@
 """Damaged image files by the thousand: nothing may die, raise or hang, and all readings must agree.
 
-    python -m tests.data.fuzz --minutes 60 --seed 0
+    python tests/data/fuzz.py --minutes 60 --seed 0
 
 Every case is a small valid file (:mod:`tests.helpers.photographs`) that was damaged (:mod:`tests.helpers.damage`), both
 drawn from the case's own seed. A child process (:mod:`fpcn_dist.data.index.checking`) lets each way of reading decide
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import pkgutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also where it is run as a file
+
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.checking import check_blobs
 from tests.helpers.damage import damaged
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000
 """As prediction from ONNX has it."""
+_READINGS = "tests.data.fuzz:Readings"
 _SIDE = 48
 _RESIZED_APART = 2
 _ROUND = 2000
@@ -72,7 +76,7 @@ def run(cases: Iterable[Case]) -> tuple[list[Fault], Counter[str]]:
             paths.append(os.path.join(folder, f"{case.number}.{case.form}"))
             Path(paths[-1]).write_bytes(case.data)
         faults, decided = [], Counter[str]()
-        for index, check in check_blobs(Blob.of_files(paths), f"{__name__}:Readings", MAX_PIXELS, seconds=20.0):
+        for index, check in check_blobs(Blob.of_files(paths), _READINGS, MAX_PIXELS, seconds=20.0):
             reason = check.reason or ""
             if (verdict := reason.split(":")[0]) in ("shown", "refused"):
                 decided[f"{cases[index].form} {verdict}"] += 1

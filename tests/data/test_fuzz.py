@@ -1,4 +1,4 @@
-"""Damaged files are read alike by all, and kill nothing: ``python -m tests.data.fuzz`` in small."""
+"""Damaged files are read alike by all, and kill nothing: ``tests/data/fuzz.py`` in small."""
 
 from __future__ import annotations
 
@@ -34,19 +34,24 @@ def _jpeg() -> bytes:
     return buffer.getvalue()
 
 
-def _jpeg_with_a_first_segment_without_length() -> bytes:
-    return _jpeg().replace(b"\xff\xe0\x00\x10", b"\xff\xe0\x00\x00", 1)
-
-
 FOUND = {
-    "a first segment without length": _jpeg_with_a_first_segment_without_length,
+    "JFIF without length": _jpeg().replace(b"\xff\xe0\x00\x10", b"\xff\xe0\x00\x00", 1),
+    "JFIF cut short": _jpeg().replace(b"\xff\xe0\x00\x10", b"\xff\xe0\x00\x07", 1),
+    "an empty segment of Adobe's": _jpeg().replace(b"\xff\xdb", b"\xff\xee\x00\x02\xff\xdb", 1),
 }
 """What the fuzz has found to be read differently, and is shown by all."""
 
 
+def test_a_segment_within_a_scan_is_read_alike(readings: Readings) -> None:
+    data = _jpeg()
+    for place in range(data.index(b"\xff\xda") + 20, len(data) - 20, 7):
+        broken = data[:place] + b"\xff\xc4\x00\x0b\x33\x33" + data[place:]
+        assert readings.fault(broken, MAX_PIXELS).startswith(("shown", "refused"))
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_read_alike(name: str, readings: Readings) -> None:
-    assert readings.fault(FOUND[name](), MAX_PIXELS) == "shown"
+    assert readings.fault(FOUND[name], MAX_PIXELS) == "shown"
 
 
 def test_readings_that_differ_are_found(readings: Readings, monkeypatch: pytest.MonkeyPatch) -> None:
