@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from fpcn_dist.runtime.errors import Outage, Preempted, UserError
 from fpcn_dist.runtime.launchers import placement
+from fpcn_dist.runtime.limits import raise_open_files
 
 CPU = torch.device("cpu")
 MEETING_TIMEOUT = datetime.timedelta(seconds=60)
@@ -199,6 +200,7 @@ def connect(store: Store | None = None, *, join: bool = True) -> Iterator[Ranks]
     global _turn
     _turn = 0  # all ranks count from here, also where a process joins one run after another
     patience = _patience()
+    raise_open_files()
     rank, world_size, local_rank, local_world_size = placement(join=join)
     device = _device(local_rank, local_world_size)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

@@ -19,6 +19,7 @@ from fpcn_dist.runs.finish import finish_run
 from fpcn_dist.runs.folder import LOG_FILE, RunFolder, open_together, owning
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
+from fpcn_dist.runtime.limits import shortages
 from fpcn_dist.runtime.output import Log, outliving_readers
 from fpcn_dist.runtime.preemption import Preemption
 from fpcn_dist.runtime.ranks import Ranks, use_threads
@@ -70,6 +71,7 @@ def train(
     """
     log = Log() if ranks.first else None
     with outliving_readers(log), owning(output, ranks):
+        _say_shortages(ranks)
         train_together(
             {output: recipe},
             data,
@@ -81,6 +83,13 @@ def train(
             probe=True,
             begun=lambda: log.begin(output / LOG_FILE) if log is not None else None,
         )
+
+
+def _say_shortages(ranks: Ranks) -> None:
+    """Tell what each machine is short of, which would end the training in its middle without a word of it."""
+    if ranks.local_rank == 0:
+        for shortage in shortages(shared=ranks.device.type == "cuda" and ranks.local_world_size > 1):
+            print(shortage, flush=True)
 
 
 def train_together(
