@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks._harness import Spread, arguments, machine, positive, show, write_json
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.folders import find_images
+from fpcn_dist.data.index.folder.folders import find_images
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import FrozenBackbone
 from fpcn_dist.models import Backbone, build_backbone

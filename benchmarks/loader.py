@@ -30,8 +30,8 @@ from benchmarks._shapes import Stored, others, reading
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
-from fpcn_dist.data.index.folders import find_images
-from fpcn_dist.data.index.images import cache_file, check_images
+from fpcn_dist.data.index.check.images import cache_file, check_images
+from fpcn_dist.data.index.folder.folders import find_images
 from fpcn_dist.data.mixing import mix, mixture
 from fpcn_dist.data.views import views
 from fpcn_dist.recipe import command_line

@@ -19,9 +19,9 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
 from fpcn_dist.data.decoding.pieces import Pieces
 from fpcn_dist.data.decoding.sizes import MIB
-from fpcn_dist.data.index.checking import check_blobs
+from fpcn_dist.data.index.check.checking import check_blobs
+from fpcn_dist.data.index.check.salvage import salvage
 from fpcn_dist.data.index.manifest import Manifest
-from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
 from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import (

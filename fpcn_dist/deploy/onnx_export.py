@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.decoding.header import UnreadableError
+from fpcn_dist.data.decoding.formats.header import UnreadableError
 from fpcn_dist.data.decoding.photograph import examine
-from fpcn_dist.data.index.folders import find_images
+from fpcn_dist.data.index.folder.folders import find_images
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.synthetic import generate

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.decoding.header import UnreadableError
+from fpcn_dist.data.decoding.formats.header import UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
 from fpcn_dist.data.decoding.sizes import MIB, cut, require_memory
-from fpcn_dist.data.index.folders import find_files
+from fpcn_dist.data.index.folder.folders import find_files
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError

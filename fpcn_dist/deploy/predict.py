@@ -20,10 +20,10 @@ from rich.progress import track
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.sizes import require_memory
-from fpcn_dist.data.index.folders import find_files
-from fpcn_dist.data.index.images import Refused, check_images
+from fpcn_dist.data.index.check.images import Refused, check_images
+from fpcn_dist.data.index.check.salvage import salvage
+from fpcn_dist.data.index.folder.folders import find_files
 from fpcn_dist.data.index.notices import refusal_table
-from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions

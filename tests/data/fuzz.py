@@ -3,8 +3,8 @@
     python tests/data/fuzz.py --minutes 60 --seed 0
 
 Every case is a small valid file (:mod:`tests.helpers.photographs`) that was damaged (:mod:`tests.helpers.damage`), both
-drawn from the case's own seed. A child process (:mod:`fpcn_dist.data.index.checking`) lets each way of reading decide
-about it, and compares the decisions, their reasons and the pixels. What is found is printed with the case's number,
+drawn from the case's own seed. A child process (:mod:`fpcn_dist.data.index.check.checking`) lets each way of reading
+decide about it, and compares the decisions, their reasons and the pixels. What is found is printed with the case's number,
 ``--show NUMBER FILE`` writes that file. Byte for byte a case depends on the installed Pillow, which writes the valid
 file; a fault that was found belongs into a test of its own.
 """
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[2]))  # also where it is run as a file
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.checking import check_blobs
+from fpcn_dist.data.index.check.checking import check_blobs
 from tests.helpers.damage import damaged
 from tests.helpers.photographs import FORMS
 

@@ -23,9 +23,9 @@ from PIL import Image
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
-from fpcn_dist.data.decoding.exif import ORIENTATION, TURNS
-from fpcn_dist.data.decoding.header import UnreadableError
-from fpcn_dist.data.index.checker import Decoder
+from fpcn_dist.data.decoding.formats.exif import ORIENTATION, TURNS
+from fpcn_dist.data.decoding.formats.header import UnreadableError
+from fpcn_dist.data.index.check.checker import Decoder
 from fpcn_dist.data.views import centre_views
 from fpcn_dist.deploy.onnx_predict import read_image
 from fpcn_dist.recipe.schema import DataConfig, DecodingBackend

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from fpcn_dist.data.index.folders import Listing
+from fpcn_dist.data.index.folder.folders import Listing
 
 
 def listing(

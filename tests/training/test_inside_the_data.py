@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.folders import find_files
+from fpcn_dist.data.index.folder.folders import find_files
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.training.loop import train
 from tests.helpers.distilling import ALONE, recipe

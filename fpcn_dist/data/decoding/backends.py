@@ -44,7 +44,7 @@ class Backend(NamedTuple):
         decoding: begins to decode an iterator of requests with a config, a device, the size of the largest batch and a
             number of CPU threads.
         decoder: import path of what decodes one image at a time, as ``decoding`` does on the CPU: a
-            :class:`fpcn_dist.data.index.checker.Decoder`, in a module that imports no torch.
+            :class:`fpcn_dist.data.index.check.checker.Decoder`, in a module that imports no torch.
         decodes_at_once: requests whose decoded images it may hold at the same time.
     """
 

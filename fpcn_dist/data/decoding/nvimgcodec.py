@@ -11,7 +11,7 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
 from nvidia import nvimgcodec
 
-from fpcn_dist.data.decoding.header import DAMAGED, UnreadableError
+from fpcn_dist.data.decoding.formats.header import DAMAGED, UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
 
 

@@ -22,9 +22,9 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from fpcn_dist.data.decoding import bitmaps, heif, jpeg, png, tiff, webp
-from fpcn_dist.data.decoding.exif import upright
-from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, UnreadableError
+from fpcn_dist.data.decoding.formats import bitmaps, heif, jpeg, png, tiff, webp
+from fpcn_dist.data.decoding.formats.exif import upright
+from fpcn_dist.data.decoding.formats.header import DAMAGED, NO_IMAGE, Header, UnreadableError
 
 # The caller's bound on pixels counts, and what Pillow would say of a file, we report with its path.
 Image.MAX_IMAGE_PIXELS = None

@@ -23,8 +23,8 @@ from fpcn_dist.data.augmentation import view_pixels
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding import photograph
-from fpcn_dist.data.decoding.exif import upright
-from fpcn_dist.data.decoding.header import DAMAGED, Header, UnreadableError
+from fpcn_dist.data.decoding.formats.exif import upright
+from fpcn_dist.data.decoding.formats.header import DAMAGED, Header, UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
 from fpcn_dist.data.normalisation import Normalisation
 from fpcn_dist.recipe.schema import DataConfig

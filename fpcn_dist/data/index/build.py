@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.check.images import Check, Refused, cache_file, check_images
+from fpcn_dist.data.index.check.salvage import SALVAGED, salvage
 from fpcn_dist.data.index.duplicates import describe_duplicates, drop_duplicates
-from fpcn_dist.data.index.images import Check, Refused, cache_file, check_images
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.folder.layout import Candidate
 from fpcn_dist.data.index.manifest import Image, Manifest, folder_of
 from fpcn_dist.data.index.notices import Notice, listed, show_refused
-from fpcn_dist.data.index.salvage import SALVAGED, salvage
 from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import check_composition
@@ -43,8 +43,8 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     stay together. Where images that were refused leave too few, they are printed before the error.
 
     Args:
-        root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.layout`, on this machine or remote,
-            or another shape of data set that :mod:`fpcn_dist.data.index.shapes` knows.
+        root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.folder.layout`, on this machine or
+            remote, or another shape of data set that :mod:`fpcn_dist.data.index.shapes` knows.
         config: fractions of the split, pixel bound, what to do about bad images and duplicates, what a batch needs.
         seed: key of the split, unless the config has one of its own.
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from fpcn_dist.data.index.images import Check, Refused
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.check.images import Check, Refused
+from fpcn_dist.data.index.folder.layout import Candidate
 from fpcn_dist.data.index.manifest import Image
 from fpcn_dist.data.index.notices import Notice, listed
 from fpcn_dist.runtime.names import printable

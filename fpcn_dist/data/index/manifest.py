@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpcn_dist.data.blob import Blob, Packed, Stored
-from fpcn_dist.data.index.images import Refused
+from fpcn_dist.data.index.check.images import Refused
 from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.address import is_url
 from fpcn_dist.runtime.errors import UserError

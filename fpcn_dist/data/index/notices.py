@@ -10,7 +10,7 @@ from fpcn_dist.runtime.names import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fpcn_dist.data.index.images import Refused
+    from fpcn_dist.data.index.check.images import Refused
 
 _SHOWN = 10
 """Names that a message lists before it gives the number of the others."""

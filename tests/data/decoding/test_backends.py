@@ -19,7 +19,7 @@ from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding import backends
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.images import check_images
+from fpcn_dist.data.index.check.images import check_images
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.data.resizing import view_crop
 from fpcn_dist.data.views import centre_views

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpcn_dist.data.decoding.exif import upright
+from fpcn_dist.data.decoding.formats.exif import upright
 from tests.helpers.formats import BEGIN, DOCS, END, Reading, kinds, read_all, table
 
 NAMES = [f"{kind.form} {kind.pixels}" for kind in kinds()]

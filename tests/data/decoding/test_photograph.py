@@ -9,10 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fpcn_dist.data.decoding import heif, photograph
+from fpcn_dist.data.decoding import photograph
 from fpcn_dist.data.decoding.backends import open_backend
-from fpcn_dist.data.decoding.exif import TURNS, orientation_of, upright
-from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, UnreadableError
+from fpcn_dist.data.decoding.formats import heif
+from fpcn_dist.data.decoding.formats.exif import TURNS, orientation_of, upright
+from fpcn_dist.data.decoding.formats.header import DAMAGED, NO_IMAGE, UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
 from tests.helpers.formats import GREY, RGB, chunk, decoder_of, exif_of, png, saved, tiff, with_segments
 

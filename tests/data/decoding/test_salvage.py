@@ -13,12 +13,12 @@ from PIL import Image
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
-from fpcn_dist.data.decoding.header import DAMAGED, UnreadableError
+from fpcn_dist.data.decoding.formats.header import DAMAGED, UnreadableError
 from fpcn_dist.data.decoding.photograph import Salvager, decode, examine
 from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.check.salvage import SALVAGED
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import Notice
-from fpcn_dist.data.index.salvage import SALVAGED
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.data.views import centre_views
 from fpcn_dist.deploy.onnx_predict import read_image

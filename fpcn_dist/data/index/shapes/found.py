@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fpcn_dist.data.index.layout import Candidate, Found
+from fpcn_dist.data.index.folder.layout import Candidate, Found
+from fpcn_dist.data.index.folder.splits import parse
 from fpcn_dist.data.index.notices import Notice, listed, printable
-from fpcn_dist.data.index.splits import parse
 from fpcn_dist.runtime.errors import UserError
 
 

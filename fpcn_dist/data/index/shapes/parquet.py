@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fpcn_dist.data.blob import Blob, Packed
-from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate, Found
+from fpcn_dist.data.index.check.images import Refused
+from fpcn_dist.data.index.folder.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
 from fpcn_dist.data.index.shapes.found import splits_of_files
 from fpcn_dist.data.index.shapes.remembered import remembered

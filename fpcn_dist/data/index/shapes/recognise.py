@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fpcn_dist.data.index import layout
-from fpcn_dist.data.index.folders import is_image, list_folder
-from fpcn_dist.data.index.layout import Found
+from fpcn_dist.data.index.folder import layout
+from fpcn_dist.data.index.folder.folders import is_image, list_folder
+from fpcn_dist.data.index.folder.layout import Found
+from fpcn_dist.data.index.folder.strangers import find_strangers, is_inside
 from fpcn_dist.data.index.shapes import parquet, remote, table, tar
 from fpcn_dist.data.index.shapes.found import checked
-from fpcn_dist.data.index.strangers import find_strangers, is_inside
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.address import Address, RemoteFolder
 from fpcn_dist.runtime.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fpcn_dist.data.blob import file_state
-from fpcn_dist.data.index.images import cache_file
+from fpcn_dist.data.index.check.images import cache_file
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from fpcn_dist.data.blob import Stored
-from fpcn_dist.data.index.folders import Listing, is_image
-from fpcn_dist.data.index.layout import Found, arrange
+from fpcn_dist.data.index.folder.folders import Listing, is_image
+from fpcn_dist.data.index.folder.layout import Found, arrange
 from fpcn_dist.data.remote.store import list_objects
 from fpcn_dist.runtime.address import RemoteFolder
 from fpcn_dist.runtime.errors import UserError

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate, Found
+from fpcn_dist.data.index.check.images import Refused
+from fpcn_dist.data.index.folder.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
 from fpcn_dist.data.index.shapes.found import split_called
 from fpcn_dist.recipe.data import ColumnsConfig

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.folders import SUFFIXES
-from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.layout import Candidate, Found
+from fpcn_dist.data.index.check.images import Refused
+from fpcn_dist.data.index.folder.folders import SUFFIXES
+from fpcn_dist.data.index.folder.layout import Candidate, Found
 from fpcn_dist.data.index.shapes import columns as cells
 from fpcn_dist.data.index.shapes.found import splits_of_files
 from fpcn_dist.data.index.shapes.remembered import remembered

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.layout import Candidate
+from fpcn_dist.data.index.folder.layout import Candidate
 from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.data.index.shapes.tar import expand
 from fpcn_dist.recipe.data import ColumnsConfig

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index import checking
-from fpcn_dist.data.index.checking import Check, check_blobs
+from fpcn_dist.data.index.check import checking
+from fpcn_dist.data.index.check.checking import Check, check_blobs
 from tests.helpers.irregular import REASONS, make_irregular
 
 DEADLY = "tests.helpers.deadly:Decoder"
@@ -105,7 +105,7 @@ def test_any_name_can_be_asked_for(name: bytes, tmp_path: Path) -> None:
 _PARENT = """
 import sys, threading
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.checking import check_blobs
+from fpcn_dist.data.index.check.checking import check_blobs
 for _ in check_blobs([Blob(path) for path in sys.argv[1:]], "tests.helpers.deadly:Decoder", 1):
     print("answered", flush=True)
 """

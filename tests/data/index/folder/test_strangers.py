@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fpcn_dist.data.index.folders import is_image
-from fpcn_dist.data.index.strangers import OUTPUTS, find_strangers, is_inside
+from fpcn_dist.data.index.folder.folders import is_image
+from fpcn_dist.data.index.folder.strangers import OUTPUTS, find_strangers, is_inside
 from tests.helpers.listings import listing
 
 OWN = "outputs of this project's commands"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fpcn_dist.data.index.strangers import find_strangers, is_inside
+from fpcn_dist.data.index.folder.strangers import find_strangers, is_inside
 from fpcn_dist.runtime.errors import UserError
 
 SUFFIXES = frozenset(

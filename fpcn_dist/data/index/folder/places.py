@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fpcn_dist.data.index.folder.splits import find_splits, may_be_split, parse
+from fpcn_dist.data.index.folder.tree import Tree
 from fpcn_dist.data.index.notices import Notice, listed
-from fpcn_dist.data.index.splits import find_splits, may_be_split, parse
-from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.names import printable
 

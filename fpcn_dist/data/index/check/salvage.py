@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.decoding.header import DAMAGED
-from fpcn_dist.data.index.checking import Check, check_blobs
+from fpcn_dist.data.decoding.formats.header import DAMAGED
+from fpcn_dist.data.index.check.checking import Check, check_blobs
 
 SALVAGED = "is cut short: the rows that are missing, at most 5 %, are shown in the mean colour of the others"
 _DECODER = "fpcn_dist.data.decoding.photograph:Salvager"
@@ -18,7 +18,7 @@ def salvage(blobs: Sequence[Blob], checks: Sequence[Check], max_pixels: int) -> 
     Args:
         blobs: encoded images.
         checks: what was found out about each.
-        max_pixels: as in :func:`fpcn_dist.data.index.images.check_images`.
+        max_pixels: as in :func:`fpcn_dist.data.index.check.images.check_images`.
 
     Returns:
         The checks, and the indices of those that are usable now.

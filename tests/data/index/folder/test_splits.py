@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fpcn_dist.data.index.splits import find_splits, may_be_split, parse
+from fpcn_dist.data.index.folder.splits import find_splits, may_be_split, parse
 
 WORDS = {
     "train": "train Train TRAIN training Training trainset train_set train-data TrainImages",

@@ -19,11 +19,11 @@ from rich.console import Console
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import open_backend
-from fpcn_dist.data.decoding.header import NO_IMAGE
-from fpcn_dist.data.index import images
+from fpcn_dist.data.decoding.formats.header import NO_IMAGE
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.cache import CheckCache
-from fpcn_dist.data.index.images import Refused, cache_file, check_images
+from fpcn_dist.data.index.check import images
+from fpcn_dist.data.index.check.cache import CheckCache
+from fpcn_dist.data.index.check.images import Refused, cache_file, check_images
 from fpcn_dist.data.index.notices import refusal_table
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import Preempted

@@ -1,8 +1,9 @@
 """Files are decoded in child processes: one that a decoder dies of, or never ends with, is refused like any other.
 
 Native decoders are written in C and C++, and some damaged file will crash each of them sooner or later. Every child
-(:mod:`fpcn_dist.data.index.checker`) answers in the order in which it is asked, so that the first question without an
-answer names the file that it died of. Another child takes its place, and what was found out about other files stays.
+(:mod:`fpcn_dist.data.index.check.checker`) answers in the order in which it is asked, so that the first question
+without an answer names the file that it died of. Another child takes its place, and what was found out about other
+files stays.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import IO, NamedTuple, cast
 
 from fpcn_dist.data.blob import Blob
-from fpcn_dist.data.index.copies import Copies
+from fpcn_dist.data.index.check.copies import Copies
 from fpcn_dist.runtime.cores import usable_cores
 
 _SECONDS = 60.0
@@ -73,7 +74,7 @@ def check_blobs(
 
     Args:
         blobs: images; those of an object store are fetched by this process.
-        decoder: import path of a :class:`fpcn_dist.data.index.checker.Decoder`.
+        decoder: import path of a :class:`fpcn_dist.data.index.check.checker.Decoder`.
         max_pixels: files whose header announces more pixels are refused without being decoded.
         seconds: of processor time that the decoding of a file may take.
 
@@ -133,7 +134,7 @@ class _Child:
         # As multiprocessing starts its children, but without importing this process's main module once more.
         begin = (
             f"import sys; sys.path[:] = {[str(path) for path in sys.path]!r}; "
-            f"from fpcn_dist.data.index.checker import main; main({decoder!r}, {max_pixels}, {seconds})"
+            f"from fpcn_dist.data.index.check.checker import main; main({decoder!r}, {max_pixels}, {seconds})"
         )
         # In a session of its own no key of a terminal reaches it; standard input ends with this process.
         self._process = subprocess.Popen(

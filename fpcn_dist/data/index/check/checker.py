@@ -1,4 +1,4 @@
-"""The child process that looks at files for :mod:`fpcn_dist.data.index.checking`, and may die of one.
+"""The child process that looks at files for :mod:`fpcn_dist.data.index.check.checking`, and may die of one.
 
 It reads questions, a pickled blob each and whether to decode it, and answers each with a line of JSON: why the image
 cannot be used, its digest, its bytes. It imports no torch, unless its decoder does: started for three files, it must

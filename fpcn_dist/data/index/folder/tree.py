@@ -6,8 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from fpcn_dist.data.index.folders import Listing, is_image
-from fpcn_dist.data.index.strangers import is_inside
+from fpcn_dist.data.index.folder.folders import Listing, is_image
+from fpcn_dist.data.index.folder.strangers import is_inside
 
 
 class Tree:

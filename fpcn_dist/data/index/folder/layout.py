@@ -5,11 +5,11 @@ below it; names that start with a dot are ignored:
 
 - ``DIR/<class>/...``: every class is split with ``val_fraction`` and ``test_fraction``;
 - ``DIR/train/<class>/...``, where ``DIR/val/`` and ``DIR/test/`` may lie beside it, under any of the names of
-  :mod:`fpcn_dist.data.index.splits`. Without a validation folder, ``val_fraction`` of the training images become the
-  validation images. Without a test folder there is no test split: what is measured is then measured on the validation
-  images.
+  :mod:`fpcn_dist.data.index.folder.splits`. Without a validation folder, ``val_fraction`` of the training images become
+  the validation images. Without a test folder there is no test split: what is measured is then measured on the
+  validation images.
 
-What a folder holds is listed first (:mod:`fpcn_dist.data.index.folders`); the rest follows from the list alone.
+What a folder holds is listed first (:mod:`fpcn_dist.data.index.folder.folders`); the rest follows from the list alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from fpcn_dist.data.blob import Blob, Stored
-from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
-from fpcn_dist.data.index.images import Refused
+from fpcn_dist.data.index.check.images import Refused
+from fpcn_dist.data.index.folder.folders import SUFFIXES, Listing, is_image, list_folder
+from fpcn_dist.data.index.folder.places import describe, find_places
+from fpcn_dist.data.index.folder.strangers import ancestors, find_strangers, is_inside
+from fpcn_dist.data.index.folder.tree import Tree
 from fpcn_dist.data.index.notices import Notice, listed
-from fpcn_dist.data.index.places import describe, find_places
-from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
-from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.names import printable
 

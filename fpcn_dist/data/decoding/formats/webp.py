@@ -6,8 +6,8 @@ import itertools
 import struct
 from collections.abc import Iterator
 
-from fpcn_dist.data.decoding.exif import orientation_of
-from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, UnreadableError
+from fpcn_dist.data.decoding.formats.exif import orientation_of
+from fpcn_dist.data.decoding.formats.header import DAMAGED, NO_IMAGE, Header, UnreadableError
 
 _MOST_CHUNKS = 200_000
 

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fpcn_dist.data.decoding.exif import exif_in_text, orientation_of
-from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, UnreadableError
+from fpcn_dist.data.decoding.formats.exif import exif_in_text, orientation_of
+from fpcn_dist.data.decoding.formats.header import DAMAGED, NO_IMAGE, Header, UnreadableError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MOST_CHUNKS = 200_000

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from PIL import Image, features
 
-from fpcn_dist.data.decoding.exif import orientation_of
-from fpcn_dist.data.decoding.header import NO_IMAGE, Header, UnreadableError
+from fpcn_dist.data.decoding.formats.exif import orientation_of
+from fpcn_dist.data.decoding.formats.header import NO_IMAGE, Header, UnreadableError
 
 
 def _version() -> str:

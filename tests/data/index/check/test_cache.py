@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.data.index import cache
-from fpcn_dist.data.index.cache import CheckCache
-from fpcn_dist.data.index.checking import Check
+from fpcn_dist.data.index.check import cache
+from fpcn_dist.data.index.check.cache import CheckCache
+from fpcn_dist.data.index.check.checking import Check
 
 GOOD, BAD = Check(None, "d" * 64, 5), Check("it is bad", "e" * 64, 6)
 STATE = (5, 1_700_000_000_123_456_789)
@@ -118,8 +118,8 @@ def test_processes_at_once_lose_nothing_that_stays(tmp_path: Path) -> None:
     """Lines of several writers do not tear each other."""
     file = tmp_path / "cache.json"
     script = (
-        "import sys; from pathlib import Path; from fpcn_dist.data.index import cache\n"
-        "from fpcn_dist.data.index.checking import Check\n"
+        "import sys; from pathlib import Path; from fpcn_dist.data.index.check import cache\n"
+        "from fpcn_dist.data.index.check.checking import Check\n"
         "cache._EVERY = -1.0\n"
         "memory = cache.CheckCache(Path(sys.argv[1]), 'key')\n"
         "for i in range(400): memory.note(sys.argv[2] + str(i), (1, 2), Check(None, 'd' * 64, i))\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from fpcn_dist.data.decoding.header import NO_IMAGE, Header, UnreadableError
+from fpcn_dist.data.decoding.formats.header import NO_IMAGE, Header, UnreadableError
 
 _OLD_BMP_HEADER = 12
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fpcn_dist.data.blob import FileState
-from fpcn_dist.data.index.checking import Check
+from fpcn_dist.data.index.check.checking import Check
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.data.index.folders import Listing, find_files, find_images, is_image, list_folder
+from fpcn_dist.data.index.folder.folders import Listing, find_files, find_images, is_image, list_folder
 from fpcn_dist.runtime.errors import UserError
 
 

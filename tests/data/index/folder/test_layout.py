@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fpcn_dist.data.index.layout import Candidate, Found, arrange, find
+from fpcn_dist.data.index.folder.layout import Candidate, Found, arrange, find
 from fpcn_dist.runtime.errors import UserError
 from tests.helpers.listings import listing
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from fpcn_dist.data.decoding.exif import orientation_of
-from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, UnreadableError, not_read
+from fpcn_dist.data.decoding.formats.exif import orientation_of
+from fpcn_dist.data.decoding.formats.header import DAMAGED, NO_IMAGE, Header, UnreadableError, not_read
 
 SALVAGED_FROM = 0.95
 """Share of the rows that must be there for the rest to be made up."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from fpcn_dist.data.decoding.exif import ORIENTATION, TURNS
-from fpcn_dist.data.decoding.header import NO_IMAGE, Header, UnreadableError, not_read
+from fpcn_dist.data.decoding.formats.exif import ORIENTATION, TURNS
+from fpcn_dist.data.decoding.formats.header import NO_IMAGE, Header, UnreadableError, not_read
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 259, 262, 277
 _PREDICTOR, _EXTRA, _FORMAT = 317, 338, 339

@@ -15,8 +15,8 @@ from rich.progress import track
 
 from fpcn_dist.data.blob import Blob, FileState, file_state
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
-from fpcn_dist.data.index.cache import CheckCache
-from fpcn_dist.data.index.checking import Check, check_blobs
+from fpcn_dist.data.index.check.cache import CheckCache
+from fpcn_dist.data.index.check.checking import Check, check_blobs
 from fpcn_dist.recipe.schema import DecodingBackend
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.files import cache_home
@@ -41,8 +41,8 @@ def check_images(
 ) -> list[Check]:
     """Read and decode images, or recall what doing so gave before, in the given order.
 
-    That is done in child processes (:mod:`fpcn_dist.data.index.checking`), and kept every few seconds. Prints a line
-    where the backend is not the one that is preferred.
+    That is done in child processes (:mod:`fpcn_dist.data.index.check.checking`), and kept every few seconds. Prints a
+    line where the backend is not the one that is preferred.
 
     Args:
         blobs: encoded images.
