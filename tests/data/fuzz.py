@@ -4,9 +4,9 @@
 
 Every case is a small valid file (:mod:`tests.helpers.photographs`) that was damaged (:mod:`tests.helpers.damage`), both
 drawn from the case's own seed. A child process (:mod:`fpcn_dist.data.index.check.checking`) lets each way of reading
-decide about it, and compares the decisions, their reasons and the pixels. What is found is printed with the case's number,
-``--show NUMBER FILE`` writes that file. Byte for byte a case depends on the installed Pillow, which writes the valid
-file; a fault that was found belongs into a test of its own.
+decide about it, and compares the decisions, their reasons and the pixels. What is found is printed with the case's
+number, ``--show NUMBER FILE`` writes that file. Byte for byte a case depends on the installed Pillow, which writes the
+valid file; a fault that was found belongs into a test of its own.
 """
 
 from __future__ import annotations
