@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import IO, NamedTuple, cast
 
 from fpcn_dist.data.blob import Blob
@@ -65,7 +65,7 @@ class _Question(NamedTuple):
 
 def check_blobs(
     blobs: Sequence[Blob], decoder: str, max_pixels: int, *, seconds: float = _SECONDS
-) -> Iterator[tuple[int, Check]]:
+) -> Generator[tuple[int, Check], None, None]:
     """Read and decode files in one child process per core; gives each one's index with its check, as they come.
 
     The children end with the iterator, and with this process, whatever ends it.
