@@ -16,7 +16,8 @@ $(VENV)/installed: setup.py constraints.txt
 	@echo "about 4 GB to download and 8 GB on the disk; two minutes with a fast connection and warm caches."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
-	$(PIP) $(if $(shell test -t 2 && echo yes),--progress-bar on) --editable ".[cuda13,deepspeed,ray,export,heic,packaged,probe,reproduce,dev]"
+	$(PIP) $(if $(shell test -t 2 && echo yes),--progress-bar on) --editable \
+		".[cuda13,deepspeed,ray,export,heic,packaged,probe,remote,reproduce,dev]"
 	touch $@
 
 demo: setup

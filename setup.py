@@ -35,6 +35,7 @@ setup(
         "timm>=1.0.15,<2",
         "safetensors>=0.4.3,<1",
         "huggingface_hub>=0.26,<3",
+        "fsspec>=2024.6",
         "tensorboard>=2.16,<3",
         "jinja2>=3.1,<4",
         "matplotlib>=3.8,<4",
@@ -56,6 +57,8 @@ setup(
         "heic": ["pillow-heif>=1.0,<2", "pillow>=11.3"],
         # The probe of a pretrained backbone: launch/probe.py, and a line in the report of each pretrained run.
         "probe": ["scikit-learn>=1.5,<2"],
+        # --data s3://...; other stores need their own package for fsspec (gcsfs for gs://), and hf:// none.
+        "remote": ["s3fs>=2024.6"],
         # Earlier versions ask for opencv-python, which needs libGL and X11 where this one needs no system library.
         "reproduce": ["grad-cam>=1.5.7,<2"],
         "dev": [
@@ -71,6 +74,10 @@ setup(
             "ruff>=0.6",
             "pyright[nodejs]>=1.1.380",
             "import-linter>=2.1",
+            # An object store in the tests: the server of moto, without what it needs for all other services.
+            "moto[s3]>=5.0,<6",
+            "flask>=3.0",
+            "flask-cors>=4.0",
         ],
     },
 )

@@ -169,7 +169,7 @@ def shapes_benchmark(data: Path, config: DataConfig, *, images: int = 512, repea
         UserError: no images in the folder.
     """
     paths, threads = list(dict.fromkeys(_paths(data, config, images))), config.threads or usable_cores()
-    with tempfile.TemporaryDirectory(dir=data.resolve().parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         stored = Stored.write(paths, Path(folder))
         loaders: dict[str, Callable[[], Iterable[Tensor]]] = {}
         for name, loader in others(stored, by_v2(config), _BATCH_SIZE, threads).items():
@@ -249,7 +249,7 @@ def loader(
         repeats: Repeats, interleaved between the loaders; the table shows medians.
         augmentations: Measure each augmentation beside torchvision's v2 with the same set, in place of the loaders.
         shapes: Measure folder, tar shards and Parquet files beside WebDataset and Hugging Face's datasets, and what it
-            costs to read them at random from the disk. All is written beside the data folder for so long.
+            costs to read them at random from the disk. All is written to the temporary folder (TMPDIR) for so long.
         config: Sizes and threads.
     """
     benchmark = shapes_benchmark if shapes else augmentation_benchmark if augmentations else loader_benchmark

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpcn_dist.recipe import command_line
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.studies.distill import STUDENTS
 
 
@@ -15,7 +16,7 @@ class Args:
 
     teacher: Path
     """Run folder of the teacher, or any folder with its model.safetensors and config.json."""
-    data: Path
+    data: command_line.Data
     """Image folder, as for train.py; classes and split must be those of the teacher."""
     recipe: Path
     """Recipe of a student (launch/recipes/distill*.yaml). Every field can be overridden below."""
@@ -39,7 +40,7 @@ def main() -> None:
     from fpcn_dist.studies.distill.distillation import distill
 
     recipe = args.overrides.changed(**{"distill.teacher": str(args.teacher)})
-    output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
+    output = args.output or Path("runs") / f"{recipe.name}-{printable(args.data.resolve().name)}"
     students = [name.strip() for name in args.students.split(",") if name.strip()]
     distill(
         recipe,

@@ -15,7 +15,7 @@ class Args:
     Prints a line for each check: ok, warning or problem, with how to mend it. Exit status 1 if there is a problem.
     """
 
-    data: Path | None = None
+    data: command_line.Data | None = None
     """Data to look at as well: their shape, classes, images, files that cannot be used."""
     output: Path | None = None
     """Where runs are to go; default: runs/ where it exists, else the current folder."""

@@ -10,6 +10,7 @@ import tyro
 
 from fpcn_dist.recipe import command_line
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Args:
     """With onnx: also model-int8.onnx, about a quarter of the size, calibrated on training images."""
     output: Path | None = None
     """Folder to write; default: RUN."""
-    data: Path | None = None
+    data: command_line.Data | None = None
     """The image folder, if it has moved since the training."""
 
 
@@ -42,7 +43,7 @@ def main() -> None:
         raise UserError("--int8", None, "only ONNX models are quantised", "leave it out, or use --format onnx")
     from fpcn_dist.runs.model_folder import export_safetensors
 
-    print("\n".join(map(str, export_safetensors(args.run, args.output))))
+    print("\n".join(map(printable, export_safetensors(args.run, args.output))))
 
 
 if __name__ == "__main__":

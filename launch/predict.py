@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_words = [word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False) if before != "--output"]
+_VALUED = ("--output", "--max-decoded-mib")
+_words = [word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False) if before not in _VALUED]
 _model = next((word for word in _words if not word.startswith("-")), "")
 
 if _model.lower().endswith(".onnx"):
@@ -37,6 +38,8 @@ else:
         """Image files, and folders to search for them."""
         output: Path = Path("predictions")
         """Folder to write."""
+        max_decoded_mib: int = 512
+        """MiB of decoded images to hold at once, unless one is larger by itself."""
 
     def predict_with_torch() -> None:
         args = command_line.parse(Args)
@@ -45,7 +48,7 @@ else:
         from fpcn_dist.deploy.predict import predict
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        predict(args.model, args.images, args.output, device=device)
+        predict(args.model, args.images, args.output, device=device, max_decoded_mib=args.max_decoded_mib)
 
     def main() -> None:
         command_line.run(predict_with_torch)

@@ -14,7 +14,7 @@ RECIPE = Path(__file__).parent / "recipes" / "probe.yaml"
 class Args:
     """Fit logistic regression and nearest class means to frozen features of photographs, and print what they reach."""
 
-    data: Path
+    data: command_line.Data
     """Image folder, with or without train/, val/ and test/ above the class folders."""
     overrides: command_line.Overrides
     recipe: Path = RECIPE

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fpcn_dist.recipe import command_line
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.studies.distill import STUDENTS
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -20,7 +21,7 @@ class Args:
     Prints what it will take and asks before it begins. Killed, it goes on when the same command is given again.
     """
 
-    data: Path
+    data: command_line.Data
     """Image folder, as for train.py."""
     overrides: command_line.Overrides
     scale: Literal["tiny", "paper"] = "tiny"
@@ -45,7 +46,7 @@ def main() -> None:
     from fpcn_dist.studies.reproduce.experiments import parse_sections
     from fpcn_dist.studies.reproduce.reproduction import ReproductionRequest, reproduce
 
-    output = args.output or Path("runs") / f"reproduce-{args.scale}-{args.data.resolve().name}"
+    output = args.output or Path("runs") / f"reproduce-{args.scale}-{printable(args.data.resolve().name)}"
     students = tuple(name.strip() for name in args.students.split(",") if name.strip())
     request = ReproductionRequest(
         args.overrides, RECIPES / "compared", args.scale, parse_sections(args.only), args.seeds, students

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpcn_dist.recipe import command_line
+from fpcn_dist.runtime.names import printable
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def main() -> None:
     from fpcn_dist.data.synthetic import generate
 
     generate(args.output, images_per_class=args.images_per_class, seed=args.seed)
-    print(f"{3 * args.images_per_class} images in {args.output}")
+    print(f"{3 * args.images_per_class} images in {printable(args.output)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpcn_dist.recipe import command_line
+from fpcn_dist.runtime.names import printable
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,9 @@ class Args:
 
     recipe: Path
     """Recipe file; launch/recipes/ has some. Every field can be overridden below."""
-    data: Path
+    data: command_line.Data
     """Image folder, with or without train/, val/ and test/ above the class folders; or a table, Parquet files or tar
-    shards (docs/data.md)."""
+    shards; or the URL of a remote folder (docs/data.md)."""
     overrides: command_line.Overrides
     output: Path | None = None
     """Run folder; default: runs/<recipe name>-<data folder name>. The same command resumes what is in it."""
@@ -36,7 +37,7 @@ def main() -> None:
     from fpcn_dist.training.loop import train
 
     recipe = args.overrides
-    output = args.output or Path("runs") / f"{recipe.name}-{args.data.resolve().name}"
+    output = args.output or Path("runs") / f"{recipe.name}-{printable(args.data.resolve().name)}"
     with connect() as ranks, Preemption(ranks) as preemption:
         options = {"resume": args.resume, "extend": args.extend, "profile": args.profile}
         train(recipe, args.data, output, ranks, preemption=preemption, **options)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fpcn_dist.runtime.collection import collect_seldom
+
 if not torch.cuda.is_available():
     from fpcn_kernels._interpreter import interpret
 
@@ -39,6 +41,7 @@ _ELSEWHERE = (
 )
 _ELSEWHERE += ("huggingface_hub", "pyarrow", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxruntime")
 _ELSEWHERE += ("onnxscript", "pytorch_grad_cam", "hypothesis", "torchmetrics", "psutil", "rich", "packaging", "sklearn")
+_ELSEWHERE += ("fsspec", "s3fs", "moto", "werkzeug")
 
 
 _TIMEOUTS = importlib.util.find_spec("pytest_timeout") is not None
@@ -50,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    collect_seldom()
     if not _TIMEOUTS:
         config.addinivalue_line("markers", "timeout: read by pytest-timeout, where it is installed")
 

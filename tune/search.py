@@ -8,6 +8,7 @@ from typing import Literal
 
 from fpcn_dist.recipe import command_line
 from fpcn_dist.recipe.reading import load_recipe
+from fpcn_dist.runtime.names import printable
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Args:
     recipe: Path
     """Recipe of the teacher or, with --stage student, of a student. Every field can be overridden below; search.space
     names more fields to search."""
-    data: Path
+    data: command_line.Data
     """Image folder, as for train.py."""
     stage: Literal["teacher", "student", "joint"]
     """teacher: lambda and the pairs; student: T and alpha, for --distill.teacher RUN; joint: both at once."""
@@ -53,7 +54,7 @@ def main() -> None:
         return tuple(part.strip() for part in text.split(",") if part.strip())
 
     recipe, student = args.overrides, args.student_recipe and load_recipe(args.student_recipe, "--student-recipe")
-    output = args.output or Path("runs") / f"search-{recipe.name}-{args.data.resolve().name}"
+    output = args.output or Path("runs") / f"search-{recipe.name}-{printable(args.data.resolve().name)}"
     request = SearchRequest(
         recipe,
         args.stage,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -13,13 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fpcn_dist.data.ahead import FetchedAhead
 from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
+from fpcn_dist.data.decoding.pieces import Pieces
+from fpcn_dist.data.decoding.sizes import MIB
 from fpcn_dist.data.index.checking import check_blobs
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.salvage import salvage
 from fpcn_dist.data.mixing import check_pairs, mix, mixture
+from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import (
     BalancedSampler,
     WholeSampler,
@@ -67,21 +71,32 @@ class _Plan(NamedTuple):
             columns.append(soft_labels(self.image_ids, self.view_ids))
         return Batch(images, *(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
 
-    def faults(self, config: DataConfig) -> dict[int, Replacement]:
-        """Which of the images cannot be decoded now, by image id."""
-        looked = dict(check_blobs(self.blobs, open_backend(config.backend).decoder, config.max_pixels))
-        checks = [looked[index] for index in range(len(self.blobs))]
-        if config.on_bad_image == "salvage":
-            checks, _ = salvage(self.blobs, checks, config.max_pixels)
-        found = zip(self.image_ids.tolist(), self.blobs, checks, strict=True)
-        return {i: Replacement(i, str(blob), check.reason) for i, blob, check in found if check.reason is not None}
+
+def _faults(plans: Iterable[_Plan], config: DataConfig) -> dict[int, Replacement]:
+    """Which of the images that are planned cannot be decoded now, by image id."""
+    blob_of = {i: blob for plan in plans for i, blob in zip(plan.image_ids.tolist(), plan.blobs, strict=True)}
+    blobs = list(blob_of.values())
+    looked = dict(check_blobs(blobs, open_backend(config.backend).decoder, config.max_pixels))
+    checks = [looked[index] for index in range(len(blobs))]
+    if config.on_bad_image == "salvage":
+        checks, _ = salvage(blobs, checks, config.max_pixels)
+    found = zip(blob_of, blobs, checks, strict=True)
+    return {i: Replacement(i, str(blob), check.reason) for i, blob, check in sorted(found) if check.reason is not None}
 
 
 def _decode(requests: Iterator[BatchRequest], config: DataConfig, device: torch.device, batch_size: int) -> Decoding:
-    """Begin to decode, with the CPU threads of the config, or this rank's share of the cores that it may run on."""
+    """Begin to decode, in pieces that the config's memory holds, with its CPU threads, or this rank's share of the
+    cores that it may run on."""
     ranks_here = told("LOCAL_WORLD_SIZE", 1)
     threads = config.threads or max(1, usable_cores() // ranks_here)
-    return open_backend(config.backend).decoding(requests, config, device, batch_size, threads)
+    bound_cache(config.cache_gib)
+    backend = open_backend(config.backend)
+    bound = config.max_decoded_mib * MIB // backend.decodes_at_once
+
+    def in_pieces(ahead: Iterator[BatchRequest]) -> Decoding:
+        return Pieces(ahead, lambda pieces: backend.decoding(pieces, config, device, batch_size, threads), bound)
+
+    return FetchedAhead(requests, in_pieces)
 
 
 class TrainLoader:
@@ -226,7 +241,7 @@ class TrainLoader:
 
     def _leave_out_unreadable(self, error: RuntimeError) -> None:
         """Find out which files stopped the pipeline; where all are readable now, let the step be tried once more."""
-        found = {i: fault for plan in self._planned for i, fault in plan.faults(self._config).items()}
+        found = _faults(self._planned, self._config)
         if not found and self._retried_step == self._step:
             raise error
         self._retried_step = self._step
@@ -306,7 +321,7 @@ class EvalLoader:
         return _Plan(blobs, labels, image_ids, np.full(len(blobs), -1), centre_views(len(blobs)))
 
     def _explain(self, plan: _Plan, error: RuntimeError) -> NoReturn:
-        for _, path, reason in plan.faults(self._config).values():
+        for _, path, reason in _faults([plan], self._config).values():
             raise UserError("image", path, reason, "restore it, or leave it out and evaluate anew") from error
         raise error
 

@@ -47,16 +47,11 @@ def check_composition(classes: Sequence[str], counts: Sequence[int], config: Dat
     Args:
         classes: class names.
         counts: training images of each class.
-        config: asks for ``classes_per_batch`` classes and ``images_per_class`` images of each.
+        config: asks for ``images_per_class`` images of each class that a batch shows.
 
     Raises:
-        UserError: a batch needs more classes than there are, or more images of a class than it has.
+        UserError: a batch needs more images of a class than it has.
     """
-    wanted = config.classes_per_batch
-    if wanted is not None and wanted > len(classes):
-        reason = f"the data have only {len(classes)} classes ({', '.join(classes)})"
-        hint = f"lower it to at most {len(classes)}, or set it to null"
-        raise UserError("data.classes_per_batch", wanted, reason, hint)
     name, count = min(zip(classes, counts, strict=True), key=lambda pair: pair[1])
     if config.images_per_class is not None and count < config.images_per_class:
         reason = f"class {name!r} has {count} training image(s), but a batch needs {config.images_per_class} of a class"
@@ -105,7 +100,7 @@ class BalancedSampler:
     Args:
         classes: [K] class names, for messages.
         image_ids: [K] arrays of the training images of each class.
-        config: ``classes_per_batch`` (None: all) and ``images_per_class``.
+        config: ``classes_per_batch`` and ``images_per_class``.
         seed: key of all random draws.
 
     Raises:
@@ -116,7 +111,7 @@ class BalancedSampler:
         check_composition(classes, [len(ids) for ids in image_ids], config)
         assert config.images_per_class is not None, "else see WholeSampler"
         self._image_ids, self._seed = image_ids, seed
-        self.classes_per_batch = config.classes_per_batch or len(classes)
+        self.classes_per_batch = config.classes_in_batch(len(classes))
         self.images_per_class = config.images_per_class
         self.batch_size = self.classes_per_batch * self.images_per_class
 

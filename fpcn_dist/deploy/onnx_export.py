@@ -34,9 +34,12 @@ from fpcn_dist.deploy import onnx_predict
 from fpcn_dist.deploy.onnx_graph import ExportableModel, quantise, to_onnx
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import ModelInfo, load_model
+from fpcn_dist.runs.other_images import require_same_images
 from fpcn_dist.runs.report.overlay import to_pixels
+from fpcn_dist.runtime.address import Address, is_url
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing
+from fpcn_dist.runtime.terminal import Terminal
 
 FP32_FILE, INT8_FILE = "model.onnx", "model-int8.onnx"
 _PARITY_IMAGES, _CALIBRATION_IMAGES = 16, 128
@@ -77,7 +80,7 @@ def export_onnx(
     *,
     int8: bool = False,
     output: Path | None = None,
-    data: Path | None = None,
+    data: Address | None = None,
     console: Console | None = None,
 ) -> list[Path]:
     """Write model.onnx, and model-int8.onnx if asked for; print parity, sizes and accuracies.
@@ -96,7 +99,7 @@ def export_onnx(
         UserError: no model in the folder, one that cannot be exported, photographs that are missing but needed, or
             results that differ from PyTorch's; nothing is written then.
     """
-    console = console or Console(soft_wrap=True)
+    console = console or Terminal()
     run_dir, output = Path(run_dir), Path(output or run_dir)
     model, info = load_model(run_dir)
     exportable = ExportableModel(model)
@@ -118,14 +121,26 @@ def export_onnx(
         images = (batch.images.numpy() for batch in calibration.batches(info))
         quantised = quantise(proto, info, head, images)
         written.append(_save(quantised, output / INT8_FILE))
-        console.print(f"Calibrated on {len(calibration.blobs)} {calibration.name}.", highlight=False)
+        console.print(f"Calibrated on {len(calibration.blobs)} {calibration.name}.")
         console.print(_compare(written, info, _Photographs.of(manifest, ("test", "val", "train"))))
     for path in written:
-        console.print(f"Wrote {path} ({_megabytes(path)}).", highlight=False)
+        console.print(f"Wrote {path} ({_megabytes(path)}).")
     return written
 
 
-def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | None:
+def _missing(manifest: Manifest) -> str | None:
+    """The path of an image that is not there; of a remote folder, only the first one is looked at."""
+    if is_url(manifest.root):
+        try:
+            manifest.blob(0).read()
+        except (OSError, UserError):
+            return manifest.images[0].path
+        return None
+    files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
+    return next((path for file, path in files.items() if not Path(file).is_file()), None)
+
+
+def _manifest(run_dir: Path, data: Address | None, *, needed: bool) -> Manifest | None:
     """The manifest of a run whose photographs are all there, else ``None`` where they are not needed."""
     run = RunFolder(run_dir)
     if not (run.recipe.is_file() and run.manifest.is_file()):
@@ -137,9 +152,11 @@ def _manifest(run_dir: Path, data: Path | None, *, needed: bool) -> Manifest | N
     _, manifest = run.open()
     if data is not None:
         manifest = dataclasses.replace(manifest, root=str(data.resolve()))
-    files = {manifest.blob(index).path: image.path for index, image in enumerate(manifest.images)}
-    missing = next((path for file, path in files.items() if not Path(file).is_file()), None)
+    missing = _missing(manifest)
     if missing is None:
+        if data is not None:
+            ids = range(len(manifest.images))
+            require_same_images(manifest, ids, "images", "restore them, or name the folder where they are now")
         return manifest
     if needed or data is not None:
         reason = f"the photographs of {run_dir} are not there ({missing} is missing)"

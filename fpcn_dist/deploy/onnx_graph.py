@@ -162,6 +162,7 @@ def describe(proto: onnx.ModelProto, info: ModelInfo) -> None:
         "crop": str(info.preprocessing.crop),
         "fit": info.preprocessing.fit,
         "on_bad_image": info.preprocessing.on_bad_image,
+        "max_pixels": str(info.preprocessing.max_pixels),
         "mean": json.dumps(shown.mean),
         "std": json.dumps(shown.std),
         "interpolation": shown.interpolation,

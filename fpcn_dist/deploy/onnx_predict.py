@@ -9,9 +9,11 @@ Shape legend: B images of a batch, K classes, h x w cells of the feature map.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,17 +25,23 @@ from PIL import Image
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.header import UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
+from fpcn_dist.data.decoding.sizes import MIB, cut, require_memory
 from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
+from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
+from fpcn_dist.runtime.names import is_utf8, printable
 
 FORMAT = 2
 """Number of the layout of inputs, outputs and metadata; it changes when an old reader would misread a new model. Format
 1 knew no interpolation but the bilinear one."""
 INPUT, LOGITS, MASK = "image", "logits", "mask"
 """Input [B, 3, crop, crop] float32, normalised; outputs [B, K], and [B, h, w], which is 1 inside the region."""
+MAX_DECODED_MIB = 512
+"""MiB of decoded images that are held at once, unless one is larger by itself."""
 MAX_PIXELS = 100_000_000
+"""Bound of models that were exported before they knew that of their training."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _BATCH = 8
 _EXPORT = "export one with launch/export.py RUN --format onnx"
@@ -53,6 +61,7 @@ class OnnxModel:
         fit: "squeeze" (to a square), "pad" (to a square that the long side fills) or "short_side".
         on_bad_image: where "salvage", JPEGs that were cut short are shown.
         task: "contrast" (FPCN) or "classify" (the plain classifier).
+        max_pixels: images with more pixels than this in their header are refused before anything is decoded.
     """
 
     session: onnxruntime.InferenceSession
@@ -65,6 +74,7 @@ class OnnxModel:
     fit: str
     on_bad_image: str
     task: str
+    max_pixels: int = MAX_PIXELS
 
     def run(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Normalised images [B, 3, crop, crop] to logits [B, K] and mask [B, h, w]."""
@@ -74,7 +84,7 @@ class OnnxModel:
     def read(self, blob: Blob) -> NDArray[np.uint8]:
         """Grey levels [crop, crop, 3] of an image, cut as the network expects; see :func:`read_image`."""
         salvage = self.on_bad_image == "salvage"
-        return read_image(blob, self.resize, self.crop, self.fit, self.interpolation, salvage=salvage)
+        return read_image(blob, self.resize, self.crop, self.fit, self.interpolation, self.max_pixels, salvage=salvage)
 
     def normalise(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """B images [crop, crop, 3] of grey levels to the network's input [B, 3, crop, crop]."""
@@ -106,7 +116,8 @@ def open_model(path: Path) -> OnnxModel:
     if not path.is_file():
         raise UserError("model", path, "is a folder" if path.is_dir() else "there is no such file", "give a model.onnx")
     try:
-        session = open_session(str(path))
+        # onnxruntime takes no path that is not UTF-8.
+        session = open_session(str(path) if is_utf8(path) else path.read_bytes())
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         detail = " ".join(str(error).split())[:200]
         raise UserError("model", path, f"is not an ONNX file that onnxruntime can load ({detail})", _EXPORT) from None
@@ -139,6 +150,7 @@ def describe(session: onnxruntime.InferenceSession, path: Path) -> OnnxModel:
             metadata.get("fit", "squeeze"),  # as before there was a choice
             metadata.get("on_bad_image", "skip"),
             metadata["task"],
+            int(metadata.get("max_pixels", MAX_PIXELS)),
         )
         _check(model)
     except (KeyError, TypeError, ValueError) as error:
@@ -167,7 +179,14 @@ def _check(model: OnnxModel) -> None:
 
 
 def read_image(
-    blob: Blob, resize: int, crop: int, fit: str, interpolation: str, *, salvage: bool = False
+    blob: Blob,
+    resize: int,
+    crop: int,
+    fit: str,
+    interpolation: str,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    salvage: bool = False,
 ) -> NDArray[np.uint8]:
     """Grey levels [crop, crop, 3] of the central crop, upright, as :mod:`fpcn_dist.data.decoding` cuts it.
 
@@ -178,7 +197,7 @@ def read_image(
         data = blob.read()
     except OSError as error:
         raise UnreadableError(f"cannot be read ({error.strerror})") from None
-    image = Image.fromarray(decode(examine(data, MAX_PIXELS, salvage=salvage)))
+    image = Image.fromarray(decode(examine(data, max_pixels, salvage=salvage)))
     framed = _fit(image, resize, fit, INTERPOLATIONS[interpolation])
     left, top = (round((side - crop) / 2) for side in framed.size)
     return np.asarray(framed.crop((left, top, left + crop, top + crop)))
@@ -198,18 +217,31 @@ def _fit(image: Image.Image, resize: int, fit: str, kernel: Image.Resampling) ->
     return frame
 
 
-def classify(model: OnnxModel, files: Sequence[Path]) -> tuple[list[Prediction], list[tuple[Path, str]]]:
-    """Predictions for the files that are images, in order, and the other files with the reason."""
-    predictions, refused, batch = [], [], []
-    for index, file in enumerate(files):
-        try:
-            batch.append((file, model.read(Blob(str(file)))))
-        except UnreadableError as error:
-            refused.append((file, str(error)))
-        if batch and (len(batch) == _BATCH or index == len(files) - 1):
-            predictions += _classify_batch(model, batch)
-            batch = []
+def classify(
+    model: OnnxModel, files: Sequence[Path], max_decoded_mib: int = MAX_DECODED_MIB
+) -> tuple[list[Prediction], list[tuple[Path, str]]]:
+    """Predictions for the files that are images, in order, and the other files with the reason.
+
+    As many images are decoded at once as there are cores and as fit into ``max_decoded_mib``; one at least.
+    """
+    predictions, refused = [], []
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for first in range(0, len(files), _BATCH):
+            some = files[first : first + _BATCH]
+            parts = cut(Blob.of_files(some), max_decoded_mib * MIB)
+            read = [one for part in parts for one in pool.map(functools.partial(_try_to_read, model), some[part])]
+            batch = [(file, pixels) for file, pixels in zip(some, read, strict=True) if not isinstance(pixels, str)]
+            refused += [(file, reason) for file, reason in zip(some, read, strict=True) if isinstance(reason, str)]
+            predictions += _classify_batch(model, batch) if batch else []
     return predictions, refused
+
+
+def _try_to_read(model: OnnxModel, file: Path) -> NDArray[np.uint8] | str:
+    """Grey levels [crop, crop, 3], or why there are none."""
+    try:
+        return model.read(Blob(str(file)))
+    except UnreadableError as error:
+        return str(error)
 
 
 def _classify_batch(model: OnnxModel, batch: Sequence[tuple[Path, NDArray[np.uint8]]]) -> list[Prediction]:
@@ -228,7 +260,9 @@ def _classify_batch(model: OnnxModel, batch: Sequence[tuple[Path, NDArray[np.uin
     ]
 
 
-def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Prediction]:
+def predict(
+    model_file: Path, paths: Sequence[Path], output: Path, *, max_decoded_mib: int = MAX_DECODED_MIB
+) -> list[Prediction]:
     """Classify files, write predictions.json and predictions.csv to ``output``, print a table.
 
     Files that are no readable images are listed and left out.
@@ -237,22 +271,24 @@ def predict(model_file: Path, paths: Sequence[Path], output: Path) -> list[Predi
         model_file: a model that launch/export.py wrote.
         paths: image files, and folders that are searched for images at any depth.
         output: folder for the results; made if missing.
+        max_decoded_mib: MiB of decoded images that are held at once, unless one is larger by itself.
 
     Raises:
         UserError: no model there, no such path, no image in a folder, not one readable image at all, or a folder that
             cannot be written to.
     """
+    require_memory(max_decoded_mib)
     model = open_model(model_file)
-    predictions, refused = classify(model, find_files(paths))
+    predictions, refused = classify(model, find_files(paths), max_decoded_mib)
     for file, reason in refused:
-        print(f"refused: {file}: {reason}")
+        print(f"refused: {printable(file)}: {printable(reason)}")
     if not predictions:
         raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
     output = Path(output)
     make_folder(output)
     write_predictions(output, predictions)
     print("\n".join(to_table(predictions)))
-    print(f"Wrote {output}/predictions.json and predictions.csv.")
+    print(f"Wrote {printable(output)}/predictions.json and predictions.csv.")
     return predictions
 
 
@@ -266,9 +302,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)"
     )
+    parser.add_argument(
+        "--max-decoded-mib",
+        type=int,
+        default=MAX_DECODED_MIB,
+        help="MiB of decoded images to hold at once, unless one is larger by itself (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
-        predict(args.model, args.images, args.output)
+        predict(args.model, args.images, args.output, max_decoded_mib=args.max_decoded_mib)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,9 @@ Shape legend: B images of a batch, K classes, h x w cells of the feature map.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.sizes import require_memory
 from fpcn_dist.data.index.folders import find_files
 from fpcn_dist.data.index.images import Refused, check_images
 from fpcn_dist.data.index.notices import refusal_table
@@ -31,6 +34,8 @@ from fpcn_dist.runs.model_folder import ModelInfo, load_model
 from fpcn_dist.runs.report.overlay import draw_overlay, to_pixels
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, replacing
+from fpcn_dist.runtime.names import file_stem, printable
+from fpcn_dist.runtime.terminal import Terminal
 
 
 def predict(
@@ -40,6 +45,7 @@ def predict(
     *,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    max_decoded_mib: int | None = None,
     console: Console | None = None,
 ) -> list[Prediction]:
     """Classify files, write predictions.json, predictions.csv and overlays/*.png to ``output``, print a table.
@@ -52,13 +58,17 @@ def predict(
         output: folder for the results; made if missing.
         device: where to compute.
         precision: "fp32" or "bf16" (autocast).
+        max_decoded_mib: ``data.max_decoded_mib``; that of a recipe by default.
         console: where to print; standard output by default.
 
     Raises:
         UserError: no model there, no such path, no image in a folder, or not one readable image at all.
     """
-    console = console or Console()
+    console = console or Terminal()
     model, info = load_model(Path(model_dir), device)
+    if max_decoded_mib is not None:
+        require_memory(max_decoded_mib)
+        info = dataclasses.replace(info, preprocessing=info.preprocessing.changed(max_decoded_mib=max_decoded_mib))
     files, refused = _readable(find_files(paths), info)
     if refused:
         console.print(refusal_table(refused))
@@ -75,7 +85,8 @@ def predict(
     ]
     write_predictions(Path(output), predictions)
     console.print("\n".join(to_table(predictions)), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Wrote {output}/predictions.json, predictions.csv and {len(predictions)} overlays.", highlight=False)
+    written = f"Wrote {printable(output)}/predictions.json, predictions.csv and {len(predictions)} overlays."
+    console.print(written, highlight=False, markup=False)
     return predictions
 
 
@@ -92,12 +103,13 @@ def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refu
 
 def overlay_names(files: Sequence[Path]) -> list[str]:
     """A PNG name for each file: its stem, made unique with a digest of its path where several share that."""
-    count = Counter(file.stem.lower() for file in files)  # lower: some file systems ignore case
+    stems = [file_stem(file.stem) for file in files]
+    count = Counter(stem.lower() for stem in stems)  # lower: some file systems ignore case
     return [
-        f"{file.stem}.png"
-        if count[file.stem.lower()] == 1
-        else f"{file.stem}-{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:12]}.png"
-        for file in files
+        f"{stem}.png"
+        if count[stem.lower()] == 1
+        else f"{stem}-{hashlib.sha256(os.fsencode(file.absolute())).hexdigest()[:12]}.png"
+        for file, stem in zip(files, stems, strict=True)
     ]
 
 

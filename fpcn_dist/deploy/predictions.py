@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.names import printable
 
 _TABLE_ROWS = 40
 
@@ -68,13 +69,13 @@ def to_table(predictions: Sequence[Prediction]) -> Iterator[str]:
     rows = [("file", "class", "probability", "runner-up")]
     for one in predictions[:_TABLE_ROWS]:
         ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
-        runner_up = f"{ranked[1][0]} {100 * ranked[1][1]:.1f} %" if len(ranked) > 1 else ""
-        rows.append((one.file, one.predicted, f"{100 * ranked[0][1]:.1f} %", runner_up))
+        runner_up = f"{printable(ranked[1][0])} {100 * ranked[1][1]:.1f} %" if len(ranked) > 1 else ""
+        rows.append((printable(one.file), printable(one.predicted), f"{100 * ranked[0][1]:.1f} %", runner_up))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for file, name, probability, runner_up in rows:
         line = f"{file:<{widths[0]}}  {name:<{widths[1]}}  {probability:>{widths[2]}}  {runner_up}"
         yield line.rstrip()
     if len(predictions) > _TABLE_ROWS:
         counts = Counter(one.predicted for one in predictions).most_common()
-        found = ", ".join(f"{name} {number}" for name, number in counts)
+        found = ", ".join(f"{printable(name)} {number}" for name, number in counts)
         yield f"{_TABLE_ROWS} of {len(predictions)} files shown; in all: {found}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.address import Address, RemoteFolder
 
 _TOLERANCE = 1e-3
 """The error of float32 against float64 may be so large, relative to the largest value; rounding makes a hundredth."""
@@ -101,7 +102,7 @@ def _compared(got: dict[str, Tensor], expected: dict[str, Tensor], device: torch
     return ok(f"{what} agrees with float64, gradients too")
 
 
-def data(folder: Path) -> Iterator[Finding]:
+def data(folder: Address) -> Iterator[Finding]:
     """Tell what training would find in the data; whether the classes are large enough depends on the recipe."""
     from fpcn_dist.data.decoding.backends import open_backend
     from fpcn_dist.data.index.build import build_manifest
@@ -125,11 +126,15 @@ def data(folder: Path) -> Iterator[Finding]:
         yield warning(f"{notice.subject}: {notice.text}", "")
 
 
-def data_is_here(folder: Path) -> Iterator[Finding]:
+def data_is_here(folder: Address) -> Iterator[Finding]:
     """Tell whether a node other than the first sees the data at all."""
     from fpcn_dist.data.index.shapes.tar import expand
+    from fpcn_dist.data.remote.store import reach
 
-    if folder.exists() or all(Path(shard).exists() for shard in expand(str(folder))):
+    if isinstance(folder, RemoteFolder):
+        reach(folder.url)
+        yield ok(f"{folder} can be listed from here too")
+    elif folder.exists() or all(Path(shard).exists() for shard in expand(str(folder))):
         yield ok(f"{folder} is here too")
     else:
         yield problem(f"there is no {folder} on this machine", "share it with all nodes, at the same place")

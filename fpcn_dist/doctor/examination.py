@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-
 from fpcn_dist.doctor import software
 from fpcn_dist.doctor.findings import Check, Finding, problem, stuck
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.launchers import told
+from fpcn_dist.runtime.terminal import Terminal
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class _Report:
     def __init__(self, place: _Place, *, several: bool, printing: bool) -> None:
         self.place, self.findings = place, list[Finding]()
         self._several, self._printing = several, printing
-        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._console = Terminal()
 
     def add(self, findings: Iterable[Finding], *, shown: bool = True) -> None:
         for finding in findings:
@@ -61,7 +61,7 @@ class _Report:
             self._console.print(f"{where}: {line}" if self._several else line, style=colour)
 
 
-def examine(output: Path | None, data: Path | None) -> int:
+def examine(output: Path | None, data: Address | None) -> int:
     """Run all checks and print a line for each thing found; a launcher has every rank call this.
 
     Args:
@@ -132,7 +132,7 @@ def _join(stack: contextlib.ExitStack) -> tuple[Ranks | None, list[Finding]]:
     return ranks, []
 
 
-def _checks(output: Path, data: Path | None, ranks: Ranks | None, local_rank: int) -> list[Check]:
+def _checks(output: Path, data: Address | None, ranks: Ranks | None, local_rank: int) -> list[Check]:
     """List the checks of this rank: of its own device, and on the first rank of a machine also of the machine."""
     from fpcn_dist.doctor import computing, machine, network
     from fpcn_dist.runtime.ranks import own_device
@@ -226,7 +226,7 @@ def _gather(report: _Report, patient: dist.ProcessGroup) -> list[Finding] | None
     return everything
 
 
-def _look_at_data(folder: Path) -> list[Finding]:
+def _look_at_data(folder: Address) -> list[Finding]:
     from fpcn_dist.doctor import computing
 
     look = functools.partial(computing.data, folder)

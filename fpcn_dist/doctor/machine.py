@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
-import psutil
 import torch
 from torch.cuda import nccl as torch_nccl
 
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.limits import raise_open_files, shortages
+from fpcn_dist.runtime.memory import free_and_total
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia[0-9]*", "/dev/dxg")
 """Files of these patterns are only there where the driver of an NVIDIA GPU is; the last is for Linux under Windows."""
@@ -95,11 +95,7 @@ def processor(ranks_here: int) -> Iterator[Finding]:
 
 def memory(ranks_here: int) -> Iterator[Finding]:
     """Tell how much memory is free."""
-    machine = psutil.virtual_memory()
-    free, total = machine.available, machine.total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total, free = min(total, int(text)), min(free, int(text))
+    free, total = free_and_total()
     found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < 2 * GIB * ranks_here:
         yield warning(found, "end other programs, or start fewer ranks here: each takes about 2 GiB")

@@ -314,11 +314,16 @@ def _classifiers(net: Any) -> list[str]:
 
 def _lacking(name: str, net: nn.Module) -> list[str]:
     """Modules of the published network called ``name`` that ``net`` does without."""
+    return sorted({key.rpartition(".")[0] for key in _published_weights(name) - net.state_dict().keys()})
+
+
+@functools.lru_cache(maxsize=64)
+def _published_weights(name: str) -> frozenset[str]:
+    """Names of the weights of the network that is published under ``name``."""
     import timm
 
     with torch.device("meta"):
-        published = timm.create_model(name).state_dict()
-    return sorted({key.rpartition(".")[0] for key in published.keys() - net.state_dict().keys()})
+        return frozenset(timm.create_model(name).state_dict())
 
 
 def _adapted(net: Any, read: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fpcn_dist.models import Classifier
 from fpcn_dist.models.modes import evaluating
@@ -82,6 +81,8 @@ def model_flops(model: nn.Module, image_size: int) -> int:
 
 def count_flops(compute: Callable[[], object]) -> int:
     """FLOPs (two per multiply-add) of the matrix products and convolutions in ``compute``, which is called once."""
+    from torch.utils.flop_counter import FlopCounterMode  # here alone, as it brings Triton
+
     with FlopCounterMode(display=False) as counter:
         compute()
     return counter.get_total_flops()

@@ -6,6 +6,7 @@ Both libraries are imported where a network of theirs is meant; no network is bu
 from __future__ import annotations
 
 import difflib
+import functools
 from typing import Literal, NamedTuple
 
 from fpcn_dist.recipe.preprocessing import IMAGENET, Preprocessing
@@ -50,6 +51,7 @@ class Published(NamedTuple):
     input_size: int | None
 
 
+@functools.cache  # to list the networks of timm takes a twentieth of a second
 def find_network(name: str) -> Network:
     """The network that ``model.backbone`` names.
 

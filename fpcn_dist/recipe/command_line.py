@@ -16,9 +16,12 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 from pydantic import ValidationError
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fpcn_dist.recipe.reading import explain, load_recipe
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.address import Address, address
+from fpcn_dist.runtime.collection import collect_seldom
 from fpcn_dist.runtime.errors import Preempted, UserError
 from fpcn_dist.runtime.launchers import told
 from fpcn_dist.runtime.output import quiet_without_reader
@@ -26,6 +29,17 @@ from fpcn_dist.runtime.output import quiet_without_reader
 Args = TypeVar("Args")
 Overrides = Annotated[Recipe, tyro.conf.arg(name="")]
 """Type of a field of an argument dataclass that lets every recipe field be overridden by its dotted name."""
+Data = Annotated[
+    Address,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|URL",
+        instance_from_str=lambda words: address(words[0]),
+        is_instance=lambda value: isinstance(value, Address),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""Type of ``--data``: a path, or the URL of a remote folder, whose slashes a path would fold."""
 
 _LOST_RANK = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset)|timed out|recvvalue|socket", re.IGNORECASE)
 
@@ -95,6 +109,7 @@ def run(main: Callable[[], None]) -> None:
     A rank that lost its peers leaves at once, without the clean shutdown that would wait for them. A command whose
     output nobody reads any more ends quietly.
     """
+    collect_seldom()
     with quiet_without_reader(), _readable_exit():
         main()
 

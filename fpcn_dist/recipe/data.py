@@ -18,7 +18,7 @@ Fit = Literal["squeeze", "pad", "short_side"]
 _NOT_PIXELS = {
     *("backend", "threads", "eval_batch_size", "classes_per_batch", "images_per_class", "class_weights"),
     *("val_fraction", "test_fraction", "split_seed", "columns", "on_bad_image", "on_duplicate"),
-    *("max_pixels", "max_bad_images"),
+    *("max_pixels", "max_decoded_mib", "max_bad_images", "cache_gib"),
 }
 """Fields that decide who decodes, or which images there are, and not what becomes of a view of an image."""
 
@@ -65,7 +65,7 @@ class DataConfig(Schema):
     """Different views of each training image, shown in turn; null draws a new one each time."""
     augment: AugmentConfig = AugmentConfig()
     classes_per_batch: PositiveInt | None = 3
-    """Classes in a global batch; null takes all classes of the data."""
+    """Classes in a global batch; all classes of the data where these have fewer, or with null."""
     images_per_class: PositiveInt | None = 14
     """Images of each of these classes in a global batch; their product is the global batch size. null: every training
     image once in each batch, which features computed once make affordable (docs/features.md)."""
@@ -89,11 +89,21 @@ class DataConfig(Schema):
     validation and of the training, and none where they are in two classes; or they stop the run."""
     max_pixels: PositiveInt = 100_000_000
     """Images with more pixels than this in their header are refused before anything is decoded."""
+    max_decoded_mib: PositiveInt = 512
+    """MiB of whole images that a rank holds at once, decoded to 3 bytes a pixel, before their views are cut: a larger
+    batch is decoded in pieces, which changes no pixel. An image that is larger by itself is decoded alone."""
     max_bad_images: Annotated[int, Field(ge=0)] = 10
     """How many files may turn unreadable while the run is under way before it stops."""
+    cache_gib: Annotated[float, Field(ge=0.0)] = 10.0
+    """GiB of this machine's disk that copies of remote images may take, in the user's cache folder (XDG_CACHE_HOME); 0
+    keeps none. All processes share it, and what was used last is kept (docs/data.md)."""
     threads: PositiveInt | None = None
     """CPU threads per rank of the data pipeline and, without a GPU, of the network; null shares the machine's cores
     between its ranks."""
+
+    def classes_in_batch(self, num_classes: int) -> int:
+        """Classes in a global batch of data with ``num_classes`` classes."""
+        return min(self.classes_per_batch or num_classes, num_classes)
 
     def batch_size(self, num_classes: int, num_images: int | None = None) -> int:
         """Images of a global batch of data with ``num_classes`` classes and ``num_images`` training images.
@@ -102,7 +112,7 @@ class DataConfig(Schema):
             UserError: a batch holds all images, and whoever asks does not know how many these are.
         """
         if self.images_per_class is not None:
-            return (self.classes_per_batch or num_classes) * self.images_per_class
+            return self.classes_in_batch(num_classes) * self.images_per_class
         if num_images is None:
             reason = "all training images in each batch are for training alone, whose batches need not compare"
             raise UserError("data.images_per_class", None, reason, "give a number")

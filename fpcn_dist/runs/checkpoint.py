@@ -40,6 +40,7 @@ _HARMLESS = {
     *("train.micro_batches", "train.compile", "train.channels_last", "train.feature_bank"),
     *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("data.backend", "data.threads", "data.eval_batch_size", "data.max_bad_images"),
+    *("data.max_decoded_mib", "data.cache_gib"),
     *(f"data.columns.{name}" for name in ColumnsConfig.model_fields),  # the manifest says what came of them
     *("distill.teacher", "distill.teacher_mode", "distill.bank"),
 }

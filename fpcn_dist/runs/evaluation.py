@@ -65,7 +65,7 @@ class Evaluation:
     """Result of :func:`evaluate`; evaluation.json in a run folder.
 
     Attributes:
-        split: the images: "val" or "test".
+        split: the images: "train", "val" or "test" of the run; "all" of other images.
         checkpoint: name of the weights that were evaluated.
         step: optimizer steps that these weights have seen.
         images: number of images.
@@ -74,6 +74,7 @@ class Evaluation:
         per_class: scores in class order.
         confusion: [K][K] counts; rows are true classes, columns predicted ones.
         area_quartiles: one entry for each of :data:`AREAS`.
+        data: where other images than the run's lie; ``None`` for the run's own.
     """
 
     split: str
@@ -85,6 +86,7 @@ class Evaluation:
     per_class: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]
     area_quartiles: tuple[AreaScore, ...]
+    data: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -98,6 +100,8 @@ class Evaluation:
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
         values["per_class"] = [{"class": score.pop("name"), **score} for score in values["per_class"]]
+        if self.data is None:
+            del values["data"]
         values["balanced_accuracy"] = self.balanced_accuracy
         return json.dumps(values, indent=2)
 
@@ -118,18 +122,18 @@ class Evaluation:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not an evaluation ({type(error).__name__}: {error})") from error
 
-    def save(self, run_dir: Path) -> None:
-        """Write ``run_dir``/evaluation.json."""
-        write_text(Path(run_dir) / EVALUATION_FILE, self.to_json() + "\n")
+    def save(self, run_dir: Path, name: str = EVALUATION_FILE) -> None:
+        """Write ``run_dir``/evaluation.json, or another file beside it."""
+        write_text(Path(run_dir) / name, self.to_json() + "\n")
 
     @classmethod
-    def load(cls, run_dir: Path) -> Evaluation | None:
-        """Read ``run_dir``/evaluation.json; ``None`` where the run was not evaluated yet.
+    def load(cls, run_dir: Path, name: str = EVALUATION_FILE) -> Evaluation | None:
+        """Read ``run_dir``/evaluation.json, or another file beside it; ``None`` where there is none yet.
 
         Raises:
             UserError: the file is damaged.
         """
-        return read_record(Path(run_dir) / EVALUATION_FILE, cls.from_json, "evaluate the run again")
+        return read_record(Path(run_dir) / name, cls.from_json, "evaluate the run again")
 
 
 class Evaluator:

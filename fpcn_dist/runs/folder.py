@@ -29,6 +29,7 @@ from fpcn_dist.runs.probe import PROBE_FILE
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import link_or_copy, make_folder, write_text
 from fpcn_dist.runtime.lock import locked
+from fpcn_dist.runtime.names import is_utf8
 from fpcn_dist.runtime.ranks import Ranks
 
 LOG_FILE = "log.txt"
@@ -56,8 +57,11 @@ class RunFolder:
         """Make the folder.
 
         Raises:
-            UserError: it cannot be made, or it holds files but no run.
+            UserError: it cannot be made, its path is not UTF-8, or it holds files but no run.
         """
+        if not is_utf8(self.path.absolute()):
+            reason = "the path is not UTF-8, and what reads the weights of a run takes no other"
+            raise UserError("--output", self.path, reason, "choose another folder")
         make_folder(self.path)
         found = [] if self.recipe.exists() else self.path.iterdir()
         strangers = [p.name for p in found if p.name[0] != "." and p.name not in _SHARED]
@@ -139,9 +143,8 @@ class RunFolder:
     def set_results_aside(self) -> None:
         """Move what was made of the checkpoints to previous/; the run itself goes on."""
         own = (self.recipe, self.manifest, self.environment, self.start, self.checkpoints)
-        self.set_aside(
-            keep=[*(path.name for path in own), METRICS_FILE, PROBE_FILE, "tensorboard", "profile", "features"]
-        )
+        others = (METRICS_FILE, PROBE_FILE, "tensorboard", "profile", "features")
+        self.set_aside(keep=[*(path.name for path in own), *others])
 
     def first_world_size(self) -> int | None:
         """Ranks that the run was started with; ``None`` where that is not known."""

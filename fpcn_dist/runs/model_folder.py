@@ -28,6 +28,7 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.probe import Probe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import replacing, write_tensors, write_text
+from fpcn_dist.runtime.names import markdown, printable
 
 WEIGHTS, CONFIG, CARD = MODEL_FILE, "config.json", "README.md"
 _FORMAT = 2
@@ -42,7 +43,7 @@ class ModelInfo:
     Attributes:
         classes: class names in label order.
         preprocessing: how images are cut and normalised; its ``resize``, ``crop``, ``fit``, ``mean``, ``std`` and
-            ``interpolation`` are those of the training.
+            ``interpolation`` are those of the training, and so is ``max_pixels``.
         model: the network.
         task: the task that the model was trained for; it decides what kind of network the model is.
         knows_token_maps: whether it was written since the tokens of a transformer are a map; see
@@ -89,7 +90,7 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit"})
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit", "max_pixels"})
         | recipe.data.preprocessing.model_dump(),
     }
     if origin is not None:
@@ -108,8 +109,9 @@ def write_card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["yaml"] = json.dumps  # a JSON string is a YAML string, whatever characters a name holds
-    templates.filters["cell"] = _table_cell
+    # A JSON string is a YAML string, unless it has pairs of surrogates for characters beyond U+FFFF.
+    templates.filters["yaml"] = lambda name: json.dumps(printable(name), ensure_ascii=False)
+    templates.filters["cell"] = markdown
     text = templates.get_template("card.md.j2").render(
         recipe=recipe, classes=list(classes), evaluation=evaluation, probe=probe, version=__version__
     )
@@ -194,9 +196,11 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
         raise ValueError(f"unknown task {config['task']!r}")
     return ModelInfo(
         classes=tuple(labels[str(index)] for index in range(len(labels))),
-        # Before there was a choice, images were squeezed.
         preprocessing=DataConfig(
-            resize=preprocessing["resize"], crop=preprocessing["crop"], fit=preprocessing.get("fit", "squeeze")
+            resize=preprocessing["resize"],
+            crop=preprocessing["crop"],
+            fit=preprocessing.get("fit", "squeeze"),  # as before there was a choice
+            max_pixels=preprocessing.get("max_pixels", DataConfig().max_pixels),  # which was not written either
         ).settled(Preprocessing.recorded(preprocessing)),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],
@@ -224,13 +228,6 @@ def _load_weights(model: Classifier, path: Path) -> None:
         reason = f"does not fit the network that {CONFIG} describes: {shown}"
         raise UserError("model", path, reason, "put both files of one export together")
     model.load_state_dict(state)
-
-
-def _table_cell(text: str) -> str:
-    """Text for a cell of a Markdown table: nothing in it can start HTML, end the cell or the line."""
-    for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
-        text = text.replace(character, written)
-    return text
 
 
 def export_safetensors(run_dir: Path, output: Path | None = None) -> list[Path]:

@@ -6,6 +6,8 @@ import difflib
 import os
 from collections.abc import Iterable
 
+from fpcn_dist.runtime.names import printable
+
 
 class UserError(Exception):
     """A mistake or a fault outside the program, explained.
@@ -22,7 +24,7 @@ class UserError(Exception):
     def __init__(self, field: str, value: object, reason: str, hint: str) -> None:
         self.field, self.value, self.reason, self.hint = field, value, reason, hint
         shown = "" if value is None else f" {value!s}"
-        super().__init__(f"{field}{shown}: {reason}; {hint}")
+        super().__init__(printable(f"{field}{shown}: {reason}; {hint}"))
 
     def __reduce__(self):
         return type(self), (self.field, self.value, self.reason, self.hint)

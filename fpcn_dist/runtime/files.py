@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fpcn_dist.runtime.errors import Outage, UserError
+from fpcn_dist.runtime.names import ESCAPE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,11 @@ _REFUSED = {
     *(errno.EACCES, errno.EPERM, errno.ENOTTY),
 }
 """How file systems say that a folder is nothing that they synchronise, rather than that a disk has failed."""
+
+
+def cache_home() -> Path:
+    """The folder of this package in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpcn-dist"
 
 
 def make_folder(path: Path) -> None:
@@ -91,9 +97,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in UTF-8; see :func:`replacing`."""
+    """Replace ``path`` by ``text`` in UTF-8; see :func:`replacing`. What is not UTF-8 in a name is escaped."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=ESCAPE)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

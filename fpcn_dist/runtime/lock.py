@@ -28,6 +28,7 @@ from typing import Any
 
 from fpcn_dist.runtime import processes
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 
 LOCK_FILE = ".lock"
 _BEAT, _PATIENCE = 2.0, 60.0
@@ -212,7 +213,8 @@ def _lives(owner: dict[str, Any]) -> bool | None:
 def _moves(path: Path, owner: dict[str, Any], patience: float) -> bool | None:
     """Watch whether an owner gives a sign of life in time; gives ``None`` where the lock changes hands or goes."""
     where = f"process {owner['process']} on {owner['host']}"
-    print(f"{path.parent} was last used by {where}: waiting up to {patience:.0f} s to see whether it lives", flush=True)
+    waiting = f"waiting up to {patience:.0f} s to see whether it lives"
+    print(f"{printable(path.parent)} was last used by {where}: {waiting}", flush=True)
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = _read(path)
@@ -238,13 +240,13 @@ def _keep(path: Path, lock: dict[str, Any], beat: float, patience: float, ended:
             if found is None and not _create(path, now):
                 found = _token(_read(path))
             if found not in (None, "", lock["token"]):
-                _end(f"{path.parent} has been taken over by another run; this one ends")
+                _end(f"{printable(path.parent)} has been taken over by another run; this one ends")
             if found is not None:
                 _replace(path, now)
             kept = time.monotonic()
         except OSError as error:
             if time.monotonic() - kept > _LATEST * patience:
-                lost = f"{path.parent} could not be kept from other runs ({error.strerror or error})"
+                lost = f"{printable(path.parent)} could not be kept from other runs ({error.strerror or error})"
                 _end(f"{lost}; this one ends, and the same command goes on from its last checkpoint")
 
 

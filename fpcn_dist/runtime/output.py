@@ -6,6 +6,7 @@ A command that only says something ends then; one that computes for hours goes o
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import select
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fpcn_dist.runtime.errors import Preempted, UserError
+from fpcn_dist.runtime.names import ESCAPE
 
 STATUS = 128 + signal.SIGPIPE
 """Exit status by which a shell knows a command whose reader has left."""
@@ -29,8 +31,12 @@ STATUS = 128 + signal.SIGPIPE
 def quiet_without_reader() -> Iterator[None]:
     """End this process with :data:`STATUS`, and without a traceback, if nobody reads its output any more.
 
-    The output is flushed at the end of the block, because an error in the interpreter's own flush cannot be caught.
+    What the encoding of a stream lacks is escaped, and is no error. The output is flushed at the end of the block,
+    because an error in the interpreter's own flush cannot be caught.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
     try:
         try:
             yield

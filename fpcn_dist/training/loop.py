@@ -17,6 +17,7 @@ from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluator
 from fpcn_dist.runs.finish import finish_run
 from fpcn_dist.runs.folder import LOG_FILE, RunFolder, open_together, owning
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import NotFinite, Preempted, UserError
 from fpcn_dist.runtime.output import Log, outliving_readers
 from fpcn_dist.runtime.preemption import Preemption
@@ -38,7 +39,7 @@ OnlineTeacher = Callable[[Batch], Batch]
 
 def train(
     recipe: Recipe,
-    data: Path,
+    data: Address,
     output: Path,
     ranks: Ranks,
     *,
@@ -84,7 +85,7 @@ def train(
 
 def train_together(
     recipes: Mapping[Path, Recipe],
-    data: Path | Manifest,
+    data: Address | Manifest,
     ranks: Ranks,
     *,
     resume: str = "auto",
@@ -106,7 +107,8 @@ def train_together(
         data: the image folder; or a manifest, whose images are not checked again.
         ranks, resume, extend, profile, preemption: see :func:`train`.
         watch: may end the training by raising.
-        evaluate: whether the models of those that come to their end are evaluated image by image for their reports.
+        evaluate: whether the models of those that come to their end are evaluated image by image and reported, or are
+            exported alone.
         probe: print and keep the bar that each pretrained network has to beat (:mod:`fpcn_dist.training.probe`).
         begun: called once the run folders belong to these trainings, unless all of them are finished.
 
@@ -181,7 +183,7 @@ class _Plan(NamedTuple):
         )
 
 
-def _plan(recipes: Mapping[Path, Recipe], data: Path | Manifest, ranks: Ranks, resume: str, extend: bool) -> _Plan:
+def _plan(recipes: Mapping[Path, Recipe], data: Address | Manifest, ranks: Ranks, resume: str, extend: bool) -> _Plan:
     """Check recipes and data, and settle where each training starts that has not come to its end. Collective."""
     shared = _require_agreement(list(recipes.values()))
     runs = [RunFolder(output) for output in recipes]

@@ -31,9 +31,11 @@ from fpcn_dist.runs.probe import (
     score_folds,
     score_split,
 )
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.ranks import use_threads
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.training.pretrained import name_preprocessing
 from fpcn_dist.training.run import TrainingRun
 
@@ -101,7 +103,7 @@ def probe_backbone(
 
 
 def probe_folder(
-    recipe: Recipe, data: Path, device: torch.device, *, folds: int = 0, output: Path | None = None
+    recipe: Recipe, data: Address, device: torch.device, *, folds: int = 0, output: Path | None = None
 ) -> Probe:
     """Probe the backbone that a recipe names, print a table, and write probe.json to ``output`` where that is given.
 
@@ -124,7 +126,7 @@ def probe_folder(
     if output is not None:
         make_folder(output)
         probe.save(output)
-        Console(soft_wrap=True).print(f"Wrote {output / PROBE_FILE}.", highlight=False)
+        Terminal().print(f"Wrote {output / PROBE_FILE}.")
     return probe
 
 
@@ -180,4 +182,4 @@ def _show(probe: Probe) -> None:
         )
         chosen = "-" if score.C is None else f"{score.C:g}"
         table.add_row(score.classifier, accuracy, f"{low} to {high}", balanced, chosen)
-    Console(soft_wrap=True).print(table)
+    Terminal().print(table)

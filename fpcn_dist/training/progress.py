@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.output import Outlived
+from fpcn_dist.runtime.terminal import Terminal
 
 
 class Progress:
@@ -33,11 +35,11 @@ class Progress:
         stream, self._log = sys.stdout, None
         if console is None and isinstance(stream, Outlived) and stream.isatty():
             stream, self._log = stream.unlogged, stream.log
-        self._console = console or Console(file=cast(TextIO, stream), soft_wrap=True)
+        self._console = console or Terminal(file=cast(TextIO, stream))
         self._bar = RichProgress(
             TextColumn("[bold]step[/] {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=self._console,
             disable=self._silent or not self._console.is_terminal,
         )
@@ -67,11 +69,11 @@ class Progress:
         if self._silent:
             return
         parts = [f"epoch {epoch:.2f}", *self._numbers(values), f"ETA {self._eta(step)}"]
-        status = "  ".join([name, *parts] if name else parts)
+        status = "  ".join([printable(name), *parts] if name else parts)
         self._bar.update(self._task, completed=step, description=status)
         line = f"step {step}/{self._total_steps}  {status}"
         if self._bar.disable:
-            self._console.print(line, highlight=False)
+            self._console.print(line)
         elif self._log is not None:
             self._log.write(f"{line}\n")
 
@@ -79,9 +81,9 @@ class Progress:
         """Print a line above the bar."""
         if self._silent:
             return
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(printable(message))
         if self._log is not None:
-            self._log.write(f"{message}\n")
+            self._log.write(f"{printable(message)}\n")
 
     def _eta(self, step: int) -> str:
         done = step - self._start_step

@@ -21,12 +21,13 @@ from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.model_folder import load_model
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.processes import describe_launch, is_started_again
+from fpcn_dist.training.schedule import steps_per_epoch
 
 _ANEW = "choose another --output, or begin again with --resume never, which moves what is there to previous/"
 
-End = Literal["open", "finished", "again", "extended"]
+End = Literal["open", "finished", "again", "trained on"]
 """Of a run that is there: it has not come to its end; it has, and all is there; what was made of it has to be made
-again; or it is to be trained on."""
+again; or there are steps to make, by more epochs or because its last checkpoints are gone."""
 
 
 class Origin(NamedTuple):
@@ -126,13 +127,13 @@ def look_at_end(
         )
     before = run.described()
     _require_same(run, recipe, manifest, before, extend=extend)
-    longer, there = recipe.train.epochs > before.recipe["train"]["epochs"], bool(checkpoints.steps())
-    lack = None if longer else _lack(run)
-    if (longer or lack) and not there:
+    longer, steps = recipe.train.epochs > before.recipe["train"]["epochs"], checkpoints.steps()
+    if steps and steps[-1] < recipe.train.epochs * steps_per_epoch(recipe, manifest):
+        return "trained on"
+    lack = None if longer else _lack(run, remade=bool(steps))
+    if (longer or lack) and not steps:
         reason = f"holds a finished run without checkpoints{f', and {lack}' if lack else ''}"
         raise UserError("--output", run.path, reason, _ANEW)
-    if longer:
-        return "extended"
     if lack:
         print(f"{run.path} has come to its end, but {lack}: it is made again from the best checkpoint", flush=True)
         return "again"
@@ -151,13 +152,13 @@ def _require_same(run: RunFolder, recipe: Recipe, manifest: Manifest, before: Ch
         raise UserError("--output", run.path, f"holds a finished run on other images ({changes})", _ANEW)
 
 
-def _lack(run: RunFolder) -> str | None:
-    """What of a finished run is missing or damaged, in words."""
+def _lack(run: RunFolder, *, remade: bool) -> str | None:
+    """What of a finished run is missing or damaged, in words: its model; or its report, if that can be ``remade``."""
     try:
         load_model(run.path)
     except UserError as error:
         return f"its model {error.reason}"
-    return None if (run.path / "report.html").is_file() else "its report is missing"
+    return "its report is missing" if remade and not (run.path / "report.html").is_file() else None
 
 
 def _say_finished(run: RunFolder, checkpoints: CheckpointFolder) -> None:

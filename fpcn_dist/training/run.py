@@ -24,6 +24,7 @@ from fpcn_dist.tasks import build_task
 from fpcn_dist.training.engine import build_engine, forward_backward
 from fpcn_dist.training.engine.optim import learning_rate
 from fpcn_dist.training.feature_bank.attach import attach_features
+from fpcn_dist.training.memory import describe_memory, free_bytes
 from fpcn_dist.training.meter import StepMeter, forward_flops
 from fpcn_dist.training.schedule import Schedule
 from fpcn_dist.training.start import Start
@@ -61,6 +62,8 @@ class TrainingRun:
         recipe, ranks, step = self.recipe, self.ranks, self.first_step
         task, manifest = self.engine.task, self.manifest
         self.features = attach_features(recipe, task, manifest, ranks, self.schedule, self.run.path, step=step)
+        if self.features is None or self.schedule.thaw < self.schedule.total:
+            self._warn_of_memory()
         self.meter = StepMeter(ranks, self.schedule.batch_size, None if self.features else self._flops_share())
         self.logger = MetricsLogger(self.run.path, ranks.rank, start_step=step)
 
@@ -77,6 +80,14 @@ class TrainingRun:
         # The last step, because a task may do less at first.
         flops = 3 * forward_flops(self.engine.task, self.recipe.data.crop, self.schedule.total)
         return flops / peak / self.ranks.world_size
+
+    def _warn_of_memory(self) -> None:
+        config, ranks = self.recipe, self.ranks
+        line = describe_memory(
+            self.engine.task, config, len(self.manifest.classes), ranks.world_size, free_bytes(ranks.device)
+        )
+        if line is not None and ranks.first:
+            print(line, flush=True)
 
     def _build(self, state: TrainingState | None, freeze: Depth = "none") -> None:
         # A state replaces pretrained weights, which may not even be reachable any more.

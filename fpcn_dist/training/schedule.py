@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
+
+
+def steps_per_epoch(recipe: Recipe, manifest: Manifest) -> int:
+    """Steps of an epoch, as the loader counts them."""
+    images = len(manifest.ids("train"))
+    return max(1, images // recipe.data.batch_size(len(manifest.classes), images))
 
 
 class Schedule(NamedTuple):

@@ -27,12 +27,15 @@ from fpcn_dist.runs.checkpoint import (
 )
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runs.metrics import METRICS_FILE
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import link_or_copy
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.training.engine.optim import learning_rate
 from fpcn_dist.training.pretrained import describe_weights, name_preprocessing
 from fpcn_dist.training.resume import changes_of_images, find_origin, look_at_end, what_is_asked
+from fpcn_dist.training.schedule import steps_per_epoch
 from fpcn_dist.training.soft_labels.teacher import name_teacher
 
 
@@ -57,7 +60,7 @@ class Start:
     writing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def prepare_data(data: Path | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
+def prepare_data(data: Address | Manifest, recipe: Recipe, ranks: Ranks) -> Manifest:
     """Check the images unless that was done, and give the manifest to every rank. Collective.
 
     Raises:
@@ -125,12 +128,12 @@ def _settle(
     if checkpoint is None:
         named = name_preprocessing(named)
         for line in describe_weights(named, manifest.classes):
-            print(line, flush=True)
+            print(printable(line), flush=True)
     else:
         found.append(checkpoint)
         require_same_recipe(named, checkpoint.info, checkpoint.path, extend=extend)
         _require_same_data(manifest, checkpoint.info, checkpoint.path, run)
-        print(f"resuming from step {checkpoint.info.step} ({checkpoint.path})", flush=True)
+        print(f"resuming from step {checkpoint.info.step} ({printable(checkpoint.path)})", flush=True)
         _say_extended(named, checkpoint.info, manifest)
         named = named.with_preprocessing(checkpoint.info.preprocessing)
         best = (
@@ -149,7 +152,7 @@ def _settle(
         "ranks_before": before,
         "own": origin.own,
         "taken": taken,
-        "extended": end == "extended",
+        "results_aside": end == "trained on",
         "record": dict(origin.record),
     }
 
@@ -170,7 +173,7 @@ def begin_run(run: RunFolder, start: Start, manifest: Manifest, ranks: Ranks) ->
         try:
             if not writing["own"]:
                 _make_room(run, {name: Path(path) for name, path in writing["taken"].items()})
-            elif writing["extended"]:
+            elif writing["results_aside"]:
                 run.set_results_aside()
         except OSError as error:
             reason = f"what is in it could not be moved to previous/ ({error.strerror or error})"
@@ -224,8 +227,7 @@ def _say_extended(recipe: Recipe, info: CheckpointInfo, manifest: Manifest) -> N
     planned, now, step = info.recipe["train"]["epochs"], recipe.train.epochs, info.step
     if now <= planned:
         return
-    images = len(manifest.ids("train"))
-    per_epoch = max(1, images // recipe.data.batch_size(len(manifest.classes), images))
+    per_epoch = steps_per_epoch(recipe, manifest)
     rates = [learning_rate(recipe.optim, step, per_epoch, epochs * per_epoch) for epochs in (planned, now)]
     then = f"as in a run planned for {now} epochs ({rates[1]:.3g} now, where {planned} epochs had {rates[0]:.3g})"
     how = f"the steps so far keep the learning rates that they had; from here on they are {then}"

@@ -31,6 +31,7 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.recipe.data import DataConfig
 from fpcn_dist.runtime.errors import Outage, UserError
 from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.names import printable
 
 META, WRITTEN = "bank.json", "written"
 _PATIENCE = 1800.0
@@ -104,7 +105,7 @@ class ViewBank(ABC):
             return
         images, views, width = self.shape
         shown = f"{images} images x {views} views x {width} {self.CONTENT}, {self.size / 2**20:.1f} MiB"
-        print(f"{self.TITLE} {self.folder}: {shown}", flush=True)
+        print(f"{self.TITLE} {printable(self.folder)}: {shown}", flush=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _claim(self.folder / self.ROWS, self.size)

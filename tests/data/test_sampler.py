@@ -129,13 +129,6 @@ def test_substitutes_are_a_keyed_order_of_the_candidates() -> None:
             "data.images_per_class 5: class 'class 1' has 3 training image(s), but a batch needs 5 of a class; "
             "add images of 'class 1', or lower it to at most 3",
         ),
-        (
-            [20, 20],
-            3,
-            5,
-            "data.classes_per_batch 3: the data have only 2 classes (class 0, class 1); "
-            "lower it to at most 2, or set it to null",
-        ),
     ],
 )
 def test_data_that_do_not_fit_the_batch(counts, classes_per_batch, images_per_class, message: str) -> None:
@@ -178,3 +171,9 @@ def test_all_images_that_do_not_divide_by_the_ranks():
 @pytest.mark.parametrize(("classes", "images", "world_size"), [(3, 14, 6), (1, 1, 1), (4, 2, 8)])
 def test_batch_that_divides(classes: int, images: int, world_size: int) -> None:
     check_division(classes, images, world_size)
+
+
+def test_a_cap_beyond_the_classes_changes_nothing() -> None:
+    capped, whole = _sampler([20, 20, 9], 24, 4, 1), _sampler([20, 20, 9], None, 4, 1)
+    assert capped.batch_size == whole.batch_size == 12
+    assert all(np.array_equal(capped.batch(step), whole.batch(step)) for step in range(5))

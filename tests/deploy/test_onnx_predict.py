@@ -144,7 +144,7 @@ def test_it_needs_few_packages() -> None:
 
 
 def test_bad_files_are_listed_and_the_rest_is_classified(
-    model_file: Path, rocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    model_file: Path, rocks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -153,8 +153,10 @@ def test_bad_files_are_listed_and_the_rest_is_classified(
     (folder / "text.jpg").write_text("not a photograph")
     (folder / "cut.jpg").write_bytes(Path(good).read_bytes()[:-400])
     Image.new("RGB", (200, 200)).save(folder / "huge.png")
-    monkeypatch.setattr(onnx_predict, "MAX_PIXELS", 200 * 200 - 1)
-    (one,) = onnx_predict.predict(model_file, [folder], tmp_path / "out")
+    proto = onnx.load(model_file)
+    next(entry for entry in proto.metadata_props if entry.key == "max_pixels").value = str(200 * 200 - 1)
+    onnx.save(proto, tmp_path / "bounded.onnx")
+    (one,) = onnx_predict.predict(tmp_path / "bounded.onnx", [folder], tmp_path / "out", max_decoded_mib=1)
     text = capsys.readouterr().out
     assert Path(one.file).name == "good.jpg"
     for name, reason in (

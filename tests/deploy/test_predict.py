@@ -131,6 +131,25 @@ def test_bad_files_are_listed_and_the_rest_is_classified(model_dir: Path, rocks:
     assert "notes.txt" not in text
 
 
+def test_the_bound_of_pixels_is_that_of_the_training(model_dir: Path, rocks: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["preprocessing"].pop("max_pixels") == DataConfig().max_pixels
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(folder)[1].preprocessing.max_pixels == DataConfig().max_pixels, "of an older version"
+    config["preprocessing"]["max_pixels"] = 96 * 96
+    (folder / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (97, 96)).save(tmp_path / "large.png")
+    Image.new("RGB", (96, 96)).save(tmp_path / "small.png")
+    (one,), text = _predict(folder, [tmp_path / "large.png", tmp_path / "small.png"], tmp_path / "out")
+    assert Path(one.file).name == "small.png" and "large.png" in text
+
+
+def test_memory_for_no_image_at_all_is_refused(model_dir: Path, rocks: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--max-decoded-mib 0: is not above 0"):
+        predict(model_dir, [rocks], tmp_path, max_decoded_mib=0)
+
+
 def test_the_table_stays_short_and_counts_the_rest(model_dir: Path, rocks: Path, tmp_path: Path) -> None:
     predictions, text = _predict(model_dir, [rocks], tmp_path)
     assert len(predictions) == 72 and len(json.loads((tmp_path / "predictions.json").read_text())) == 72

@@ -231,6 +231,27 @@ def test_a_decoder_that_is_wrong(monkeypatch):
     assert line.status == "problem" and "grey levels" in line.found
 
 
+def test_data_of_which_something_is_left_out(rocks, tmp_path):
+    data = Path(shutil.copytree(rocks, tmp_path / "data"))
+    (data / "runs" / "x").mkdir(parents=True)
+    (data / "marble" / "notes.txt").touch()
+    for number in range(3):
+        shutil.copy(data / "marble" / f"{number:04d}.jpg", data / "basalt" / f"m{number}.jpg")
+    first, *others = (str(finding) for finding in computing.data(data))
+    assert first.startswith("ok ") and "75 images of 3 classes" in first
+    assert all(line.startswith("warning ") for line in others) and len(others) == 3
+    assert "runs/: left out: outputs of this project's commands" in others[0]
+    assert ".txt: left out: 1 file(s)" in others[1]
+    assert "identical files: in two classes or more" in others[2] and "3 picture(s) in basalt and marble" in others[2]
+
+
+def test_data_that_are_unclear(rocks, tmp_path):
+    shutil.copytree(rocks, tmp_path / "data" / "train")
+    (tmp_path / "data" / "val").mkdir()
+    (line,) = found(computing.data, tmp_path / "data")
+    assert line.status == "problem" and "val/ (empty) holds no images" in line.found and "remove" in line.hint
+
+
 def test_checks_that_fail_or_never_end():
     def crash() -> list[Finding]:
         raise RuntimeError("a segment\nand a traceback")

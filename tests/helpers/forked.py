@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import start_processes
 
-_IMPORTED = ["fpcn_dist.training.loop", "timm", "torchvision", "torch._dynamo", "fpcn_dist.runs.report.figures"]
+_IMPORTED = ["tests.helpers.preloaded"]
 
 
 def start_ranks(main: Callable[..., None], *arguments: Any, ranks: int) -> None:

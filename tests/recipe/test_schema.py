@@ -218,6 +218,7 @@ def test_changed_fields_are_validated():
 def test_batch_size_of_all_classes_or_some():
     assert DataConfig(classes_per_batch=3, images_per_class=14).batch_size(7) == 42
     assert DataConfig(classes_per_batch=None, images_per_class=14).batch_size(7) == 98
+    assert DataConfig(classes_per_batch=24, images_per_class=14).batch_size(7) == 98
     everything = DataConfig(classes_per_batch=None, images_per_class=None)
     assert everything.batch_size(7, 1300) == 1300
     with pytest.raises(UserError, match="all training images in each batch are for training alone"):

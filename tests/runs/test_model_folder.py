@@ -104,6 +104,7 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
         "resize": 72,
         "crop": 64,
         "fit": "squeeze",
+        "max_pixels": 100_000_000,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "interpolation": "bilinear",
@@ -153,7 +154,7 @@ def test_the_card_is_valid_whatever_the_names(tmp_path: Path, evaluation: Evalua
         assert matter["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.8}]
         assert "Accuracy **80.0 %** on 10 val images" in body
         assert "| basalt | 1.000 | 0.500 | 0.667 | 4 |\n" in body
-        assert "| dolo\\|mite: &lt;b&gt; | n/a | 0.000 | 0.000 | 1 |\n" in body
+        assert "| dolo\\|mite: \\<b\\> | n/a | 0.000 | 0.000 | 1 |\n" in body
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

@@ -222,6 +222,17 @@ def test_a_best_that_is_damaged_is_said_and_the_best_that_is_left_taken(run, roc
     assert (run.path / "model.safetensors").read_bytes() == (once / "model.safetensors").read_bytes()
 
 
+def test_a_finished_run_whose_last_checkpoints_are_gone_makes_those_steps_again(run, rocks, capsys, once):
+    for step in (4, 6):
+        (run.checkpoints / f"step-{step:08d}.safetensors").unlink()
+    cut(run.checkpoints / BEST)
+    train(SMALL, rocks, run.path, ALONE)
+    said = capsys.readouterr().out
+    assert "resuming from step 3" in said and f"{BEST} is damaged" in said
+    for name in ("model.safetensors", "evaluation.json"):
+        assert (run.path / name).read_bytes() == (run.path / "previous" / name).read_bytes()
+
+
 def test_a_finished_run_with_a_damaged_best_keeps_its_model(run, rocks, capsys):
     cut(run.checkpoints / BEST)
     before = content(run.path)

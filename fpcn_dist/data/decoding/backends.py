@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fpcn_dist.data.batch import BatchRequest
+from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, BatchRequest
 from fpcn_dist.recipe.schema import DataConfig, DecodingBackend
 from fpcn_dist.runtime.errors import UserError
 
@@ -45,12 +45,14 @@ class Backend(NamedTuple):
             number of CPU threads.
         decoder: import path of what decodes one image at a time, as ``decoding`` does on the CPU: a
             :class:`fpcn_dist.data.index.checker.Decoder`, in a module that imports no torch.
+        decodes_at_once: requests whose decoded images it may hold at the same time.
     """
 
     name: DecodingBackend
     version: str
     decoding: Callable[[Iterator[BatchRequest], DataConfig, torch.device, int, int], Decoding]
     decoder: str
+    decodes_at_once: int
 
 
 def has_dali() -> bool:
@@ -70,10 +72,11 @@ def open_backend(name: DecodingBackend) -> Backend:
     if name == "torchvision" or (name == "auto" and not has_dali()):
         from fpcn_dist.data.decoding import photograph, torchvision
 
-        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, f"{photograph.__name__}:Decoder")
+        decoder = f"{photograph.__name__}:Decoder"
+        return Backend("torchvision", torchvision.VERSION, torchvision.Decoding, decoder, BATCHES_IN_FLIGHT)
     if not has_dali():
         hint = "pip install 'fpcn-dist[cuda13]' (or cuda12), or set data.backend to auto or torchvision"
         raise UserError("data.backend", name, "DALI is not installed here", hint)
     from fpcn_dist.data.decoding import dali, nvimgcodec
 
-    return Backend("dali", dali.VERSION, dali.Decoding, f"{nvimgcodec.__name__}:Decoder")
+    return Backend("dali", dali.VERSION, dali.Decoding, f"{nvimgcodec.__name__}:Decoder", 1)

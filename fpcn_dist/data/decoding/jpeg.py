@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, Unreadable
 SALVAGED_FROM = 0.95
 """Share of the rows that must be there for the rest to be made up."""
 
+_MOST_SEGMENTS = 10_000
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _ALONE = {0x01, *range(0xD0, 0xD9)}
 """Markers without a segment."""
@@ -46,7 +48,7 @@ def parse(data: bytes) -> Header:
         UnreadableError: its header is damaged or cut short, or no program of ours shows its kind.
     """
     kept, orientation, frame, adobe, jfif = [], 0, b"", b"", False
-    for marker, start, end in _segments(data):
+    for marker, start, end in itertools.islice(_segments(data), _MOST_SEGMENTS):
         content = data[start + 4 : end]
         if marker in _FRAMES:
             if frame:  # of which size is the image?

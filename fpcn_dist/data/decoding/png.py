@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from fpcn_dist.data.decoding.exif import exif_in_text, orientation_of
 from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, UnreadableError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MOST_CHUNKS = 200_000
 _OF_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _COLOURS = {0: "grey", 2: "RGB", 3: "a palette", 4: "grey and alpha", 6: "RGB and alpha"}
 
@@ -33,7 +35,7 @@ def parse(data: bytes) -> Header:
     Raises:
         UnreadableError: its header is damaged, or its end is missing.
     """
-    chunks = list(_chunks(data))
+    chunks = list(itertools.islice(_chunks(data), _MOST_CHUNKS))
     if not chunks or chunks[0].kind != b"IHDR" or chunks[0].end - chunks[0].start != 25:
         raise UnreadableError(NO_IMAGE)
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 
 from fpcn_dist.data.decoding.exif import orientation_of
 from fpcn_dist.data.decoding.header import DAMAGED, NO_IMAGE, Header, UnreadableError
+
+_MOST_CHUNKS = 200_000
 
 
 def is_webp(data: bytes) -> bool:
@@ -23,7 +26,8 @@ def parse(data: bytes) -> Header:
         raise UnreadableError(NO_IMAGE)
     if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
         raise UnreadableError(DAMAGED)
-    orientation = next((orientation_of(content) for kind, content in _chunks(data) if kind == b"EXIF"), 1)
+    chunks = itertools.islice(_chunks(data), _MOST_CHUNKS)
+    orientation = next((orientation_of(content) for kind, content in chunks if kind == b"EXIF"), 1)
     width, height = _size(data)
     return Header("WEBP", width, height, orientation, data, "RGB")
 

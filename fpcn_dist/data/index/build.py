@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.duplicates import describe_duplicates, drop_duplicates
@@ -18,8 +16,10 @@ from fpcn_dist.data.index.manifest import Image, Manifest, folder_of
 from fpcn_dist.data.index.notices import Notice, listed, show_refused
 from fpcn_dist.data.index.salvage import SALVAGED, salvage
 from fpcn_dist.data.index.shapes.recognise import recognise
+from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import check_composition
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 
 
@@ -35,7 +35,7 @@ def _without_full_collections() -> Iterator[None]:
 
 
 @_without_full_collections()
-def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
+def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     """Index images, check every one, and split what has no split.
 
     The split depends on the seed and on the contents of the images, not on their names: images that are added later
@@ -43,8 +43,8 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
     stay together. Where images that were refused leave too few, they are printed before the error.
 
     Args:
-        root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.layout`, or another shape of data set
-            that :mod:`fpcn_dist.data.index.shapes` knows.
+        root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.layout`, on this machine or remote,
+            or another shape of data set that :mod:`fpcn_dist.data.index.shapes` knows.
         config: fractions of the split, pixel bound, what to do about bad images and duplicates, what a batch needs.
         seed: key of the split, unless the config has one of its own.
 
@@ -53,9 +53,10 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
             is ``fail``, identical files where ``on_duplicate`` is, a class or a split of which no image can be used,
             too few classes or images for a batch, or a backend that is not installed.
     """
-    found = recognise(Path(root), config.columns).find()
-    candidates, folder = found.candidates, folder_of(os.fspath(root))
-    blobs = [Blob.within(folder, c.path, c.place) for c in candidates]
+    bound_cache(config.cache_gib)
+    found = recognise(root, config.columns).find()
+    candidates, folder = found.candidates, folder_of(str(root))
+    blobs = [Blob.within(folder, c.path, c.place)._replace(stored=found.stored.get(c.path)) for c in candidates]
     checks = check_images(blobs, config.max_pixels, cache_file(root), backend=config.backend)
     salvaged: list[int] = []
     if config.on_bad_image == "salvage":
@@ -94,11 +95,11 @@ def build_manifest(root: Path, config: DataConfig, seed: int) -> Manifest:
         raise UserError("--data", root, shown, hint)
     _require_batches(classes, images, config, refused)
     notices = (*found.notices, *duplicates, *(Notice(candidates[index].path, SALVAGED) for index in salvaged))
-    return Manifest(os.path.abspath(root), tuple(classes), tuple(images), tuple(refused), notices)
+    return Manifest(str(root.absolute()), tuple(classes), tuple(images), tuple(refused), notices)
 
 
 def _require_usable(
-    root: Path, candidates: Sequence[Candidate], usable: Sequence[Candidate], refused: Sequence[Refused]
+    root: Address, candidates: Sequence[Candidate], usable: Sequence[Candidate], refused: Sequence[Refused]
 ) -> None:
     """Refuse a class without a training image, and a split without an image, that can be used; prints the refusals."""
     learnt = Counter(c.name for c in candidates if c.split in (None, "train"))

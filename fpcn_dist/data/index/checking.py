@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import IO, NamedTuple, cast
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.index.copies import Copies
 from fpcn_dist.runtime.cores import usable_cores
 
 _SECONDS = 60.0
@@ -71,26 +72,33 @@ def check_blobs(
     The children end with the iterator, and with this process, whatever ends it.
 
     Args:
-        blobs: image files.
+        blobs: images; those of an object store are fetched by this process.
         decoder: import path of a :class:`fpcn_dist.data.index.checker.Decoder`.
         max_pixels: files whose header announces more pixels are refused without being decoded.
         seconds: of processor time that the decoding of a file may take.
 
     Raises:
         RuntimeError: a child cannot be started, or its decoder be imported.
+        UserError: an object store cannot be read.
     """
-    fresh, again = (_Question(index, blob) for index, blob in enumerate(blobs)), deque[_Question]()
+    fresh, again = iter(range(len(blobs))), deque[_Question]()
     count = min(usable_cores(), len(blobs))
     ahead = min(_AHEAD, -(-len(blobs) // max(1, count)))
 
     def ask(child: _Child) -> None:
         while len(child.asked) < ahead:
-            question = again.popleft() if again else next(fresh, None)
-            if question is None:
+            if again:
+                child.ask(again.popleft())
+            elif (index := next(fresh, None)) is not None:
+                child.ask(_Question(index, copies.of(index)))
+            else:
                 return
-            child.ask(question)
 
-    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+    def answer(index: int, check: Check) -> tuple[int, Check]:
+        copies.release(index)
+        return index, Check(copies.faults[index], "", 0) if index in copies.faults else check
+
+    with Copies(blobs) as copies, contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
 
         def start() -> None:
             child = stack.enter_context(contextlib.closing(_Child(decoder, max_pixels, seconds)))
@@ -105,7 +113,7 @@ def check_blobs(
                 child = cast("_Child", key.data)
                 for index, check in child.receive():
                     left -= 1
-                    yield index, check
+                    yield answer(index, check)
                 if not child.ended:
                     ask(child)
                     continue
@@ -113,7 +121,7 @@ def check_blobs(
                 child.close()
                 answered, unanswered = child.blame(seconds)
                 left -= len(answered)
-                yield from answered
+                yield from (answer(*found) for found in answered)
                 again.extendleft(reversed(unanswered))
                 start()
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 from fpcn_dist.data.index.images import Check, Refused
 from fpcn_dist.data.index.layout import Candidate
 from fpcn_dist.data.index.manifest import Image
-from fpcn_dist.data.index.notices import Notice, listed, printable
+from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.runtime.names import printable
 
 T = TypeVar("T")
 

@@ -18,6 +18,8 @@ from fpcn_dist.data.decoding.backends import has_dali, open_backend
 from fpcn_dist.data.index.cache import CheckCache
 from fpcn_dist.data.index.checking import Check, check_blobs
 from fpcn_dist.recipe.schema import DecodingBackend
+from fpcn_dist.runtime.address import Address
+from fpcn_dist.runtime.files import cache_home
 from fpcn_dist.runtime.preemption import leaving_at_once
 
 _PROGRESS_FROM = 2000
@@ -50,7 +52,7 @@ def check_images(
         backend: the recipe's ``data.backend``.
 
     Raises:
-        UserError: the backend is not installed.
+        UserError: the backend is not installed, or an object store cannot be read.
         Preempted: a signal of :data:`fpcn_dist.runtime.preemption.SIGNALS` came, in a process that heeds them.
     """
     if backend == "auto" and not has_dali():
@@ -77,17 +79,16 @@ def check_images(
     return [check for check in checks if check is not None]
 
 
-def cache_file(root: Path) -> Path:
+def cache_file(root: Address) -> Path:
     """Where the checks of a data folder are remembered: in the user's cache folder, one file for each data folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "fpcn-dist" / f"images-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    return cache_home() / f"images-{hashlib.sha256(os.fsencode(str(root.resolve()))).hexdigest()[:16]}.json"
 
 
 def _states(blobs: Sequence[Blob]) -> list[FileState | None]:
-    """The state of each one's file; ``None`` where there is none."""
-    paths = list({blob.path: None for blob in blobs})
+    """The state of each one's file, or of a remote object as it was listed; ``None`` where there is none."""
+    paths = list({blob.path: None for blob in blobs if blob.stored is None})
     parts = [paths[i : i + _STATES_AT_A_TIME] for i in range(0, len(paths), _STATES_AT_A_TIME)]
     with ThreadPoolExecutor(_STATE_THREADS) as pool:
         states = [state for part in pool.map(lambda part: [file_state(path) for path in part], parts) for state in part]
     state_of = dict(zip(paths, states, strict=True))
-    return [state_of[blob.path] for blob in blobs]
+    return [blob.stored[:2] if blob.stored else state_of[blob.path] for blob in blobs]

@@ -18,16 +18,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.blob import Blob, Stored
 from fpcn_dist.data.index.folders import SUFFIXES, Listing, is_image, list_folder
 from fpcn_dist.data.index.images import Refused
-from fpcn_dist.data.index.notices import Notice, listed, printable
+from fpcn_dist.data.index.notices import Notice, listed
 from fpcn_dist.data.index.places import describe, find_places
 from fpcn_dist.data.index.strangers import ancestors, find_strangers, is_inside
 from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 
 _FORM = "give a folder with one sub-folder of images for each class"
 
@@ -57,11 +59,13 @@ class Found(NamedTuple):
         candidates: what should be images.
         notices: what a user should know about the others.
         refused: images that cannot be used, as is known already.
+        stored: what a remote folder lists of its objects, by their path.
     """
 
     candidates: list[Candidate]
     notices: Sequence[Notice] = ()
     refused: Sequence[Refused] = ()
+    stored: Mapping[str, Stored] = MappingProxyType({})
 
 
 def find(root: Path) -> Found:

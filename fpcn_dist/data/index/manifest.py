@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fpcn_dist.data.blob import Blob, Packed
+from fpcn_dist.data.blob import Blob, Packed, Stored
 from fpcn_dist.data.index.images import Refused
 from fpcn_dist.data.index.notices import Notice
+from fpcn_dist.runtime.address import is_url
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
 
@@ -50,12 +51,14 @@ class Image(NamedTuple):
         image = cls(*values)
         if image.place is None:
             return image
-        *piece, packed = image.place
-        return image._replace(place=Blob(*piece, packed and Packed(*packed)))
+        path, offset, size, name, packed = image.place[:5]
+        return image._replace(place=Blob(path, offset, size, name, packed and Packed(*packed)))
 
 
 def folder_of(data: str) -> str:
     """The folder that names of images are relative to: ``--data`` itself, or where the file lies that it names."""
+    if is_url(data):
+        return data
     named = os.path.isfile(data) or ("{" in os.path.basename(data) and not os.path.isdir(data))
     return os.path.dirname(data) if named else data
 
@@ -111,7 +114,8 @@ class Manifest:
     def blob(self, image_id: int) -> Blob:
         """Where the bytes of the image lie."""
         image = self.images[image_id]
-        return Blob.within(self._folder, image.path, image.place)
+        blob = Blob.within(self._folder, image.path, image.place)
+        return blob._replace(stored=Stored(image.size, digest=image.digest)) if blob.is_remote else blob
 
     @functools.cached_property
     def _folder(self) -> str:

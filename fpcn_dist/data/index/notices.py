@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fpcn_dist.runtime.names import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,11 +36,6 @@ def listed(names: Iterable[str]) -> str:
     )
 
 
-def printable(name: str) -> str:
-    """A name with its line breaks and bytes that are no text written out, so that any terminal can show it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 def refusal_table(refused: Sequence[Refused]) -> Table:
     """Which images were refused, and why, for the terminal."""
     return _table(f"{len(refused)} image(s) refused", "image", "why it was refused", refused)
@@ -58,16 +55,16 @@ def show_refused(refused: Sequence[Refused]) -> None:
 
 
 def _table(title: str, subject: str, text: str, rows: Iterable[tuple[str, str]]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(subject, text, title=title)
     for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
 def _print(table: Table) -> None:
-    from rich.console import Console
+    from fpcn_dist.runtime.terminal import Terminal
 
-    Console(soft_wrap=True).print(table)
+    Terminal().print(table)

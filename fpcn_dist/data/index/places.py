@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fpcn_dist.data.index.notices import Notice, listed, printable
+from fpcn_dist.data.index.notices import Notice, listed
 from fpcn_dist.data.index.splits import find_splits, may_be_split, parse
 from fpcn_dist.data.index.tree import Tree
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 
 _WITHOUT = {
     "val": "data.val_fraction of the training images then takes its place",

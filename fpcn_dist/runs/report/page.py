@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fpcn_dist import __version__
 from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.names import printable_lines
 
 REPORT_FILE = "report.html"
 
@@ -20,7 +21,12 @@ def write_page(folder: Path, template: Path, **values: object) -> Path:
     """
     folders = FileSystemLoader([template.parent, Path(__file__).parent])
     templates = Environment(
-        loader=folders, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=folders,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable_lines(value) if type(value) is str else value,  # not markup, which is ours
     )
     write_text(folder / REPORT_FILE, templates.get_template(template.name).render(**values, version=__version__))
     return folder / REPORT_FILE

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fpcn_dist.runs.metrics import Standing, read_standing
+from fpcn_dist.runtime.terminal import Terminal
 
 
 class LiveTable:
@@ -24,7 +25,7 @@ class LiveTable:
 
     def __init__(self, output: Path, names: Sequence[str], console: Console | None = None) -> None:
         self._output, self._states = output, dict.fromkeys(names, "")
-        self._console = console or Console(file=sys.stdout, soft_wrap=True)
+        self._console = console or Terminal(file=sys.stdout)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._said: dict[str, tuple[str, int]] = {}
 
@@ -52,7 +53,7 @@ class LiveTable:
             state, epoch = self._states[name], int(standing.epoch or 0)
             if self._said.get(name) != (state, epoch):
                 self._said[name] = (state, epoch)
-                self._console.print("  ".join([name, *_cells(standing), state]), highlight=False, markup=False)
+                self._console.print("  ".join([name, *_cells(standing), state]))
 
     def _table(self, standings: dict[str, Standing]) -> Table:
         table = Table("run", "step", "loss", "accuracy", "images/s", "state")

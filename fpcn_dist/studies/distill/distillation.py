@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.data.index.build import build_manifest
@@ -21,10 +20,12 @@ from fpcn_dist.models.cost import measure
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.evaluation import Evaluation
 from fpcn_dist.runs.model_folder import WEIGHTS, load_model
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.ranks import CPU
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.studies.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.studies.cluster.bank_job import write_bank
 from fpcn_dist.studies.cluster.fleet import Fleet, measure_steps, survey
@@ -44,7 +45,7 @@ from fpcn_dist.training.soft_labels.teacher import open_teacher, weights_sha256
 
 def distill(
     recipe: Recipe,
-    data: Path,
+    data: Address,
     output: Path,
     *,
     students: Sequence[str],
@@ -131,11 +132,11 @@ def _show(plan: Sequence[Group], slots: Slots, skipped: int) -> None:
         table.add_row(
             str(number), ", ".join(group.runs), str(group.ranks), f"{group.seconds:.3g}" if group.seconds else "-"
         )
-    console = Console(soft_wrap=True)
+    console = Terminal()
     if plan:
         console.print(table)
     used = sum(group.ranks for group in plan)
-    console.print(f"{used} of {slots.count} place(s) used; {skipped} run(s) at their end already", highlight=False)
+    console.print(f"{used} of {slots.count} place(s) used; {skipped} run(s) at their end already")
 
 
 def _finish(recipe: Recipe, output: Path, students: Sequence[str], failures: dict[str, str], baselines: bool) -> None:
@@ -201,10 +202,10 @@ def _print(results: DistillationResults, report: Path) -> None:
     table.add_row(f"teacher ({results.teacher.backbone})", *results.cells(results.teacher), end_section=True)
     for row in results.students:
         table.add_row(row.name, *results.cells(row))
-    console = Console(soft_wrap=True)
+    console = Terminal()
     console.print(table)
     for row in results.students:
         for run, reason in row.reasons.items():
-            console.print(f"{run} has no result: {reason}", highlight=False, markup=False)
-    console.print(results.caption, highlight=False, markup=False)
-    console.print(f"report {report}", highlight=False, markup=False)
+            console.print(f"{run} has no result: {reason}")
+    console.print(results.caption)
+    console.print(f"report {report}")

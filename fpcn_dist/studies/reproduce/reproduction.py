@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.folder import RunFolder
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.studies.cluster import Slots, connect_ray, find_slots
 from fpcn_dist.studies.cluster.fleet import Fleet, measure_steps, survey
 from fpcn_dist.studies.cluster.plan import Group
@@ -60,7 +60,7 @@ class ReproductionRequest:
 
 
 def reproduce(
-    request: ReproductionRequest, data: Path, output: Path, *, address: str | None = None, yes: bool = False
+    request: ReproductionRequest, data: Address, output: Path, *, address: str | None = None, yes: bool = False
 ) -> None:
     """Train and measure all that the sections need; leave run folders, results and a report in ``output``.
 
@@ -96,7 +96,7 @@ def reproduce(
         results = collect(grid, manifest, output, request.students, failures)
         results.save(output)
         report = build_reproduction_report(output, results)
-        Console(soft_wrap=True).print(f"report {report}", highlight=False)
+        Terminal().print(f"report {report}")
     if failures:
         problems = " | ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError("runs", None, problems, f"see {output / RUNS / 'logs'}; the same command goes on with them")
@@ -162,7 +162,7 @@ def _train(
         failures, unfinished = survey(output / RUNS, runs)
         estimate = _estimate(ray, slots, grid, runs, unfinished, students, manifest, output)
         if estimate.seconds:
-            estimate.show(slots, len(runs) - len(unfinished), Console(soft_wrap=True))
+            estimate.show(slots, len(runs) - len(unfinished), Terminal())
             if not yes and input("Begin? [y/N] ").strip().lower() not in ("y", "yes"):
                 return None
         costs = {name: estimate.seconds[name] for name in unfinished}
@@ -211,7 +211,7 @@ def _estimate(
     return Estimate(seconds, slots.count)
 
 
-def _distill(grid: Grid, students: Sequence[str], data: Path, output: Path, address: str | None) -> dict[str, str]:
+def _distill(grid: Grid, students: Sequence[str], data: Address, output: Path, address: str | None) -> dict[str, str]:
     """Table 4: the students of each seed's FPCN, and their baselines; what went wrong, by seed."""
     failures = {}
     for seed in grid.seeds:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fpcn_dist import __version__
 from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.names import markdown, printable
 
 JSON, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
 
@@ -271,39 +272,39 @@ def to_markdown(results: ReproductionResults) -> str:
     lines = [
         f"# {TITLE}",
         "",
-        f"Data {_code(results.data)}, scale {_escape(results.scale)}, {len(results.seeds)} seed(s); accuracies on "
-        f"{results.images:,} {_escape(results.split)} images, in percent. {CAVEAT}",
+        f"Data {_code(results.data)}, scale {markdown(results.scale)}, {len(results.seeds)} seed(s); accuracies on "
+        f"{results.images:,} {markdown(results.split)} images, in percent. {CAVEAT}",
     ]
     for table in results.tables:
         columns = [table.columns(number) for number in range(len(table.scores))]
         heads = [table.name, *table.details]
         for heading, names in zip(table.scores, columns, strict=True):
             heads += [f"{heading}: {names[0]}", *names[1:]]
-        lines += ["", f"## {_escape(table.title)}", "", _line([*heads, "seeds"]), _rule(1 + len(table.details), heads)]
+        lines += ["", f"## {markdown(table.title)}", "", _line([*heads, "seeds"]), _rule(1 + len(table.details), heads)]
         for row in table.rows:
             texts = [row.name, *map(show, row.details)]
             for score, names in zip(row.scores, columns, strict=True):
                 texts += [text for _, text in cells(score, names)]
             lines.append(_line([*texts, str(row.seeds)]))
-        lines += ["", _escape(table.note)]
+        lines += ["", markdown(table.note)]
         missing = [row for row in table.rows if row.reason]
         if missing:
             lines += ["", "Without a result, or not from every seed:", ""]
-            lines += [f"- {_escape(table.label(row))}: {_escape(row.reason)}" for row in missing]
+            lines += [f"- {markdown(table.label(row))}: {markdown(row.reason)}" for row in missing]
         computations = table.computations()
         if computations:
             lines += ["", "Commands:", ""]
         for label, runs in computations:
             lines += [
-                f"- {_escape(label)}, seed {run.seed}: {_code(run.command)} "
-                f"(commit {_escape(run.commit)}, {_escape(run.device)})"
+                f"- {markdown(label)}, seed {run.seed}: {_code(run.command)} "
+                f"(commit {markdown(run.commit)}, {markdown(run.device)})"
                 for run in runs
             ]
     return "\n".join(lines) + "\n"
 
 
 def _line(texts: list[str]) -> str:
-    return "| " + " | ".join(map(_escape, texts)) + " |"
+    return "| " + " | ".join(map(markdown, texts)) + " |"
 
 
 def _rule(left: int, heads: list[str]) -> str:
@@ -311,13 +312,8 @@ def _rule(left: int, heads: list[str]) -> str:
     return "| " + " | ".join(["---"] * left + ["---:"] * (len(heads) + 1 - left)) + " |"
 
 
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*\[\]<>&|~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
 def _code(text: str) -> str:
     """A code span, between more backticks than there are side by side in ``text``."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"

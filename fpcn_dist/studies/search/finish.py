@@ -7,12 +7,12 @@ import warnings
 from typing import Any
 
 import optuna
-from rich.console import Console
 from rich.table import Table
 
 from fpcn_dist.recipe.reading import dump_recipe
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.studies.search.live import in_words, percent
 from fpcn_dist.studies.search.plan import Plan
 from fpcn_dist.studies.search.records import SearchResults, save_results
@@ -32,7 +32,7 @@ def finish_search(plan: Plan, results: SearchResults) -> None:
     """
     results = dataclasses.replace(results, importance=importance(results))
     save_results(plan.output, results)
-    console = Console(soft_wrap=True)
+    console = Terminal()
     best = results.best
     if best is not None:
         recipe = next(iter(plan.runs(best.number, best.settings).values()))
@@ -47,12 +47,12 @@ def finish_search(plan: Plan, results: SearchResults) -> None:
     console.print(_table(results))
     failed = [trial for trial in results.trials if trial.state == "failed"]
     for trial in failed:
-        console.print(f"trial {trial.number} failed: {trial.reason}", highlight=False, markup=False)
+        console.print(f"trial {trial.number} failed: {trial.reason}")
     if best is None:
         hint = f"see {plan.output / 'logs'}; the same command with --resume goes on"
         raise UserError("trials", None, "none has finished", hint)
-    console.print(f"best recipe {plan.output / BEST}", highlight=False, markup=False)
-    console.print(f"report {report}", highlight=False, markup=False)
+    console.print(f"best recipe {plan.output / BEST}")
+    console.print(f"report {report}")
 
 
 def importance(results: SearchResults) -> dict[str, float]:

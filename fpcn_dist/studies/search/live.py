@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.studies.search.records import TrialRecord
 
 _BEST = 5
@@ -26,7 +27,7 @@ class TrialTable:
 
     def __init__(self, epochs: int, console: Console | None = None) -> None:
         self._epochs = epochs
-        self._console = console or Console(file=sys.stdout, soft_wrap=True)
+        self._console = console or Terminal(file=sys.stdout)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._states: dict[int, str] = {}
 
@@ -45,7 +46,7 @@ class TrialTable:
             words = [f"trial {record.number}", record.state, *_standing(record), in_words(record.settings)]
             if record.reason:
                 words.append(record.reason)
-            self._console.print("  ".join(words), highlight=False, markup=False)
+            self._console.print("  ".join(words))
 
     def refresh(self, records: Sequence[TrialRecord]) -> None:
         """Draw the running trials, and the best of those that have ended."""

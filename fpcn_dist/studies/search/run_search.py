@@ -14,6 +14,7 @@ from typing import Any
 from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
+from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder, write_text
 from fpcn_dist.runtime.lock import locked
@@ -34,7 +35,7 @@ _CUT = 3
 
 
 def search(
-    request: SearchRequest, data: Path, output: Path, *, address: str | None = None, resume: bool = False
+    request: SearchRequest, data: Address, output: Path, *, address: str | None = None, resume: bool = False
 ) -> None:
     """Run all trials; leave results, the best recipe and a report in ``output``.
 

@@ -10,6 +10,7 @@ from fpcn_dist.data.batch import Batch
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import printable
 from fpcn_dist.runtime.ranks import Ranks
 from fpcn_dist.training.soft_labels.bank import SoftLabelBank, prepare_bank
 from fpcn_dist.training.soft_labels.teacher import open_teacher
@@ -44,7 +45,7 @@ def attach_teacher(
         raise UserError("train.precision", None, reason, "make it the same in all")
     # Before a bank is begun, which would be of no use with a teacher that does not fit.
     teacher = open_teacher(recipe, manifest, ranks.device)
-    ranks.on_first(lambda: print(teacher, flush=True))
+    ranks.on_first(lambda: print(printable(teacher), flush=True))
     if recipe.distill.teacher_mode == "online":
         return None, lambda batch: dataclasses.replace(batch, teacher_logits=teacher(batch.images))
     folder = bank_folder(recipe, output)

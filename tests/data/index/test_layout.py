@@ -231,7 +231,7 @@ def test_a_class_in_two_forms_of_unicode_is_one(order: tuple[str, str]) -> None:
 def test_any_name_may_be_a_class() -> None:
     names = ["a,b", 'a"b', "a\nb", "<b>bold", "[unknown]", "😀", "bad\udce9name", "runs", "predictions", " "]
     assert counts(arrange(listing(dict.fromkeys(names, 1)), "DIR")) == {None: dict.fromkeys(names, 1)}
-    assert r"a\nb/ (empty), bad\udce9/ (empty)" in refusal(FLAT | {"a\nb": [], "bad\udce9": []})
+    assert r"a\nb/ (empty), bad\xe9/ (empty)" in refusal(FLAT | {"a\nb": [], "bad\udce9": []})
 
 
 def test_own_outputs_and_thumbnails_are_left_out_and_mentioned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,8 @@ import torch
 import yaml
 
 from fpcn_dist.data.index.build import build_manifest
+from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import build_model
 from fpcn_dist.recipe.schema import DataConfig, ModelConfig, Recipe
@@ -110,6 +113,14 @@ def _page(run: Path) -> Page:
     path = build_report(run)
     assert path == run / "report.html"
     return Page(path.read_text(encoding="utf-8"))
+
+
+def test_notices_about_the_data_are_told(run: Path) -> None:
+    assert "About the data" not in _page(run).text
+    manifest = Manifest.load(run / "manifest.json")
+    dataclasses.replace(manifest, notices=(Notice("runs/", "left out: <b>outputs</b>"),)).save(run / "manifest.json")
+    text = _page(run).text
+    assert "About the data" in text and "left out: <b>outputs</b>" in text
 
 
 def test_everything_is_told(run: Path) -> None:

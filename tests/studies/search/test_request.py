@@ -9,6 +9,7 @@ import pytest
 
 from fpcn_dist.data.index.manifest import CHECK_FIELDS, SPLIT_FIELDS
 from fpcn_dist.models.fpcn import region_name
+from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.studies.search.request import SearchRequest, checked, feature_regions, make_plan, require_searchable
 from tests.helpers.distilling import recipe
@@ -19,7 +20,9 @@ OTHER: dict[str, Any] = {
     "data.val_fraction": 0.3,
     "data.test_fraction": 0.3,
     "data.on_bad_image": "fail",
+    "data.on_duplicate": "drop",
     "data.max_pixels": 10**6,
+    "data.columns": ColumnsConfig(label="rock"),
     "data.resize": 48,
     "data.crop": 24,
     "data.fit": "pad",
@@ -30,7 +33,7 @@ OTHER: dict[str, Any] = {
 def test_a_student_of_a_joint_search_sees_its_teachers_images(field):
     teacher, student = recipe("contrast"), recipe("distill")
     checked(SearchRequest(teacher, "joint", student))
-    with pytest.raises(UserError, match=rf"--student-recipe: {re.escape(field)} {OTHER[field]}: differs from"):
+    with pytest.raises(UserError, match=re.escape(f"--student-recipe: {field} {OTHER[field]}: differs from")):
         checked(SearchRequest(teacher, "joint", student.changed(**{field: OTHER[field]})))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fpcn_dist.data.index.notices import listed
 from fpcn_dist.data.index.shapes.found import split_called
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError, nearest
@@ -30,7 +31,7 @@ def choose(file: Path, header: Sequence[str], columns: ColumnsConfig, *wanted: s
         if column is not None:
             chosen[use] = column
         elif use not in _OPTIONAL:
-            reason = f"it has no column {' or '.join(_USUAL[use])}; its columns are {', '.join(header) or 'none'}"
+            reason = f"it has no column {' or '.join(_USUAL[use])}; its columns are {listed(header) or 'none'}"
             raise UserError("--data", file, reason, f"name the column in data.columns.{use}")
     return chosen
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fpcn_dist.data.index.layout import Candidate, Found
+from fpcn_dist.data.index.notices import Notice, listed, printable
 from fpcn_dist.data.index.splits import parse
 from fpcn_dist.runtime.errors import UserError
 
@@ -26,13 +26,11 @@ def splits_of_files(data: Path, files: Sequence[Path]) -> dict[Path, str | None]
     found: dict[Path, str | None] = {}
     for file in files:
         relative = file.relative_to(data)
-        words = [re.split(r"[^A-Za-z]+", part)[0] for part in (relative.stem, *reversed(relative.parts[:-1]))]
-        words += re.split(r"[^A-Za-z]+", relative.stem)
-        found[file] = next(filter(None, map(split_called, words)), None)
-    unclear = [file.relative_to(data) for file, split in found.items() if split is None]
+        said = (parse(name) for name in (relative.stem, *reversed(relative.parts[:-1])))
+        found[file] = next((name.split for name in said if name is not None), None)
+    unclear = [str(file.relative_to(data)) for file, split in found.items() if split is None]
     if 0 < len(unclear) < len(files):
-        shown = ", ".join(map(str, unclear[:10]))
-        reason = f"{len(unclear)} of its {len(files)} files belong to no split ({shown}), while others do"
+        reason = f"{len(unclear)} of its {len(files)} files belong to no split ({listed(unclear)}), while others do"
         raise UserError("--data", data, reason, "begin each name with train, val or test, or none")
     return found
 
@@ -47,29 +45,33 @@ def checked(data: Path, found: Found) -> Found:
     candidates = found.candidates
     if not candidates:
         said = f"none of its {len(found.refused)} images can be used" if found.refused else "it holds no images"
-        first = "".join(f" ({path}: {reason})" for path, reason in found.refused[:1])
+        first = "".join(f" ({printable(path)}: {reason})" for path, reason in found.refused[:1])
         raise UserError("--data", data, said + first, "see docs/data.md for the forms of data sets")
     classes = {candidate.name for candidate in candidates}
     if len(classes) == 1:
         reason = f"it holds one class only ({min(classes)!r}), and there is nothing to tell apart"
         raise UserError("--data", data, reason, "add images of another class")
-    splits = {candidate.split for candidate in candidates}
-    if None not in splits:
-        _check_splits(data, candidates)
     _check_groups(data, candidates)
-    return found
+    if any(candidate.split is None for candidate in candidates):
+        return found
+    return found._replace(notices=[*found.notices, *_check_splits(data, candidates)])
 
 
-def _check_splits(data: Path, candidates: Sequence[Candidate]) -> None:
+def _check_splits(data: Path, candidates: Sequence[Candidate]) -> Iterator[Notice]:
+    """What a user should know about the classes of the splits."""
     trained = {candidate.name for candidate in candidates if candidate.split == "train"}
     if not trained:
         held = ", ".join(sorted({candidate.split or "" for candidate in candidates}))
         raise UserError("--data", data, f"it has images to {held}, but none to train", "add training images")
     extra = sorted({candidate.name for candidate in candidates} - trained)
     if extra:
-        shown = ", ".join(map(repr, extra[:10])) + (", ..." if len(extra) > 10 else "")
-        reason = f"{len(extra)} class(es) have no training images ({shown})"
+        reason = f"{len(extra)} class(es) have no training images ({listed(extra)})"
         raise UserError("--data", data, reason, "give each class training images, or leave it out of every split")
+    for split in ("val", "test"):
+        held = {candidate.name for candidate in candidates if candidate.split == split}
+        if held and held < trained:
+            missing = sorted(trained - held)
+            yield Notice(f"split {split}", f"has no images of {len(missing):,} class(es): {listed(missing)}")
 
 
 def _check_groups(data: Path, candidates: Sequence[Candidate]) -> None:

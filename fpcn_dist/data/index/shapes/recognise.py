@@ -9,10 +9,11 @@ from typing import NamedTuple
 from fpcn_dist.data.index import layout
 from fpcn_dist.data.index.folders import is_image, list_folder
 from fpcn_dist.data.index.layout import Found
-from fpcn_dist.data.index.shapes import parquet, table, tar
+from fpcn_dist.data.index.shapes import parquet, remote, table, tar
 from fpcn_dist.data.index.shapes.found import checked
 from fpcn_dist.data.index.strangers import find_strangers, is_inside
 from fpcn_dist.recipe.data import ColumnsConfig
+from fpcn_dist.runtime.address import Address, RemoteFolder
 from fpcn_dist.runtime.errors import UserError
 
 _DEPTH = 2
@@ -31,17 +32,20 @@ class Shape(NamedTuple):
     find: Callable[[], Found]
 
 
-def recognise(data: Path, columns: ColumnsConfig) -> Shape:
+def recognise(data: Address, columns: ColumnsConfig) -> Shape:
     """The shape of a data set, told by names alone; a folder of images is what else it may be.
 
     Args:
-        data: a folder; a table, a Parquet file, a tar shard; or a pattern of shards, ``shard-{000..012}.tar``.
+        data: a folder, on this machine or remote; a table, a Parquet file, a tar shard; or a pattern of shards,
+            ``shard-{000..012}.tar``.
         columns: the recipe's ``data.columns``.
 
     Raises:
         UserError: shards are compressed, so that nothing in them can be read alone; and by ``find``: there is nothing
             there, or nothing that can be used.
     """
+    if isinstance(data, RemoteFolder):
+        return Shape("a remote folder of images", lambda: remote.find(data))
     if data.is_dir():
         return _of_folder(data, columns)
     files = list(map(Path, tar.expand(str(data)))) if "{" in data.name else [data]
@@ -63,7 +67,7 @@ def _of_folder(data: Path, columns: ColumnsConfig) -> Shape:
     own = {folder: names for folder, names in listing.folders.items() if not is_inside(folder, strangers)}
     has_classes = sum(any(map(is_image, names)) for folder, names in own.items() if folder) > 1
     tables = table.find_metadata(data)
-    if tables and (table.has_labels(tables[0], columns) or not has_classes):
+    if tables and (table.names_classes(tables[0], columns) or not has_classes):
         return _table(data, data, tables, columns)
     if not has_classes:
         near = {folder: names for folder, names in own.items() if len(Path(folder).parts) <= _DEPTH}

@@ -36,10 +36,13 @@ def find_metadata(folder: Path) -> list[Path]:
     return [place / name for place in places for name in METADATA if (place / name).is_file()]
 
 
-def has_labels(file: Path, columns: ColumnsConfig) -> bool:
-    """Whether a table says of which class its images are; else their folders may."""
-    header, _ = _read(file)
-    return (columns.label or "label") in header
+def names_classes(file: Path, columns: ColumnsConfig) -> bool:
+    """Whether a table names images and their classes; else their folders may."""
+    try:
+        header, _ = _read(file)
+        return len(cells.choose(file, header, columns, "image", "label")) == 2
+    except UserError:
+        return False
 
 
 def find(files: list[Path], root: Path, columns: ColumnsConfig) -> Found:

@@ -153,7 +153,8 @@ def _read_headers(shard: Path) -> list[Member]:
     try:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:", errorlevel=1) as tar:
             for member in tar:
-                tar.members.clear()  # which would hold every header of a large shard
+                # These would hold every header of a large shard.
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 if not member.isreg() or member.issparse():
                     continue
                 if member.offset_data + member.size > end:

@@ -8,8 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fpcn_dist.data import blob
+from fpcn_dist.data.blob import Blob, Packed
 from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.shapes.recognise import recognise
+from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
 from tests.helpers.shapes import IMAGES, photographs, write_parquet
@@ -49,9 +52,9 @@ def test_every_image_is_found_whatever_the_encoding(rocks: Path, rows, tmp_path:
     assert [c.path for c in found.candidates[-2:]] == ["a/000018", "a/000019"]  # a name that two rows have names none
     for candidate, (path, label) in zip(found.candidates, [*rows, *rows[:2]], strict=True):
         assert candidate.place is not None and candidate.name == label
-        blob = candidate.place._replace(path=str(file))
-        assert blob.read() == (rocks / path).read_bytes()
-        assert (blob.packed is None) == (options["compression"] == "none")
+        placed = candidate.place._replace(path=str(file))
+        assert placed.read() == (rocks / path).read_bytes()
+        assert (placed.packed is None) == (options["compression"] == "none")
 
 
 def test_the_page_that_holds_an_image_is_read_alone(rocks: Path, rows, tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_names_without_folders_are_those_of_their_classes(rocks: Path, rows, tmp
     images = [{"bytes": (rocks / path).read_bytes(), "path": Path(path).name} for path, _ in rows]
     table = pa.table({"image": pa.array(images, IMAGES), "label": [label for _, label in rows]})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert [image.path for image in build_manifest(tmp_path, CONFIG, 0).images] == [path for path, _ in rows]
+    assert [c.path for c in recognise(tmp_path, CONFIG.columns).find().candidates] == [path for path, _ in rows]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -76,10 +79,12 @@ def test_images_without_a_struct(rocks: Path, rows, tmp_path: Path, kind: pa.Dat
     labels = pa.array([label for _, label in rows]).dictionary_encode()
     splits = ["train", "val", "test"] * 6
     pq.write_table(pa.table({"img": images, "kind": labels, "part": splits}), tmp_path / "a.parquet")
-    config = CONFIG.changed(columns={"label": "kind", "split": "part"})
-    manifest = build_manifest(tmp_path / "a.parquet", config, 0)
-    assert manifest.class_counts("val") == (2, 2, 2)
-    assert manifest.images[0].path.startswith("a/") and manifest.blob(0).read() in {image.as_py() for image in images}
+    found = recognise(tmp_path / "a.parquet", ColumnsConfig(label="kind", split="part")).find().candidates
+    assert [(c.path, c.name, c.split) for c in found] == [
+        (f"a/{i:06d}", label, splits[i]) for i, (_, label) in enumerate(rows)
+    ]
+    for candidate, image in zip(found, images, strict=True):
+        assert Blob.within(str(tmp_path), candidate.path, candidate.place).read() == image.as_py()
 
 
 def test_rows_that_cannot_be_used_are_refused_with_the_reason(rocks: Path, rows, tmp_path: Path) -> None:
@@ -186,10 +191,35 @@ def test_pyarrow_is_named_where_it_is_missing(
 def test_a_damaged_page_is_an_unreadable_image(rocks: Path, rows, tmp_path: Path) -> None:
     """What turns bad after the index was made is reported as any file that turns bad."""
     file = write_parquet(tmp_path / "a.parquet", rocks, rows, NAMES, use_dictionary=False)
-    manifest = build_manifest(file, CONFIG, 0)
-    blob = manifest.blob(0)
+    first = recognise(file, CONFIG.columns).find().candidates[0]
+    placed = Blob.within(str(tmp_path), first.path, first.place)
     with open(file, "r+b") as stream:
-        stream.seek(blob.offset)
+        stream.seek(placed.offset)
         stream.write(b"\xff" * 64)
     with pytest.raises(OSError, match="the page that holds it is damaged"):
-        blob.read()
+        placed.read()
+
+
+def test_few_unpacked_pages_are_kept(rocks: Path, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"use_dictionary": False, "data_page_size": 4000, "write_batch_size": 1}
+    file = write_parquet(tmp_path / "a.parquet", rocks, rows, **options)
+    found = recognise(file, CONFIG.columns).find().candidates
+    blobs = [Blob.within(str(tmp_path), c.path, c.place) for c in found]
+    unpacked: list[int] = []
+    unpack = Packed.unpack
+
+    def counted(packed: Packed, data: bytes) -> bytes:
+        unpacked.append(packed.unpacked)
+        return unpack(packed, data)
+
+    monkeypatch.setattr(Packed, "unpack", counted)
+    monkeypatch.setattr(blob, "_PAGES", blob._Pages())
+    for _ in range(2):
+        assert [b.read() for b in blobs] == [(rocks / path).read_bytes() for path, _ in rows]
+    pages = len({b.offset for b in blobs})
+    assert len(unpacked) == pages > 6
+    monkeypatch.setattr(blob, "_PAGES", blob._Pages())
+    monkeypatch.setattr(blob, "_KEPT", max(unpacked))
+    for b in [*blobs, *blobs]:
+        b.read()
+    assert len(unpacked) == 3 * pages
