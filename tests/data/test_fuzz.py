@@ -42,6 +42,14 @@ FOUND = {
 """What the fuzz has found to be read differently, and is shown by all."""
 
 
+def test_a_jpeg_of_two_sizes_is_refused_alike(readings: Readings) -> None:
+    data = _jpeg()
+    frame = data[data.index(b"\xff\xc0") :][:19]
+    twice = data.replace(frame, frame + frame.replace(b"\0\x30\0\x30", b"\0\x50\0\x30"))
+    assert len(twice) == len(data) + 19
+    assert readings.fault(twice, MAX_PIXELS) == "refused: the image data are truncated or damaged"
+
+
 def test_a_segment_within_a_scan_is_read_alike(readings: Readings) -> None:
     data = _jpeg()
     for place in range(data.index(b"\xff\xda") + 20, len(data) - 20, 7):

@@ -50,7 +50,9 @@ def parse(data: bytes) -> Header:
     kept, orientation, frame, adobe, jfif = [], 0, b"", b"", False
     for marker, start, end in itertools.islice(_segments(data), _MOST_SEGMENTS):
         content = data[start + 4 : end]
-        if marker in _FRAMES and not frame:
+        if marker in _FRAMES:
+            if frame:  # of which size is the image?
+                raise UnreadableError(DAMAGED)
             frame = data[start + 1 : end]
         elif marker == _APP1 and not orientation and content[:4] == b"Exif":
             orientation = orientation_of(content)

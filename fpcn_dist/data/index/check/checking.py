@@ -25,7 +25,7 @@ from fpcn_dist.data.index.check.copies import Copies
 from fpcn_dist.runtime.cores import usable_cores
 
 _SECONDS = 60.0
-"""Processor time that the decoding of a file may take: the slowest formats need a tenth of it for 100 megapixels."""
+"""Processor time that the decoding of a file may take."""
 _AHEAD = 16
 """Questions that a child holds, so that it need not wait for the next one. They and the answers fit into a pipe."""
 _TOO_LONG = (signal.SIGPROF, signal.SIGALRM)
