@@ -86,7 +86,7 @@ def test_a_changed_recipe_is_refused(runs, single):
     done = runs.run([*command("python"), *runs.train_argv(single, "--optim.lr", "0.5")], expect=2)
     assert "optim.lr 0.001 -> 0.5" in done.stderr and "Traceback" not in done.stderr
     done = runs.run([*command("python"), *runs.train_argv(single, "--model.hidden", "8")], expect=2)
-    assert "is of another model: model.hidden 32 -> 8" in done.stderr
+    assert "holds a finished run of another recipe: model.hidden 32 -> 8; choose another --output" in done.stderr
 
 
 def test_changed_data_are_refused(runs, single, tmp_path):
@@ -107,8 +107,10 @@ def test_resume_from_a_path_and_never(runs, single):
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [e["loss"] for e in entries if e["kind"] == "step"] == losses(single)[10:]
     for bad, words in ((output / "absent", "no such file"), (runs.recipe, "damaged or no checkpoint")):
-        done = runs.run([*command("python"), *runs.train_argv(output, "--resume", str(bad))], expect=2)
+        done = runs.run([*command("python"), *runs.train_argv(runs.folder / "new", "--resume", str(bad))], expect=2)
         assert words in done.stderr and "Traceback" not in done.stderr
+    done = runs.run([*command("python"), *runs.train_argv(output, "--resume", str(runs.recipe))], expect=2)
+    assert "holds a finished run" in done.stderr
     runs.train("from a path", "--resume", "never")
     assert losses(output) == losses(single)
 

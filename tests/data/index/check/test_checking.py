@@ -103,7 +103,8 @@ def test_any_name_can_be_asked_for(name: bytes, tmp_path: Path) -> None:
 
 
 _PARENT = """
-import sys, threading
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.index.check.checking import check_blobs
 for _ in check_blobs([Blob(path) for path in sys.argv[1:]], "tests.helpers.deadly:Decoder", 1):
@@ -126,7 +127,7 @@ def test_no_child_outlives_its_parent(number: signal.Signals, tmp_path: Path) ->
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.send_signal(number)
-    parent.wait()
+    parent.wait(timeout=60)
     _, alive = psutil.wait_procs(children, timeout=5)
     for child in alive:
         child.kill()

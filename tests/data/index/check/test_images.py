@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
     assert [check.ok for check in found] == [False] + [True] * (len(paths) - 1)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal, also where the tests are the background job of a shell, which hears no SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_check_that_is_told_to_stop_stops_and_keeps_what_it_found(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
