@@ -85,5 +85,6 @@ def test_any_shape_gives_what_the_folder_gives(
     moved = tmp_path / "moved" / data.relative_to(tmp_path / "data")
     run = RunFolder(tmp_path / "run")
     assert evaluate_run(run, ALONE, data=moved) == expected.evaluation
-    train(chosen, moved, run.path, ALONE)
+    longer = chosen.changed(**{"train.epochs": chosen.train.epochs + 1})
+    train(longer, moved, run.path, ALONE, extend=True)
     assert "resuming from step" in capsys.readouterr().out

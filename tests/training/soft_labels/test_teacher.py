@@ -175,7 +175,7 @@ def test_another_teacher_does_not_take_over_a_run(rocks, tmp_path):
     short = {"train": {"epochs": 1}}
     train(recipe(distill={"teacher": str(first)}, **short), rocks, tmp_path / "student", ALONE)
     before = losses(tmp_path / "student")
-    with pytest.raises(UserError, match=r"is of another recipe: distill\.teacher_sha256 '"):
+    with pytest.raises(UserError, match=r"holds a finished run of another recipe: distill\.teacher_sha256 '"):
         train(recipe(distill={"teacher": str(second)}, **short), rocks, tmp_path / "student", ALONE)
     shutil.move(first, tmp_path / "elsewhere")
     train(recipe(distill={"teacher": str(tmp_path / "elsewhere")}, **short), rocks, tmp_path / "student", ALONE)
