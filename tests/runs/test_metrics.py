@@ -17,6 +17,7 @@ from torchvision.models import resnet18
 from fpcn_dist.models.cost import datasheet_flops, model_flops, peak_flops
 from fpcn_dist.runs.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.training.progress import Progress
 
 
@@ -116,7 +117,7 @@ def test_numbers_that_ran_away_stay_valid_json(tmp_path: Path) -> None:
 
 def _plain_progress(**options: int) -> tuple[Progress, io.StringIO]:
     output = io.StringIO()
-    return Progress(100, console=Console(file=output, soft_wrap=True), **options), output
+    return Progress(100, console=Terminal(file=output), **options), output
 
 
 def test_progress_without_a_terminal_is_one_line_per_log_point() -> None:

@@ -300,7 +300,7 @@ def test_the_log_says_how_a_run_ended(run, rocks):
     interrupted(SMALL, rocks, run.path, 1)
     assert log.read_text().startswith(before) and "resuming from step 2" in log.read_text()
     assert log.read_text().endswith(
-        "stopped by SIGTERM after step 3, with a checkpoint; the same command goes on from it\n"
+        "stopped by SIGTERM after step 3, with a checkpoint; the same command goes on from there\n"
     )
 
 
