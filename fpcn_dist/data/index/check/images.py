@@ -59,12 +59,16 @@ def check_images(
         print("DALI is not installed: torchvision decodes the images, on the CPU (data.backend auto)", flush=True)
     opened = open_backend(backend)
     names, states = [blob.key for blob in blobs], _states(blobs)
-    with leaving_at_once("while the images were checked"):
-        memory = CheckCache(cache, f"{opened.version}/{max_pixels}")
-        checks = [memory.recall(name, state) for name, state in zip(names, states, strict=True)]
-        stale = [i for i, check in enumerate(checks) if check is None]
+    memory = CheckCache(cache, f"{opened.version}/{max_pixels}")
+    checks = [memory.recall(name, state) for name, state in zip(names, states, strict=True)]
+    stale = [i for i, check in enumerate(checks) if check is None]
+    # A job that is warned again and again in its first seconds gets on: once all is known, it leaves after a step.
+    with (
+        contextlib.closing(memory),
+        leaving_at_once("while the images were checked") if stale else contextlib.nullcontext(),
+    ):
         found = check_blobs([blobs[i] for i in stale], opened.decoder, max_pixels)
-        with contextlib.closing(memory), contextlib.closing(found):
+        with contextlib.closing(found):
             for at, check in track(
                 found,
                 description="Checking images",
