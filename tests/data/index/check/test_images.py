@@ -179,6 +179,15 @@ def test_a_check_that_is_told_to_stop_stops_and_keeps_what_it_found(
     assert len(json.loads(cache.read_text())["files"]) == 9
 
 
+def test_where_all_is_known_a_signal_waits_for_the_first_step(rocks: Path, tmp_path: Path) -> None:
+    blobs, cache = Blob.of_files(sorted((rocks / "marble").iterdir())[:2]), tmp_path / "cache.json"
+    check_images(blobs, 10**8, cache)
+    with Preemption(Ranks(0, 1, 0, 1, CPU)) as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert all(check.ok for check in check_images(blobs, 10**8, cache))
+        assert preemption.agreed() == "SIGTERM"
+
+
 def test_cache_lies_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_file(Path("a")).parent == tmp_path / "fpcn-dist"
