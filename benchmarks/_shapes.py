@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -95,17 +95,20 @@ def _label(file: Path) -> str:
     return str(int(file.stem) // _FILES % 2)
 
 
-class _Rows(Dataset[bytes]):
-    """What is read of the rows of something, at random."""
+_T = TypeVar("_T")
 
-    def __init__(self, rows: Sequence[Path], read: Callable[[Path], bytes]) -> None:
-        self._rows, self._read = rows, read
+
+class Made(Dataset[_T]):
+    """What a function makes of files, by their index."""
+
+    def __init__(self, files: Sequence[Any], make: Callable[[Any], _T]) -> None:
+        self._files, self._make = files, make
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._files)
 
-    def __getitem__(self, index: int) -> bytes:
-        return self._read(self._rows[index])
+    def __getitem__(self, index: int) -> _T:
+        return self._make(self._files[index])
 
 
 def others(stored: Stored, load: Load, batch_size: int, workers: int) -> dict[str, Iterable[Tensor]]:
@@ -139,7 +142,7 @@ def others(stored: Stored, load: Load, batch_size: int, workers: int) -> dict[st
     table: Any = datasets.load_dataset("parquet", cache_dir=str(stored.parquet[0].parents[1] / "arrow"), **files)
     stream: Any = datasets.load_dataset("parquet", streaming=True, **files)
     return {
-        "torchvision DataLoader, files": loader(_Rows(stored.files, Path.read_bytes), load),
+        "torchvision DataLoader, files": loader(Made(stored.files, Path.read_bytes), load),
         "WebDataset, tar, in order": loader(shards.shuffle(_BUFFER), lambda row: load(row["jpg"])),
         "datasets, Parquet unpacked to Arrow": loader(table, lambda row: load(row["image"]["bytes"])),
         "datasets, Parquet streamed, in order": loader(

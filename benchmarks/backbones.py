@@ -75,7 +75,9 @@ def row(family: str) -> Row:
         except UserError as error:
             reason = f"refused: {error.reason}"
             break
-        except (NotImplementedError, RuntimeError):  # of the meta device
+        except (NotImplementedError, RuntimeError) as error:
+            if device == "cpu":  # what the meta device has no form of, this one must build
+                reason = f"not built: {str(error).splitlines()[0]}"
             continue
         kind = " x ".join(map(str, shape[1:])) if backbone.has_map else f"a vector of {shape[1]}"
         at = "" if side == SIDE else f" (at {side} px)"

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks._augmentations import AUGMENTATIONS, by_v2, mixed_by_v2
-from benchmarks._shapes import Stored, others, reading
+from benchmarks._shapes import Made, Stored, others, reading
 from fpcn_dist.data.batch import BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import has_dali, open_backend
@@ -49,19 +49,6 @@ class Cost:
 
     cpu_ms: list[float] = field(default_factory=list)
     wall_ms: list[float] = field(default_factory=list)
-
-
-class _Files(Dataset[Tensor]):
-    """Training views of files, made by one function from path to [3, crop, crop] tensor."""
-
-    def __init__(self, paths: Sequence[str], load: Callable[[str], Tensor]) -> None:
-        self._paths, self._load = paths, load
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._load(self._paths[index])
 
 
 def _pil(config: DataConfig) -> Callable[[str], Any]:
@@ -195,7 +182,7 @@ def _paths(data: Path, config: DataConfig, images: int) -> list[str]:
 
 
 def _torchvision(paths: Sequence[str], load: Callable[[str], Tensor], workers: int) -> DataLoader[Tensor]:
-    files = _Files(paths, load)
+    files = Made(paths, load)
     return DataLoader(files, _BATCH_SIZE, num_workers=workers, persistent_workers=True, multiprocessing_context="fork")
 
 

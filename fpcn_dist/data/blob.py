@@ -6,8 +6,8 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fpcn_dist.runtime.address import is_url
 
@@ -132,6 +132,12 @@ class Blob(NamedTuple):
             return cls(os.path.join(folder, path))
         file = os.path.join(folder, place.path)
         return place._replace(path=file, name=f"{path} in {file}")
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> Blob:
+        """What was a list in JSON."""
+        path, offset, size, name, packed, stored = [*values, None][:6]  # older manifests know nothing of remote objects
+        return cls(path, offset, size, name, packed and Packed(*packed), stored and Stored(*stored))
 
     def __str__(self) -> str:
         return self.name or self.path

@@ -18,7 +18,6 @@ from fpcn_dist.data.batch import Batch, BatchRequest
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.backends import Decoding, open_backend
 from fpcn_dist.data.decoding.pieces import Pieces
-from fpcn_dist.data.decoding.sizes import MIB
 from fpcn_dist.data.index.check.checking import check_blobs
 from fpcn_dist.data.index.check.salvage import salvage
 from fpcn_dist.data.index.manifest import Manifest
@@ -38,6 +37,7 @@ from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.launchers import told
+from fpcn_dist.runtime.limits import MIB
 
 Ids = NDArray[np.int64]
 SoftLabels = Callable[[Ids, Ids], NDArray[np.float32]]

@@ -25,12 +25,13 @@ from PIL import Image
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.formats.header import UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
-from fpcn_dist.data.decoding.sizes import MIB, cut, require_memory
+from fpcn_dist.data.decoding.sizes import cut, require_memory
 from fpcn_dist.data.index.folder.folders import find_files
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
 from fpcn_dist.runtime.cores import usable_cores
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import make_folder
+from fpcn_dist.runtime.limits import MIB
 from fpcn_dist.runtime.names import is_utf8, printable
 
 FORMAT = 2

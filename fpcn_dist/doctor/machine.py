@@ -18,12 +18,11 @@ from torch.cuda import nccl as torch_nccl
 
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
 from fpcn_dist.runtime.cores import usable_cores
-from fpcn_dist.runtime.limits import raise_open_files, shortages
+from fpcn_dist.runtime.limits import GIB, MIB, raise_open_files, shortages
 from fpcn_dist.runtime.memory import free_and_total
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia[0-9]*", "/dev/dxg")
 """Files of these patterns are only there where the driver of an NVIDIA GPU is; the last is for Linux under Windows."""
-GIB, MIB = 2**30, 2**20
 _MEASURED = 256 * MIB
 _BLOCK = 32 * MIB
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from fpcn_dist.doctor.findings import Finding, ok, problem, warning
+from fpcn_dist.runtime.limits import MIB
 from fpcn_dist.runtime.ranks import Ranks
 
 _SIOCGIFADDR = 0x8915
 _LAUNCHERS_PORT = 29500
 """torchrun and deepspeed let ranks meet at this port unless they are told otherwise."""
-_MIB = 2**20
 
 
 def host_name(several_nodes: bool) -> Iterator[Finding]:
@@ -79,7 +79,7 @@ def collectives(ranks: Ranks) -> Iterator[Finding]:
         yield problem(found, "give all ranks the same torch, and NCCL_DEBUG=INFO to see what NCCL does")
         return
     small = statistics.median(_seconds_of_sum(vector) for _ in range(20))
-    large = _seconds_of_sum(torch.zeros(64 * _MIB // 4, device=ranks.device))
+    large = _seconds_of_sum(torch.zeros(64 * MIB // 4, device=ranks.device))
     backend = "NCCL" if ranks.device.type == "cuda" else "gloo"
     yield ok(
         f"{ranks.world_size} ranks on {ranks.world_size // ranks.local_world_size} node(s) sum right by {backend}: "

@@ -48,7 +48,7 @@ def require_same_images(manifest: Manifest, ids: Iterable[int], what: str, hint:
         if digest is not None and digest != manifest.images[index].digest
     ]
     parts = [
-        f"{len(some):,} {state} ({first_few(some)})"
+        f"{len(some):,} {state} ({first_few(some, 5)})"
         for some, state in ((changed, "have other contents there"), (missing, "are not there"))
         if some
     ]
@@ -105,7 +105,7 @@ def with_labels_of(own: Manifest, others: Manifest) -> OtherImages:
     known = [label for label in labels if label is not None]
     if len(known) < len(labels):
         unknown = [repr(name) for name, label in zip(others.classes, labels, strict=True) if label is None]
-        reason = f"the model knows no class {first_few(unknown)}; it knows {first_few(map(repr, own.classes), 20)}"
+        reason = f"the model knows no class {first_few(unknown, 5)}; it knows {first_few(map(repr, own.classes), 20)}"
         raise UserError("--data", others.root, reason, "name the folders as the model's classes, or move them away")
     trained = {own.images[index].digest for index in own.ids("train").tolist()}
     return OtherImages(
@@ -126,7 +126,7 @@ def remarks(others: OtherImages) -> list[str]:
     """What a reader of the numbers should know, a line each."""
     lines = []
     if others.without:
-        lines.append(f"no images of {len(others.without)} class(es) of the model: {first_few(others.without, 10)}")
+        lines.append(f"no images of {len(others.without)} class(es) of the model: {first_few(others.without)}")
     if others.trained_on:
         lines.append(f"warning: the model was trained on {others.trained_on:,} of these images")
     return [printable(line) for line in lines]

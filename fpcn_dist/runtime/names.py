@@ -50,10 +50,10 @@ def file_stem(name: str) -> str:
     return stem.encode()[:_LONGEST].decode(errors="ignore").strip(" .") or "_"
 
 
-def first_few(names: Iterable[object], most: int = 5) -> str:
-    """The first names, and how many others there are."""
+def first_few(names: Iterable[object], most: int = 10) -> str:
+    """The first names, for a message of one line, and how many others there are."""
     names = [printable(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _escaped(character: str) -> str:

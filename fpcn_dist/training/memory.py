@@ -10,10 +10,10 @@ from torch import Tensor
 from fpcn_dist.data.batch import BATCHES_IN_FLIGHT, Batch
 from fpcn_dist.models.modes import evaluating
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runtime.limits import GIB
 from fpcn_dist.runtime.memory import free_and_total
 from fpcn_dist.tasks import Task
 
-_GIB = 2**30
 _SHOWN = 2
 """Images that are encoded to see what one keeps; one alone may be a special case."""
 _COPIES = 4
@@ -82,6 +82,6 @@ def describe_memory(task: Task, recipe: Recipe, classes: int, world_size: int, f
     fewer = max(2, int(classes * _SHARE * free / needed))
     return (
         f"warning: a batch of all {classes:,} classes holds {classes * per_class:,} images, and a step takes about "
-        f"{needed / _GIB:.1f} GiB on each rank, where {free / _GIB:.1f} GiB are free; "
+        f"{needed / GIB:.1f} GiB on each rank, where {free / GIB:.1f} GiB are free; "
         f"set data.classes_per_batch {fewer}, or raise train.micro_batches"
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import io
-import warnings
+import sys
 from collections.abc import Sequence
 
 from PIL import Image
 
 from fpcn_dist.data.blob import Blob
+from fpcn_dist.data.decoding.formats.header import UnreadableError
+from fpcn_dist.data.decoding.photograph import examine
 from fpcn_dist.runtime.errors import UserError
 
-MIB = 2**20
 _CHANNELS = 3
 _KNOWN = 2**17
 """Images whose size is remembered, in 50 MB: that of most is needed in every epoch."""
@@ -42,12 +43,12 @@ def cut(blobs: Sequence[Blob], bound: int) -> list[slice]:
 @functools.lru_cache(_KNOWN)
 def decoded_bytes(blob: Blob) -> int | None:
     """Bytes of the image as RGB, from its header; ``None`` where that cannot be read, which decoding will report."""
+    if blob.size is None and not blob.is_remote:
+        # Of a large file on a network disk, this reads the beginning alone.
+        with contextlib.suppress(Exception), Image.open(blob.path) as image:
+            return _CHANNELS * image.width * image.height
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(
-                blob.path if blob.size is None and not blob.is_remote else io.BytesIO(blob.read())
-            ) as image:
-                return _CHANNELS * image.width * image.height
-    except Exception:  # Pillow raises whatever its parsers stumble over
+        header = examine(blob.read(), sys.maxsize, salvage=True)
+    except (OSError, UnreadableError):
         return None
+    return _CHANNELS * header.width * header.height

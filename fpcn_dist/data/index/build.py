@@ -14,13 +14,14 @@ from fpcn_dist.data.index.check.salvage import SALVAGED, salvage
 from fpcn_dist.data.index.duplicates import describe_duplicates, drop_duplicates
 from fpcn_dist.data.index.folder.layout import Candidate
 from fpcn_dist.data.index.manifest import Image, Manifest, folder_of
-from fpcn_dist.data.index.notices import Notice, listed, show_refused
+from fpcn_dist.data.index.notices import Notice, show_refused
 from fpcn_dist.data.index.shapes.recognise import recognise
 from fpcn_dist.data.remote.reading import bound_cache
 from fpcn_dist.data.sampler import check_composition
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import first_few
 
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def _require_usable(
     if what:
         show_refused(refused)
         reasons = Counter(reason for _, reason in refused).most_common(1)[0][0]
-        reason = f"all images were refused of {listed(what)}; the commonest reason: {reasons}"
+        reason = f"all images were refused of {first_few(what)}; the commonest reason: {reasons}"
         raise UserError("--data", root, reason, "mend or replace the files of the table above, or move the folder away")
 
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 from fpcn_dist.data.index.check.images import Check, Refused
 from fpcn_dist.data.index.folder.layout import Candidate
 from fpcn_dist.data.index.manifest import Image
-from fpcn_dist.data.index.notices import Notice, listed
-from fpcn_dist.runtime.names import printable
+from fpcn_dist.data.index.notices import Notice
+from fpcn_dist.runtime.names import first_few, printable
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def _counted(groups: dict[tuple[str, ...], list[list[Image]]]) -> str:
     """How many pictures each group of classes or splits shares, the most first, with an example."""
     counts = Counter({" and ".join(names): len(found) for names, found in groups.items()})
     example = max(groups.values(), key=len)[0]
-    shared = listed(f"{count:,} picture(s) in {names}" for names, count in counts.most_common())
+    shared = first_few(f"{count:,} picture(s) in {names}" for names, count in counts.most_common())
     return f"{shared}; such as {_paths(example)}"
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fpcn_dist.data.blob import Blob, Packed, Stored
+from fpcn_dist.data.blob import Blob, Stored
 from fpcn_dist.data.index.check.images import Refused
 from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.address import is_url
@@ -49,10 +49,7 @@ class Image(NamedTuple):
     def from_list(cls, values: list[Any]) -> Image:
         """What was a list in JSON."""
         image = cls(*values)
-        if image.place is None:
-            return image
-        path, offset, size, name, packed = image.place[:5]
-        return image._replace(place=Blob(path, offset, size, name, packed and Packed(*packed)))
+        return image if image.place is None else image._replace(place=Blob.from_list(image.place))
 
 
 def folder_of(data: str) -> str:

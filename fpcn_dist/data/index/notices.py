@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
     from fpcn_dist.data.index.check.images import Refused
 
-_SHOWN = 10
-"""Names that a message lists before it gives the number of the others."""
-
 
 class Notice(NamedTuple):
     """A sentence about the data that a user should know, and that stops nothing.
@@ -26,14 +23,6 @@ class Notice(NamedTuple):
 
     subject: str
     text: str
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message of one line: the first ten, in their order, and how many there are beside these."""
-    names = list(names)
-    return ", ".join(map(printable, names[:_SHOWN])) + (
-        f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    )
 
 
 def refusal_table(refused: Sequence[Refused]) -> Table:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fpcn_dist.data.decoding.formats.exif import upright
-from tests.helpers.formats import BEGIN, DOCS, END, Reading, kinds, read_all, table
+from tests.helpers.formats import BEGIN, DOCS, END, Reading, read_all, table
+from tests.helpers.kinds_of_files import kinds
 
 NAMES = [f"{kind.form} {kind.pixels}" for kind in kinds()]
 

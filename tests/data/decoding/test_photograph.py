@@ -15,7 +15,8 @@ from fpcn_dist.data.decoding.formats import heif
 from fpcn_dist.data.decoding.formats.exif import TURNS, orientation_of, upright
 from fpcn_dist.data.decoding.formats.header import DAMAGED, NO_IMAGE, UnreadableError
 from fpcn_dist.data.decoding.photograph import decode, examine
-from tests.helpers.formats import GREY, RGB, chunk, decoder_of, exif_of, png, saved, tiff, with_segments
+from tests.helpers.formats import decoder_of
+from tests.helpers.kinds_of_files import GREY, RGB, chunk, exif_of, png, saved, tiff, with_segments
 
 BOUND = 10_000
 JPEG = saved(RGB, "JPEG", quality=95, subsampling=0)

@@ -12,10 +12,11 @@ from PIL import Image
 
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding import backends
-from fpcn_dist.data.decoding.sizes import MIB, cut, decoded_bytes
+from fpcn_dist.data.decoding.sizes import cut, decoded_bytes
 from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.loader import EvalLoader, TrainLoader
 from fpcn_dist.recipe.schema import DataConfig
+from fpcn_dist.runtime.limits import MIB
 
 CPU = torch.device("cpu")
 

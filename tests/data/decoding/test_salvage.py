@@ -24,7 +24,7 @@ from fpcn_dist.data.views import centre_views
 from fpcn_dist.deploy.onnx_predict import read_image
 from fpcn_dist.recipe.schema import DataConfig
 from fpcn_dist.runtime.errors import UserError
-from tests.helpers.formats import saved
+from tests.helpers.kinds_of_files import saved
 
 BOUND = 1_000_000
 SIDE = 640

@@ -1,6 +1,6 @@
 """The child process that looks at files for :mod:`fpcn_dist.data.index.check.checking`, and may die of one.
 
-It reads questions, a pickled blob each and whether to decode it, and answers each with a line of JSON: why the image
+It reads questions, a line of JSON each: a blob, and whether to decode it. It answers each with another: why the image
 cannot be used, its digest, its bytes. It imports no torch, unless its decoder does: started for three files, it must
 cost less than they do.
 """
@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import json
 import os
-import pickle
 import pkgutil
 import resource
 import signal
@@ -62,10 +61,10 @@ def main(decoder: str, max_pixels: int, seconds: float) -> None:
     for descriptor in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     print("ready", file=answers, flush=True)
-    with contextlib.suppress(EOFError):
-        while True:
-            blob, decode = pickle.load(sys.stdin.buffer)
-            print(json.dumps(_answer(blob, look if decode else None, max_pixels, seconds)), file=answers, flush=True)
+    for question in sys.stdin:
+        blob, decode = json.loads(question)
+        answer = _answer(Blob.from_list(blob), look if decode else None, max_pixels, seconds)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import selectors
 import signal
 import subprocess
@@ -149,7 +148,7 @@ class _Child:
         """Add to its questions; where it has died meanwhile, :meth:`receive` will tell."""
         self.asked.append(question)
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump((question.blob, question.fault is None), self._questions)
+            self._questions.write(json.dumps((question.blob, question.fault is None)).encode() + b"\n")
             self._questions.flush()
 
     def receive(self) -> Iterator[tuple[int, Check]]:

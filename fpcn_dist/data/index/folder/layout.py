@@ -27,9 +27,9 @@ from fpcn_dist.data.index.folder.folders import SUFFIXES, Listing, is_image, lis
 from fpcn_dist.data.index.folder.places import describe, find_places
 from fpcn_dist.data.index.folder.strangers import ancestors, find_strangers, is_inside
 from fpcn_dist.data.index.folder.tree import Tree
-from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.names import printable
+from fpcn_dist.runtime.names import first_few, printable
 
 _FORM = "give a folder with one sub-folder of images for each class"
 
@@ -115,7 +115,7 @@ def _left_out(folders: Mapping[str, str]) -> list[Notice]:
     by_reason: dict[str, list[str]] = {}
     for folder, reason in sorted(folders.items()):
         by_reason.setdefault(reason, []).append(f"{folder}/")
-    return [Notice(listed(names), f"left out: {reason}") for reason, names in by_reason.items()]
+    return [Notice(first_few(names), f"left out: {reason}") for reason, names in by_reason.items()]
 
 
 def _require_readable(listing: Listing, strangers: Collection[str], root: Path | str) -> None:
@@ -126,7 +126,7 @@ def _require_readable(listing: Listing, strangers: Collection[str], root: Path |
     ]
     if unreadable:
         hint = "change the permissions, mend the links, or move them away"
-        raise UserError("--data", root, f"it cannot be read whole: {listed(unreadable)}", hint)
+        raise UserError("--data", root, f"it cannot be read whole: {first_few(unreadable)}", hint)
 
 
 def _by_class(tree: Tree, place: str) -> dict[str, list[str]]:
@@ -178,7 +178,7 @@ def _check_classes(
             reason += f"; {len(tree.images[first]):,} lie in {where} itself"
         raise UserError("--data", root, reason, _FORM)
     if empty := [describe(tree, folder) for folder in tree.children[first] if not tree.total[folder]]:
-        reason = f"class folder(s) without a single image: {listed(empty)}"
+        reason = f"class folder(s) without a single image: {first_few(empty)}"
         raise UserError("--data", root, reason, "put images into them, or move away what is no class")
     if len(classes) == 1:
         (name,), ((folder, *_),) = classes, classes.values()
@@ -189,12 +189,12 @@ def _check_classes(
     for place, found in others:
         extra, missing = sorted(found.keys() - classes.keys()), sorted(classes.keys() - found.keys())
         if extra:
-            reason = f"{place}/ has classes that {first}/ lacks: {listed(map(repr, extra))}"
+            reason = f"{place}/ has classes that {first}/ lacks: {first_few(map(repr, extra))}"
             if missing:
-                reason += f"; of those of {first}/ it lacks {listed(map(repr, missing))}"
+                reason += f"; of those of {first}/ it lacks {first_few(map(repr, missing))}"
             raise UserError("--data", root, reason, f"give them the names of {first}/, or training images")
         if missing:
-            text = f"has no images of {len(missing):,} class(es) of {first}/: {listed(map(repr, missing))}"
+            text = f"has no images of {len(missing):,} class(es) of {first}/: {first_few(map(repr, missing))}"
             notices.append(Notice(f"{place}/", text))
     _mention_same_sub_folders(tree, classes, notices)
 
@@ -208,8 +208,8 @@ def _mention_same_sub_folders(tree: Tree, classes: Mapping[str, list[str]], noti
     ]
     direct = any(tree.images[folder] for folders in classes.values() for folder in folders)
     if not direct and len(inside[0]) > 1 and len(set(inside)) == 1:
-        text = f"lie in every class ({listed(classes)}), and are learnt as parts of it, not as classes"
-        notices.append(Notice(f"sub-folders {listed(sorted(inside[0]))}", text))
+        text = f"lie in every class ({first_few(classes)}), and are learnt as parts of it, not as classes"
+        notices.append(Notice(f"sub-folders {first_few(sorted(inside[0]))}", text))
 
 
 def _spell(members: Mapping[str, dict[str, list[str]]], notices: list[Notice]) -> dict[str, str]:
@@ -241,7 +241,7 @@ def _describe_others(tree: Tree, members: Mapping[str, dict[str, list[str]]]) ->
     if hidden:
         notices.append(Notice("hidden files", f"left out: {len(hidden):,}, such as {printable(hidden[0])}"))
     for suffix, by_folder in sorted(counts.items()):
-        where = listed(f"{folder}/ ({count:,})" for folder, count in by_folder.most_common())
+        where = first_few(f"{folder}/ ({count:,})" for folder, count in by_folder.most_common())
         text = f"left out: {by_folder.total():,} file(s) with the suffix of no image, in {where}"
         notices.append(Notice(suffix or "no suffix", text))
     return notices

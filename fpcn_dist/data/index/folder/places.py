@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fpcn_dist.data.index.folder.splits import find_splits, may_be_split, parse
 from fpcn_dist.data.index.folder.tree import Tree
-from fpcn_dist.data.index.notices import Notice, listed
+from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.names import printable
+from fpcn_dist.runtime.names import first_few, printable
 
 _WITHOUT = {
     "val": "data.val_fraction of the training images then takes its place",
@@ -59,7 +59,7 @@ def find_places(tree: Tree, root: Path | str, notices: list[Notice]) -> dict[str
 def describe(tree: Tree, folder: str) -> str:
     """A folder without images, and what it holds instead."""
     held = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in tree.suffixes(folder).most_common()]
-    return printable(f"{folder}/ ({listed(held) or 'empty'})")
+    return printable(f"{folder}/ ({first_few(held) or 'empty'})")
 
 
 def _inner(tree: Tree, top: str, split: str) -> str:
@@ -136,4 +136,4 @@ def _require_no_splits(tree: Tree, group: dict[str, str], beside: list[str], roo
 
 
 def _folders(names: list[str] | dict[str, str]) -> str:
-    return listed(f"{name}/" for name in names)
+    return first_few(f"{name}/" for name in names)

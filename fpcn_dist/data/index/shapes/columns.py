@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpcn_dist.data.index.notices import listed
 from fpcn_dist.data.index.shapes.found import split_called
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.runtime.errors import UserError, nearest
+from fpcn_dist.runtime.names import first_few
 
 _USUAL = {"image": ("path", "file_name"), "label": ("label",), "split": ("split",), "group": ("group",)}
 _OPTIONAL = ("split", "group")
@@ -31,7 +31,7 @@ def choose(file: Path, header: Sequence[str], columns: ColumnsConfig, *wanted: s
         if column is not None:
             chosen[use] = column
         elif use not in _OPTIONAL:
-            reason = f"it has no column {' or '.join(_USUAL[use])}; its columns are {listed(header) or 'none'}"
+            reason = f"it has no column {' or '.join(_USUAL[use])}; its columns are {first_few(header) or 'none'}"
             raise UserError("--data", file, reason, f"name the column in data.columns.{use}")
     return chosen
 

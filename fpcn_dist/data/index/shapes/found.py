@@ -7,8 +7,9 @@ from pathlib import Path
 
 from fpcn_dist.data.index.folder.layout import Candidate, Found
 from fpcn_dist.data.index.folder.splits import parse
-from fpcn_dist.data.index.notices import Notice, listed, printable
+from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.names import first_few, printable
 
 
 def split_called(name: str) -> str | None:
@@ -30,7 +31,7 @@ def splits_of_files(data: Path, files: Sequence[Path]) -> dict[Path, str | None]
         found[file] = next((name.split for name in said if name is not None), None)
     unclear = [str(file.relative_to(data)) for file, split in found.items() if split is None]
     if 0 < len(unclear) < len(files):
-        reason = f"{len(unclear)} of its {len(files)} files belong to no split ({listed(unclear)}), while others do"
+        reason = f"{len(unclear)} of its {len(files)} files belong to no split ({first_few(unclear)}), while others do"
         raise UserError("--data", data, reason, "begin each name with train, val or test, or none")
     return found
 
@@ -65,13 +66,13 @@ def _check_splits(data: Path, candidates: Sequence[Candidate]) -> Iterator[Notic
         raise UserError("--data", data, f"it has images to {held}, but none to train", "add training images")
     extra = sorted({candidate.name for candidate in candidates} - trained)
     if extra:
-        reason = f"{len(extra)} class(es) have no training images ({listed(extra)})"
+        reason = f"{len(extra)} class(es) have no training images ({first_few(extra)})"
         raise UserError("--data", data, reason, "give each class training images, or leave it out of every split")
     for split in ("val", "test"):
         held = {candidate.name for candidate in candidates if candidate.split == split}
         if held and held < trained:
             missing = sorted(trained - held)
-            yield Notice(f"split {split}", f"has no images of {len(missing):,} class(es): {listed(missing)}")
+            yield Notice(f"split {split}", f"has no images of {len(missing):,} class(es): {first_few(missing)}")
 
 
 def _check_groups(data: Path, candidates: Sequence[Candidate]) -> None:
