@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +96,8 @@ class Reader:
         with self._lock:
             ahead = self._ahead.get(piece)
         content = None
-        # What failed ahead of time may go well now, or says so again.
-        if ahead is not None and ahead[0].exception() is None:
+        # What failed ahead of time, or was given up meanwhile by another loader, may go well now, or says so again.
+        if ahead is not None and _succeeded(ahead[0]):
             content = ahead[0].result().content
         if content is None:
             content = self.cache.read(piece.key, piece.version, piece.digest)
@@ -167,8 +167,15 @@ class Reader:
         raise OSError(0, _OTHER, piece.url)
 
 
+def _succeeded(future: Future[_Held]) -> bool:
+    try:
+        return future.exception() is None
+    except CancelledError:
+        return False
+
+
 def _unpin(future: Future[_Held]) -> None:
-    if future.exception() is None and (pin := future.result().pin) is not None:
+    if _succeeded(future) and (pin := future.result().pin) is not None:
         os.close(pin)
 
 

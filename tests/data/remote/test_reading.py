@@ -7,7 +7,9 @@ import hashlib
 import os
 import threading
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,6 +207,16 @@ def test_what_fails_ahead_of_time_is_tried_again_when_it_is_read(source: Reader)
     begun = source.ahead([piece])
     assert source._ahead[piece][0].exception() is not None
     FaultyStore.always = None
+    assert source.read(piece) == IMAGE
+    source.release(begun)
+
+
+def test_what_another_loader_gives_up_while_it_is_waited_for_is_fetched(source: Reader) -> None:
+    piece = _piece("a.jpg")
+    begun = source.ahead([piece])
+    given_up: Future[Any] = Future()
+    given_up.cancel()
+    source._ahead[piece] = given_up, 1
     assert source.read(piece) == IMAGE
     source.release(begun)
 
