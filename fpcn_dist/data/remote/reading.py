@@ -148,8 +148,9 @@ class Reader:
         pin, content = self.cache.pin(piece.key), None
         if pin is None:
             kept, content = self._fetch(piece)
-            if kept:
-                pin, content = self.cache.pin(piece.key), None
+            # What the cache took it may have evicted already, for another piece.
+            if kept and (pin := self.cache.pin(piece.key)) is not None:
+                content = None
         if pin is not None and len(self._ahead) > _MOST_PINS:
             os.close(pin)
             pin = None
