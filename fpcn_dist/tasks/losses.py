@@ -284,8 +284,11 @@ def gated_contrast_loss(
     """
     pooled_NC, labels_N = all_gather(pooled, group), all_gather(labels, group)
     drop = _Dropout(dropout, torch.Generator(pooled.device).manual_seed(seed))
-    x_a, x_b = pooled_NC[pairs[:, 0]], pooled_NC[pairs[:, 1]]
-    hidden = F.linear(torch.cat([x_a, x_b], dim=1), head.fuse_in_weight, head.fuse_in_bias)
+    a, b = pairs.unbind(1)
+    x_a, x_b = pooled_NC[a], pooled_NC[b]
+    # The first layer of a pair is a sum over its images, of which there are fewer than pairs.
+    of_a, of_b = head.fuse_in_weight.chunk(2, dim=1)
+    hidden = F.linear(pooled_NC, of_a)[a] + F.linear(pooled_NC, of_b, head.fuse_in_bias)[b]
     hidden = F.relu(hidden) if activation == "relu" else hidden
     fused = F.linear(drop(hidden), head.fuse_out_weight, head.fuse_out_bias)
     logits = F.linear(drop(_gated(fused, x_a, x_b)), head.classifier_weight, head.classifier_bias)
@@ -303,7 +306,7 @@ class _Dropout(NamedTuple):
         if not self.probability:
             return tensor
         keep = torch.rand(tensor.shape, generator=self.generator, device=tensor.device) >= self.probability
-        return tensor * keep / (1 - self.probability)
+        return tensor * (keep / (1 - self.probability))
 
 
 def _gated(fused_PC: Tensor, a_PC: Tensor, b_PC: Tensor) -> Tensor:
