@@ -93,6 +93,13 @@ class FPCN(Classifier):
             return result
         return result._replace(pooled=result.pooled / result.area[:, None])
 
+    def fuse(self, pooled: Tensor, others: Tensor) -> Tensor:
+        """X_f [B, C] of eq. 6: the MLP of pooled vectors [B, C], each beside that of its partner, without dropout."""
+        hidden = self.fuse_in(torch.cat([pooled, others], dim=1))
+        if self.config.activation == "relu":
+            hidden = hidden.relu()
+        return self.fuse_out(hidden)
+
     def logits(self, pooled: Tensor) -> Tensor:
         """Pooled vectors [B, C] to logits [B, K], image by image and without dropout, as ``inference`` says.
 
@@ -101,10 +108,7 @@ class FPCN(Classifier):
         """
         if self.config.inference == "plain":
             return self.classifier(pooled)
-        hidden = self.fuse_in(torch.cat([pooled, pooled], dim=1))
-        if self.config.activation == "relu":
-            hidden = hidden.relu()
-        fused = self.fuse_out(hidden)
+        fused = self.fuse(pooled, pooled)
         gate = fused if self.config.head == "product" else 1 + torch.sigmoid(fused * pooled)
         return self.classifier(gate * pooled)
 

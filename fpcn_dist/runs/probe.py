@@ -175,8 +175,9 @@ def score_folds(features: Features, labels: Labels, folds: int, classes: int, se
     return _scores(labels, predictions, classes, float(np.median(chosen)), seed)
 
 
-def _predict(features: Features, labels: Labels, unknown: Features, seed: int) -> tuple[dict[str, Labels], float]:
-    """What each classifier makes of ``unknown``, and the C that was chosen by cross-validation on ``features``."""
+def fit_logistic(features: Features, labels: Labels, seed: int) -> Any:
+    """scikit-learn's logistic regression of ``labels`` [N] on standardised ``features`` [N, C], with the C of
+    :data:`_CS` that does best in a cross-validation on them, which ``seed`` shuffles."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -193,9 +194,14 @@ def _predict(features: Features, labels: Labels, unknown: Features, seed: int) -
         # Weak penalties lose the choice long before they converge; a class with one image is in one fold alone.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        search.fit(features, labels)
-    found = {LOGISTIC: search.predict(unknown), NEAREST: _nearest_class_mean(features, labels, unknown)}
-    return found, float(search.best_params_["logisticregression__C"])
+        return search.fit(features, labels)
+
+
+def _predict(features: Features, labels: Labels, unknown: Features, seed: int) -> tuple[dict[str, Labels], float]:
+    """What each classifier makes of ``unknown``, and the C that was chosen by cross-validation on ``features``."""
+    fitted = fit_logistic(features, labels, seed)
+    found = {LOGISTIC: fitted.predict(unknown), NEAREST: _nearest_class_mean(features, labels, unknown)}
+    return found, float(fitted.best_params_["logisticregression__C"])
 
 
 def _nearest_class_mean(features: Features, labels: Labels, unknown: Features) -> Labels:

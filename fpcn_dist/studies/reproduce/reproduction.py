@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.runs.description import describe, flat
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError
-from fpcn_dist.runtime.files import make_folder, write_text
+from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.terminal import Terminal
 from fpcn_dist.studies.cluster import Slots, connect_ray, find_slots
@@ -110,33 +110,10 @@ def _open(output: Path, grid: Grid, manifest: Manifest) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    path = output / REPRODUCTION_FILE
-    now = {"scale": grid.scale, "data": manifest.hash, **_flat(grid.base.model_dump())}
-    if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError("--output", path, f"is damaged ({error})", "choose another folder") from None
-        changed = sorted(name for name in now if now[name] != before.get(name) and name != "data.threads")
-        if changed:
-            name = changed[0]
-            reason = f"holds a reproduction with another {name} ({before.get(name)}, now {now[name]})"
-            raise UserError("--output", output, reason, "give the same command as before, or another --output")
-        return
-    strangers = sorted(p.name for p in output.iterdir() if p.name[0] != "." and p.name != "logs")
-    if strangers:
-        reason = f"holds other files ({', '.join(strangers[:3])})"
-        raise UserError("--output", output, reason, "choose a new or empty folder")
-    (output / RUNS / "logs").mkdir(parents=True)
+    now = {"scale": grid.scale, "data": manifest.hash, **flat(grid.base.model_dump())}
+    describe(output, REPRODUCTION_FILE, now, "a reproduction", free={"data.threads"})
+    (output / RUNS / "logs").mkdir(parents=True, exist_ok=True)
     manifest.save(output / RUNS / "manifest.json")
-    write_text(path, json.dumps(now, indent=1) + "\n")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def _train(
