@@ -20,7 +20,6 @@ BENCHMARKS = {
         "which of timm's networks give a feature map: the table of docs/backbones.md",
     ),
     "inference": ("benchmarks.inference", "a frozen backbone on the CPU: onnxruntime beside eager PyTorch"),
-    "heads": ("benchmarks.heads", "heads on frozen features over folds and seeds: FPCN's, a linear one, the probe"),
     "distill": ("benchmarks.distill", "all students at once beside one after the other"),
     "features": ("benchmarks.features", "a head on features computed once beside computed in every step"),
     "scaling": ("benchmarks.scaling.tables", "bytes and memory of each rank; step times on many GPUs, computed"),

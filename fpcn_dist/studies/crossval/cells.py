@@ -22,6 +22,7 @@ from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.sampler import BalancedSampler, WholeSampler
 from fpcn_dist.models import FPCN
 from fpcn_dist.models.fpcn import region_name
+from fpcn_dist.models.modes import autocast
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.probe import fit_logistic
 from fpcn_dist.runtime.files import write_tensors
@@ -192,6 +193,7 @@ class _LastStage(nn.Module):
         self._stage.to(memory_format=torch.channels_last)
         self._model = [task.model]  # not a module of this one, which would be trained twice
         self._views, self._centre = maps_of(cell.folder)
+        self._precision = cell.recipe.train.precision
 
     def forward(self, ids: Tensor, views: Tensor) -> Tensor:
         return self._pooled(self._views[ids, views % self._views.shape[1]])
@@ -200,8 +202,10 @@ class _LastStage(nn.Module):
         return torch.cat([self._pooled(self._centre[part]) for part in torch.from_numpy(ids).split(_CHUNK)])
 
     def _pooled(self, maps: Tensor) -> Tensor:
-        features = self._stage(maps.float().contiguous(memory_format=torch.channels_last))
-        return self._model[0].pool_maps(features).pooled
+        maps = maps.float().contiguous(memory_format=torch.channels_last)
+        with autocast(maps.device, self._precision):
+            features = self._stage(maps)
+        return self._model[0].pool_maps(features).pooled.float()
 
 
 def _classifier(task: Task, shown: _Pooled | _LastStage, train: Ids, labels: Tensor) -> Classify:

@@ -45,8 +45,7 @@ def write_pooled(folder: Path, recipe: Recipe, manifest: Manifest, regions: Sequ
     """Write the pooled vectors of each region, at one pass over the backbone; none where they are there already."""
     if (folder / POOLED).is_file():
         return
-    model = build_model(recipe.model.changed(region="none"), len(manifest.classes), task="contrast").eval()
-    assert isinstance(model, FPCN)
+    model = _network(recipe, manifest)
     maps = frozen_features(model.backbone, _CPU, recipe.data.threads)
     encode = Encoder(model, regions, precision="fp32", maps=lambda images: (maps(images), None))
     views, centre = _looked_at(encode, recipe, manifest)
@@ -66,8 +65,7 @@ def write_maps(folder: Path, recipe: Recipe, manifest: Manifest) -> None:
     """
     if (folder / MAPS).is_file():
         return
-    backbone = build_model(recipe.model.changed(region="none"), len(manifest.classes), task="contrast").backbone
-    before, _ = split_last_stage(backbone, recipe.data.crop)
+    before, _ = split_last_stage(_network(recipe, manifest).backbone, recipe.data.crop)
     before = before.to(memory_format=torch.channels_last)
 
     def encode(images: Tensor) -> Tensor:
@@ -76,6 +74,13 @@ def write_maps(folder: Path, recipe: Recipe, manifest: Manifest) -> None:
 
     views, centre = _looked_at(encode, recipe, manifest)
     write_tensors(folder / MAPS, {"views": views, "centre": centre}, {})
+
+
+def _network(recipe: Recipe, manifest: Manifest) -> FPCN:
+    torch.manual_seed(recipe.seed)  # of a network without weights
+    model = build_model(recipe.model.changed(region="none"), len(manifest.classes), task="contrast").eval()
+    assert isinstance(model, FPCN)
+    return model
 
 
 def _looked_at(encode: Callable[[Tensor], Tensor], recipe: Recipe, manifest: Manifest) -> tuple[Tensor, Tensor]:

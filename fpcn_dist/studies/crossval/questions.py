@@ -157,17 +157,18 @@ def questions(only: str | None, batch: int, images_per_class: int, fewest: int) 
     """
     depths = {"probe": LINEAR, "head": LINEAR, "stage": PLAIN}
     pairs = {"head": PAIRS, "stage": PAIRS + _STAGE}
+    same_pairs = tuple(_batches(batch, images_per_class, fewest))
+    read = _pairs()._replace(readings=READINGS)
     every = (
         Question("best", "Which wins: probe, linear head, plain fine-tuning or FPCN?", tuple(_best(batch)), depths),
         Question("ablation", "What do region, centre loss and alpha add (Table 3)?", tuple(_ablation()), pairs),
         Question("pairs", "Do more pairs of a batch help (Figure 3)?", tuple(_numbers(batch)), pairs),
-        Question("batch", "Does a larger batch help at the same number of pairs?",
-                 tuple(_batches(batch, images_per_class, fewest)), {}),
+        Question("batch", "Does a larger batch help at the same number of pairs?", same_pairs, {}),
         Question("whole", "Do all pairs of all training images help?", tuple(_whole()), pairs),
         Question("lambda", "Which lambda, and which reduction of the centre loss?", tuple(_lambda()), pairs),
-        Question("inference", "How is a photograph best classified after training on pairs?", (_pairs()._replace(readings=READINGS),), pairs),
+        Question("inference", "How is a photograph best classified after training on pairs?", (read,), pairs),
         Question("regular", "Do pairs act as regularisation?", tuple(_regular(batch)), depths),
-    )  # fmt: skip
+    )
     keys = [question.key for question in every]
     wanted = keys if only is None else [name.strip() for name in only.split(",")]
     for name in wanted:

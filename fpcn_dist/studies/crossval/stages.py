@@ -1,4 +1,4 @@
-"""A backbone in two pieces: what comes before its last stage, and the last stage."""
+"""A backbone in two pieces: what comes before its last stage, and the last stage: its layers of the coarsest map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fpcn_dist.runtime.errors import UserError
 
 
 def split_last_stage(backbone: Backbone, side: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """The layers before the last stage, and those of it: all from the last one on that makes the map smaller.
+    """The layers up to the last one that makes the map smaller, and those after it, which are the last stage.
 
     The two share their weights with ``backbone``, and are together the same function.
 
@@ -37,8 +37,8 @@ def split_last_stage(backbone: Backbone, side: int) -> tuple[nn.Sequential, nn.S
         except (RuntimeError, TypeError):
             same = False
     sides = [features.shape[-1] for features in maps]
-    last = max((index for index, (before, after) in enumerate(pairwise(sides)) if after < before), default=0)
-    if not same or not last:
+    last = 1 + max((index for index, (before, after) in enumerate(pairwise(sides)) if after < before), default=0)
+    if not same or last in (1, len(layers)):
         name, reason = type(backbone.net).__name__, "its layers do not follow one another, or it has one stage"
         raise UserError("--networks", name, reason, "take mobilenet_v2, a ResNet or an EfficientNet, or leave it out")
     return nn.Sequential(*layers[:last]), nn.Sequential(*layers[last:])

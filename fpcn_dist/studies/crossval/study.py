@@ -146,6 +146,7 @@ def _run(request: StudyRequest, recipes: dict[str, Recipe], manifest: Manifest, 
 
 
 def _weights(recipe: Recipe) -> str:
+    torch.manual_seed(recipe.seed)  # of a network without weights
     return weights_hash(build_model(recipe.model, 2, task="classify").backbone)
 
 
@@ -167,9 +168,9 @@ def _parts(output: Path, manifest: Manifest, folders: Sequence[Path], folds: int
 def _questions(request: StudyRequest, base: Recipe, manifest: Manifest, parts: Parts) -> tuple[Question, ...]:
     classes = len(manifest.classes)
     counts = [np.bincount(manifest.labels[parts.train(fold)], minlength=classes).min() for fold in range(parts.folds)]
-    images = base.data.images_per_class
-    assert images is not None, "checked by batch_size"
-    return questions.questions(request.only, base.data.batch_size(classes), images, int(min(counts)))
+    batch, images = base.data.batch_size(classes), base.data.images_per_class
+    assert images is not None, "or there is no size of a batch"
+    return questions.questions(request.only, batch, images, int(min(counts)))
 
 
 def _train(
