@@ -30,6 +30,7 @@ OUTPUTS: dict[str, frozenset[str]] = {
     "a search": frozenset({"search.json", "manifest.json"}),
     "a distillation": frozenset({"distillation.json", "manifest.json"}),
     "a reproduction": frozenset({"reproduction.json"}),
+    "a study": frozenset({"study.json"}),
     "a probe": frozenset({"probe.json"}),
     "an output that is being written": frozenset({".lock"}),
 }

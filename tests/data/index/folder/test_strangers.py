@@ -23,6 +23,7 @@ def test_the_files_that_tell_outputs_are_those_that_commands_write(tmp_path) -> 
     from fpcn_dist.runs.model_folder import CONFIG, WEIGHTS
     from fpcn_dist.runs.probe import PROBE_FILE
     from fpcn_dist.runtime.lock import LOCK_FILE
+    from fpcn_dist.studies.crossval.study import STUDY_FILE
     from fpcn_dist.studies.distill.results import DISTILLATION_FILE
     from fpcn_dist.studies.reproduce.reproduction import REPRODUCTION_FILE
     from fpcn_dist.training.view_bank import META, WRITTEN
@@ -37,6 +38,7 @@ def test_the_files_that_tell_outputs_are_those_that_commands_write(tmp_path) -> 
         {META, WRITTEN},
         {DISTILLATION_FILE, "manifest.json"},
         {REPRODUCTION_FILE},
+        {STUDY_FILE},
     ):
         assert names in known
 
