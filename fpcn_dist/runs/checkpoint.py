@@ -28,6 +28,7 @@ from fpcn_dist.models import CLASS_TOKEN, build_model, knows_token_maps
 from fpcn_dist.recipe.data import ColumnsConfig
 from fpcn_dist.recipe.preprocessing import Preprocessing
 from fpcn_dist.recipe.schema import Recipe
+from fpcn_dist.recipe.section import flat
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import link_or_copy, replacing, write_tensors
 
@@ -328,9 +329,9 @@ def changed_fields(recipe: Recipe, info: CheckpointInfo, *, extend: bool = False
         info: what a run or a checkpoint says of itself.
         extend: whether it may be trained for more epochs.
     """
-    before = _flat(_in_todays_fields(info.recipe)) | _flat({"data": info.preprocessing.model_dump()})
+    before = flat(_in_todays_fields(info.recipe)) | flat({"data": info.preprocessing.model_dump()})
     # What the recipe leaves to the network was settled when the run began.
-    now = _flat(recipe.with_preprocessing(info.preprocessing).model_dump())
+    now = flat(recipe.with_preprocessing(info.preprocessing).model_dump())
     fields = [f for f in sorted(before.keys() | now.keys()) if before.get(f) != now.get(f) and not _harmless(f)]
     if extend and before.get(_EXTENDED, 0) < now[_EXTENDED]:
         fields = [field for field in fields if field != _EXTENDED]
@@ -339,7 +340,7 @@ def changed_fields(recipe: Recipe, info: CheckpointInfo, *, extend: bool = False
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
     """SHA-256 of a recipe as it was written, without the fields that a run may change on its way."""
-    fields = {name: value for name, value in _flat(dict(recipe)).items() if not _harmless(name)}
+    fields = {name: value for name, value in flat(dict(recipe)).items() if not _harmless(name)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -376,13 +377,6 @@ def _in_todays_fields(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _harmless(field: str) -> bool:
     return field in _HARMLESS or field.split(".")[0] in _HARMLESS
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

@@ -41,11 +41,3 @@ def describe(output: Path, file: str, now: Mapping[str, Any], what: str, *, free
         reason = f"holds other files ({', '.join(strangers[:3])})"
         raise UserError("--output", output, reason, "choose a new or empty folder")
     write_text(path, json.dumps(now, indent=1) + "\n")
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

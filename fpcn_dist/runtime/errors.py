@@ -44,16 +44,17 @@ class Preempted(Exception):
     Args:
         signal: name of the signal that told it.
         when: how far it had come, such as "after step 3, with a checkpoint".
+        again: how to go on.
 
     Attributes:
-        signal, when: the arguments.
+        signal, when: the first two arguments.
         status: exit status: 75, EX_TEMPFAIL; but 0 under torchrun, which starts all ranks again for any other.
     """
 
-    def __init__(self, signal: str, when: str) -> None:
+    def __init__(self, signal: str, when: str, again: str = "the same command goes on from there") -> None:
         self.signal, self.when = signal, when
         self.status = 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
-        super().__init__(f"stopped by {signal} {when}; the same command goes on from there")
+        super().__init__(f"stopped by {signal} {when}; {again}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

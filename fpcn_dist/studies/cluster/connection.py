@@ -10,14 +10,17 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fpcn_dist.runtime.cores import usable_cores
-from fpcn_dist.runtime.errors import UserError
+from fpcn_dist.runtime.errors import Preempted, UserError
+from fpcn_dist.runtime.preemption import SIGNALS
 
 
 class Slots(NamedTuple):
@@ -61,8 +64,64 @@ def connect_ray(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    with _local() if address is None else _remote(address) as ray:
+    with _told_to_stop(), _local() if address is None else _remote(address) as ray, _interruptible():
         yield ray
+
+
+_told: list[str] = []
+"""Names of the signals that have told this process to stop."""
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """What a signal but Ctrl-C has interrupted ends as a run of one rank does.
+
+    Raises:
+        Preempted: this process got SIGTERM or SIGUSR1.
+    """
+    _told.clear()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _told:
+            raise
+        again = "the same command goes on from there (a search with --resume)"
+        raise Preempted(_told[0], "with the checkpoints of its runs on the disk", again) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 interrupt the block as Ctrl-C does; once interrupted, nothing disturbs what tidies up.
+
+    KeyboardInterrupt is what Ray and Tune let through: any other exception, raised between two lines of theirs, they
+    would take for the failure of a trial.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        if number != signal.SIGINT:
+            _told.append(signal.Signals(number).name)
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, *SIGNALS)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise  # the signals stay ignored while Ray is ended
+    except BaseException:
+        _restore(before)
+        raise
+    _restore(before)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.models import build_model
 from fpcn_dist.models.fpcn import region_name
 from fpcn_dist.recipe.schema import ModelConfig, Recipe
-from fpcn_dist.recipe.section import truth
-from fpcn_dist.runs.description import describe, flat
+from fpcn_dist.recipe.section import flat, truth
+from fpcn_dist.runs.description import describe
 from fpcn_dist.runs.probe import require_scikit_learn
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.cores import usable_cores

@@ -18,7 +18,8 @@ from fpcn_dist.data.index.build import build_manifest
 from fpcn_dist.data.index.manifest import Manifest
 from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
-from fpcn_dist.runs.description import describe, flat
+from fpcn_dist.recipe.section import flat
+from fpcn_dist.runs.description import describe
 from fpcn_dist.runs.folder import RunFolder
 from fpcn_dist.runtime.address import Address
 from fpcn_dist.runtime.errors import UserError

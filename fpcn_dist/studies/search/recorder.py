@@ -12,7 +12,7 @@ from ray.tune.experiment import Trial
 from fpcn_dist.studies.cluster.errors import last_line
 from fpcn_dist.studies.search.live import TrialTable
 from fpcn_dist.studies.search.plan import Plan, number_of
-from fpcn_dist.studies.search.records import SearchResults, TrialRecord, load_results, save_results
+from fpcn_dist.studies.search.records import GIVEN_UP, SearchResults, TrialRecord, load_results, save_results
 
 _BETWEEN_WRITES = 2.0
 """Seconds between two writings of results.json, unless a trial has begun or ended."""
@@ -36,11 +36,8 @@ class Recorder(tune.Callback):
         self._table = TrialTable(plan.epochs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune stores its callbacks; what they know lies in results.json.
-        return {"plan": self.plan}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["plan"])
+        # Tune stores its callbacks, for a resumption of its own that nobody asks for.
+        return {}
 
     def setup(self, *_: Any, **__: Any) -> None:
         before = load_results(self.plan.output)
@@ -91,7 +88,7 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error() or "lost"
-        reason = f"given up: {last_line(error)[:300]}"
+        reason = f"{GIVEN_UP}{last_line(error)[:300]}"
         self._note(replace(self._record(trial), state="failed", reason=reason), now=True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
@@ -106,8 +103,8 @@ class Recorder(tune.Callback):
     def _record(self, trial: Trial) -> TrialRecord:
         number = number_of(trial.config, trial.trial_id)
         if number not in self.records:
-            settings = trial.config["settings"]
-            self.records[number] = TrialRecord(number, settings, self.plan.count_pairs(settings))
+            settings, drawn = trial.config["settings"], trial.config.get("drawn", {})
+            self.records[number] = TrialRecord(number, settings, self.plan.count_pairs(settings), drawn=drawn)
         return self.records[number]
 
     def _note(self, record: TrialRecord, *, now: bool = False) -> None:

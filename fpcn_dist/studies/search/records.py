@@ -15,6 +15,8 @@ from fpcn_dist.runtime.files import write_text
 
 RESULTS_FILE, RESULTS_TABLE = "results.json", "results.csv"
 _FORMAT = 1
+GIVEN_UP = "given up: "
+"""How the reason of a trial begins that was lost too often, and that may be tried again."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class TrialRecord:
     Attributes:
         number: from 0 on; names its folder.
         settings: the searched values, by the dotted names of their fields.
+        drawn: what Optuna drew, which the settings follow from; empty in a population, and in older files.
         pairs: pairs of a batch that its teacher contrasts; ``None`` where none is trained.
         state: "running"; "finished" its whole schedule; "stopped" early by the scheduler; "failed".
         history: (epoch, best validation accuracy so far) of each evaluation; accuracies are shares of 1.
@@ -40,6 +43,17 @@ class TrialRecord:
     latency: float | None = None
     seconds: float = 0.0
     reason: str | None = None
+    drawn: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do: it was not interrupted, nor given up for what it lost."""
+        return self.state in ("finished", "stopped") or (self.state == "failed" and not self.lost)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was given up because a process or a node was lost, again and again."""
+        return self.state == "failed" and (self.reason or "").startswith(GIVEN_UP)
 
     @property
     def accuracy(self) -> float | None:

@@ -7,7 +7,10 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import time
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from fpcn_dist.studies.cluster import connect_ray, find_slots
 from fpcn_dist.studies.cluster.bank_job import write_bank, write_features
 from fpcn_dist.studies.search.finish import finish_search
 from fpcn_dist.studies.search.plan import Plan
+from fpcn_dist.studies.search.records import TrialRecord, load_results
 from fpcn_dist.studies.search.request import SearchRequest, checked, feature_regions, make_plan, require_searchable
 from fpcn_dist.studies.search.resources import Bundle, require_places, trial_bundles
 from fpcn_dist.training.soft_labels.teacher import open_teacher
@@ -80,18 +84,20 @@ def search(
         rank = ", ".join(f"{amount:g} {kind}" for kind, amount in bundles[0].items())
         print(f"{request.trials} trials, {places} at a time, each of {len(bundles)} rank(s) with {rank}", flush=True)
         began = time.monotonic()
-        recorder = _run(request, plan, bundles, places, resume)
+        recorder = _run(request, plan, bundles, places)
         elapsed = time.monotonic() - began
     share = recorder.seconds / (elapsed * places)
     print(f"{recorder.seconds:.0f} s in trials of {elapsed:.0f} s x {places}: {100 * share:.0f} %", flush=True)
     finish_search(plan, recorder.results())
 
 
-def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int, resume: bool) -> Any:
-    """Run all trials; returns the recorder that has followed them."""
-    # A killed driver forgets at most a second; trials keep their records themselves.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int) -> Any:
+    """Run all trials that have not ended yet; returns the recorder that has followed them.
+
+    What earlier starts have reached is read from results.json. What Tune itself keeps, as pickles, is never read.
+    """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # of a handler that ends as if all had been done
     from ray import tune
 
     # What a user must know of it, the recorder says.
@@ -104,37 +110,29 @@ def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int,
     def trainable(config: dict[str, Any]) -> None:
         run_trial(config, plan)
 
-    placed = tune.with_resources(trainable, tune.PlacementGroupFactory(bundles))
-    path = plan.output / _TUNE
-    if resume and tune.Tuner.can_restore(str(path)):
-        try:
-            tuner = tune.Tuner.restore(
-                str(path), placed, resume_unfinished=True, resume_errored=True, param_space=_parameters(request, plan)
-            )
-        except Exception as error:  # pickles of Tune's, which may break in any way
-            reason = f"Ray Tune's state cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-            raise UserError("--resume", path, reason, "search anew in another --output") from error
-        callbacks: Any = tuner._local_tuner.get_run_config().callbacks  # pyright: ignore
-        (recorder,) = [callback for callback in callbacks if isinstance(callback, Recorder)]
-        recorder.plan = plan  # the folder may have moved
-    else:
-        recorder = Recorder(plan)
-        tuner = tune.Tuner(
-            placed,
-            param_space=_parameters(request, plan),
-            tune_config=_tune_config(request, plan, places),
-            run_config=tune.RunConfig(
-                name=_TUNE,
-                storage_path=str(plan.output),
-                callbacks=[recorder],
-                verbose=0,
-                stop={"epoch": plan.epochs},
-                failure_config=tune.FailureConfig(max_failures=_ATTEMPTS),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
-            ),
-        )
+    results = load_results(plan.output)
+    before = results.trials if results else ()
+    recorder = Recorder(plan)
+    shutil.rmtree(plan.output / _TUNE, ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory(bundles)),
+        param_space=_parameters(request, plan, before),
+        tune_config=_tune_config(request, plan, places, before),
+        run_config=tune.RunConfig(
+            name=_TUNE,
+            storage_path=str(plan.output),
+            callbacks=[recorder],
+            verbose=0,
+            stop={"epoch": plan.epochs},
+            failure_config=tune.FailureConfig(max_failures=_ATTEMPTS),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+        ),
+    )
     try:
-        tuner.fit()
+        if request.trials > sum(record.ended for record in before):
+            tuner.fit()
+        else:
+            recorder.setup()
     finally:
         recorder.close()
     for record in recorder.results().trials:  # of members of a population, and of those that were given up
@@ -142,8 +140,11 @@ def _run(request: SearchRequest, plan: Plan, bundles: list[Bundle], places: int,
     return recorder
 
 
-def _parameters(request: SearchRequest, plan: Plan) -> dict[str, Any]:
-    """The settings that Tune itself draws: those of the members of a population, which no search algorithm suggests."""
+def _parameters(request: SearchRequest, plan: Plan, before: Sequence[TrialRecord]) -> dict[str, Any]:
+    """The settings that Tune itself draws: those of the members of a population, which no search algorithm suggests.
+
+    Members that have begun keep the settings that they had come to.
+    """
     if not plan.population:
         return {}
     from ray import tune
@@ -151,10 +152,12 @@ def _parameters(request: SearchRequest, plan: Plan) -> dict[str, Any]:
     from fpcn_dist.studies.search.sampler import draw_at_random
 
     settings = draw_at_random(plan, request.trials, plan.main.seed)
+    for record in before:
+        settings[record.number] = record.settings
     return {"settings": tune.grid_search(settings)}
 
 
-def _tune_config(request: SearchRequest, plan: Plan, places: int) -> Any:
+def _tune_config(request: SearchRequest, plan: Plan, places: int, before: Sequence[TrialRecord]) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 
@@ -173,17 +176,33 @@ def _tune_config(request: SearchRequest, plan: Plan, places: int) -> Any:
     scheduler = FIFOScheduler()
     if request.scheduler == "asha":
         scheduler = ASHAScheduler(**goal, max_t=plan.epochs, grace_period=grace, reduction_factor=_CUT)
+        _remind(scheduler, before)
     sampler = build_sampler(
-        plan, trials=request.trials, seed=plan.main.seed, trials_per_teacher=request.recipe.search.trials_per_teacher
+        plan,
+        trials=request.trials,
+        seed=plan.main.seed,
+        trials_per_teacher=request.recipe.search.trials_per_teacher,
+        before=before,
     )
     return tune.TuneConfig(
         search_alg=sampler,
         scheduler=scheduler,
-        num_samples=request.trials,
+        num_samples=request.trials - sum(record.ended for record in before),
         max_concurrent_trials=places,
         reuse_actors=True,
         trial_dirname_creator=_name_of_folder,
     )
+
+
+def _remind(scheduler: Any, before: Sequence[TrialRecord]) -> None:
+    """Let a scheduler see the evaluations of trials of earlier starts, by which it judges those to come."""
+    for record in before:
+        if record.ended:
+            trial: Any = types.SimpleNamespace(trial_id=f"earlier-{record.number}")
+            scheduler.on_trial_add(None, trial)
+            for epoch, accuracy in record.history:
+                scheduler.on_trial_result(None, trial, {"epoch": epoch, "accuracy": accuracy})
+            scheduler.on_trial_remove(None, trial)
 
 
 def _name_of_folder(trial: Any) -> str:
@@ -210,7 +229,8 @@ def _describe_folder(output: Path, request: SearchRequest, manifest: Manifest, r
     elif not resume:
         raise UserError("--output", output, "holds a search already", "add --resume, or choose another folder")
     else:
-        changed = sorted(name for name in now if now[name] != before.get(name))
+        free = () if request.scheduler == "pbt" else ("trials",)  # a population has its size from the start
+        changed = sorted(name for name in now if now[name] != before.get(name) and name not in free)
         if changed:
             name = changed[0]
             reason = f"the search in {output} has another {name} ({_short(before.get(name))}, now {_short(now[name])})"

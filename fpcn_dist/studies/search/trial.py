@@ -29,6 +29,7 @@ from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
     CheckpointFolder,
     CheckpointInfo,
+    changed_fields,
     read_checkpoint,
     require_same_recipe,
     write_checkpoint,
@@ -213,8 +214,12 @@ class _Reporter:
             tune.report(values)
             return
         (run,) = self._runs
+        checkpoints = CheckpointFolder(run / "checkpoints", keep=1)
+        if not checkpoints.folder.is_dir():  # of a member that had ended when the search was interrupted
+            tune.report(values)
+            return
         with tempfile.TemporaryDirectory(dir=run) as folder:
-            path = _when_written(CheckpointFolder(run / "checkpoints", keep=1).path(lines[0][-1]["step"]))
+            path = _when_written(checkpoints.path(lines[0][-1]["step"]))
             link_or_copy(path, Path(folder) / path.name)
             tune.report(values, checkpoint=tune.Checkpoint.from_directory(folder))
 
@@ -242,15 +247,22 @@ def _report_failure(reason: str, reporter: _Reporter | None, began: float) -> No
 
 
 def _take_over(recipes: dict[Path, Recipe]) -> None:
-    """Begin with the weights that population-based training gives this trial, its own or another one's."""
+    """Begin with the weights that population-based training gives this trial, its own or another one's.
+
+    Where the search goes on after an interruption, these are its own newest ones.
+    """
     checkpoint = tune.get_checkpoint()
-    if checkpoint is None:
-        return
     ((run, recipe),) = recipes.items()
-    with checkpoint.as_directory() as folder:
-        (file,) = Path(folder).glob("step-*.safetensors")
-        state, info = read_checkpoint(file)
     own = CheckpointFolder(run / "checkpoints", keep=1)
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            (file,) = Path(folder).glob("step-*.safetensors")
+            state, info = read_checkpoint(file)
+    else:
+        newest = own.newest()
+        if newest is None or not changed_fields(recipe, newest.info):
+            return
+        _, state, info = newest
     own.clear()
     own.folder.mkdir(parents=True, exist_ok=True)
     settled = recipe.with_preprocessing(info.preprocessing)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,39 @@ def test_a_search_is_not_overwritten_nor_resumed_as_another(teacher, search):
     ]:
         done = run_command(argv, search.folder)
         assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+
+
+def test_a_finished_search_takes_more_trials_from_elsewhere_and_signals_cost_nothing(teacher, search, rocks, tmp_path):
+    """Its folder and its data have moved; Ctrl-C, then SIGTERM twice; nothing of Tune's own state is read."""
+    folder, data = tmp_path / "moved {0} ü", tmp_path / "elsewhere"
+    shutil.copytree(teacher[0], folder)
+    shutil.copytree(rocks, data)
+    (folder / "tune").mkdir(exist_ok=True)
+    trap = tmp_path / "sprung"
+    (folder / "tune" / "tuner.pkl").write_bytes(f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode())
+    moved = Command(tmp_path, data)
+    options = (folder.name, moved.recipe("tiny", VALUES), "teacher", "--trials", "8", "--resume")
+    first = {n: (folder / f"trials/{n:05d}/metrics.jsonl").read_bytes() for n in range(4)}
+    for signals, status, words in (
+        ([signal.SIGINT], 130, "interrupted"),
+        ([signal.SIGTERM] * 2, 75, "stopped by SIGTERM with the checkpoints of its runs on the disk; the same command"),
+    ):
+        process = moved.start(*options)
+        known = len(moved.results(folder.name).trials)
+        wait_for(lambda n=known: len(moved.results(folder.name).trials) > min(n, 7), process)
+        for number in signals:
+            process.send_signal(number)
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == status, shown
+        assert shown.splitlines()[-1].startswith(words) and "Traceback" not in shown, shown
+        assert not list(Path("/tmp").glob(f"fpcn-*/session_*_{process.pid}"))
+    finish(moved.start(*options))
+    results = moved.results(folder.name)
+    assert [trial.number for trial in results.trials] == list(range(8))
+    assert {trial.state for trial in results.trials} <= {"finished", "stopped"}
+    assert {n: (folder / f"trials/{n:05d}/metrics.jsonl").read_bytes() for n in range(4)} == first
+    shown = finish(moved.start(*options))
+    assert "0 s in trials" in shown and not trap.exists()
 
 
 def test_students_learn_from_one_bank_and_latency_makes_a_pareto_front(search):
