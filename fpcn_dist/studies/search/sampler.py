@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import warnings
@@ -81,7 +82,7 @@ class _Sampler(OptunaSearch):
         one: dict[str, Any] = {"metric": "accuracy", "mode": "max"}
         super().__init__(functools.partial(_settings, plan), sampler=tpe, **(both if plan.latency else one))
         self._plan, self._most = plan, trials_per_teacher
-        self._count = 1 + max((record.number for record in before), default=-1)
+        self._numbers = {record.number for record in before}
         self._again = deque(record for record in before if not record.ended)
         # By folder: Optuna's parameters of the teacher, and the trials that it has served in.
         self._teachers: dict[str, dict[str, Any]] = {}
@@ -110,8 +111,9 @@ class _Sampler(OptunaSearch):
             self._serve(teacher, drawn, trial_id)
         if again is not None:
             self._again.popleft()
-        number = self._count if again is None else again.number
-        self._count = max(self._count, number + 1)
+        # An interrupted start may have given numbers to trials that never began.
+        number = next(n for n in itertools.count() if n not in self._numbers) if again is None else again.number
+        self._numbers.add(number)
         return {"number": number, "settings": settings, "drawn": drawn}
 
     def _learn(self, record: TrialRecord) -> None:

@@ -55,6 +55,9 @@ def test_the_sampler_knows_what_has_ended_and_begins_with_what_has_not(
     for config, record in zip(configs, (before[3], before[5]), strict=False):
         assert (config["number"], config["settings"], config["drawn"]) == (record.number, record.settings, record.drawn)
     assert [config["number"] for config in configs[2:]] == [6, 7]
+    later = build_sampler(_plan(tmp_path), trials=12, trials_per_teacher=1, seed=0, before=[*before[:1], *before[3:]])
+    configs: list[Any] = [later.suggest(f"new{index}") for index in range(5)]
+    assert [config["number"] for config in configs] == [3, 5, 1, 2, 6]  # without holes
     drawn = [json.dumps(record.drawn, sort_keys=True) for record in before]
     assert not {json.dumps(config["drawn"], sort_keys=True) for config in configs[2:]} & set(drawn)
 
