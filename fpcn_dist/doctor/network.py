@@ -28,8 +28,8 @@ def host_name(several_nodes: bool) -> Iterator[Finding]:
     hint = f"give {name} its network address in /etc/hosts or the DNS"
     address = _address(name)
     if address is None:
-        found = f"{name} has no address"
-        yield problem(found, hint) if several_nodes else warning(found, hint)
+        found, on_one = f"{name} has no address", "give torchrun --local-addr 127.0.0.1, or it waits for minutes"
+        yield problem(found, hint) if several_nodes else warning(found, f"{on_one}, or {hint}")
     elif several_nodes and address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
         found = f"{name} has the address {address}, at which other nodes cannot reach it"
         yield problem(found, f"set GLOO_SOCKET_IFNAME to one of {', '.join(_outward())}, or {hint}")

@@ -289,7 +289,9 @@ def test_little_shared_memory_and_one_core(monkeypatch):
 def test_names_and_networks(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(socket, "gethostname", lambda: "nobody.invalid")
-    assert [found(network.host_name, several)[0].status for several in (False, True)] == ["warning", "problem"]
+    alone, among_others = (found(network.host_name, several)[0] for several in (False, True))
+    assert (alone.status, among_others.status) == ("warning", "problem")
+    assert "--local-addr 127.0.0.1" in str(alone.hint) and "--local-addr" not in str(among_others.hint)
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert found(network.host_name, False)[0].status == "ok"
     (line,) = found(network.host_name, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fpcn_dist.runs.checkpoint import read_checkpoint
-from tests.helpers.launching import environment, free_port, losses
+from tests.helpers.launching import command, environment, free_port, losses
 
 FILES = {
     "recipe.yaml",
@@ -88,3 +89,17 @@ def test_srun_describes_ranks_in_its_own_variables(runs, single):
     assert [process.returncode for process in ranks] == [0, 0], shown
     assert losses(output) == pytest.approx(losses(single), abs=1e-4)
     assert json.loads((output / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "--uts", "true"], stderr=subprocess.DEVNULL).returncode,
+    reason="nothing may give this machine another name",
+)
+def test_ranks_meet_on_a_machine_whose_name_has_no_address(runs, tmp_path):
+    launcher, *options = command("torchrun")
+    argv = [launcher, "--local-addr", "127.0.0.1", *options, *runs.train_argv(tmp_path / "run", "--train.epochs", "1")]
+    renamed = ["unshare", "--uts", "bash", "-c", 'hostname no-such-host-7; exec "$@"', "bash", *argv]
+    done = subprocess.run(renamed, capture_output=True, text=True, env=environment(), timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be retrieved" not in done.stderr and len(losses(tmp_path / "run")) == 3
