@@ -13,7 +13,7 @@ from pathlib import PurePath
 import numpy as np
 from rich.table import Table
 
-from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.manifest import on_every_rank
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.models import Classifier, build_model
 from fpcn_dist.recipe.schema import Recipe
@@ -193,7 +193,7 @@ def evaluate_others(
     recipe, own = run.open()
     model, info = load_model(run.path, ranks.device)
     data = data.resolve()
-    found = Manifest.from_json(ranks.on_first(lambda: find_others(data, recipe).to_json()))
+    found = on_every_rank(lambda: find_others(data, recipe), ranks)
     others = with_labels_of(own, found)
     before = Evaluation.load(run.path)
     ids = np.arange(len(found.images))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fpcn_dist.data.index.build import build_manifest
-from fpcn_dist.data.index.manifest import Manifest
+from fpcn_dist.data.index.manifest import Manifest, on_every_rank
 from fpcn_dist.data.index.notices import show_notices
 from fpcn_dist.recipe.schema import Recipe
 from fpcn_dist.runs.checkpoint import (
@@ -69,12 +69,12 @@ def prepare_data(data: Address | Manifest, recipe: Recipe, ranks: Ranks) -> Mani
     if isinstance(data, Manifest):
         return data
 
-    def check() -> str:
+    def check() -> Manifest:
         manifest = build_manifest(data.resolve(), recipe.data, recipe.seed)
         show_notices(manifest.refused, manifest.notices)
-        return manifest.to_json()
+        return manifest
 
-    return Manifest.from_json(ranks.on_first(check))
+    return on_every_rank(check, ranks)
 
 
 def settle_start(

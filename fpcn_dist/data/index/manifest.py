@@ -6,9 +6,10 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from fpcn_dist.data.index.notices import Notice
 from fpcn_dist.runtime.address import is_url
 from fpcn_dist.runtime.errors import UserError
 from fpcn_dist.runtime.files import write_text
+
+if TYPE_CHECKING:
+    from fpcn_dist.runtime.ranks import Ranks
 
 SPLIT_FIELDS = ("seed", "data.split_seed", "data.val_fraction", "data.test_fraction")
 """Recipe fields that decide which images train, validate and test."""
@@ -160,3 +164,16 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError) as error:
             hint = "choose a run folder that is whole, or start a new run"
             raise UserError("manifest", file, f"cannot be read as a manifest ({error})", hint) from error
+
+
+def on_every_rank(find: Callable[[], Manifest], ranks: Ranks) -> Manifest:
+    """What ``find`` finds on the first rank, given to all of them. Collective."""
+    found: list[Manifest] = []
+
+    def on_first() -> str | None:
+        found.append(find())
+        # Of a million images the text takes seconds to write and to read.
+        return found[0].to_json() if ranks.world_size > 1 else None
+
+    text = ranks.on_first(on_first)
+    return found[0] if found else Manifest.from_json(text)
