@@ -57,3 +57,5 @@ class DistillConfig(Schema):
     """T of eq. 13."""
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of the teacher in the loss: (1 - alpha) cross-entropy + alpha T^2 KL divergence."""
+    beta: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight of the classes beside the label in decoupled distillation, for example 2; null: KL as in eq. 14."""

@@ -179,6 +179,16 @@ def _check_classes_weigh_the_same(recipe: Recipe) -> None:
 
 
 # What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
+def _check_decoupled_labels_are_hard(recipe: Recipe) -> None:
+    augment = recipe.data.augment
+    if recipe.distill.beta is not None and augment.mixes:
+        name = "mixup" if augment.mixup else "cutmix"
+        raise ValueError(
+            f"distill.beta {recipe.distill.beta} sets one label of an image apart, but data.augment.{name} "
+            f"{getattr(augment, name)} gives it two; set that to 0, or drop distill.beta"
+        )
+
+
 _TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
     "contrast": (
         _check_pairs_are_counted,
@@ -192,6 +202,7 @@ _TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
         _check_pairs_are_counted,
         _check_views_of_the_bank,
         _check_a_bank_can_hold_the_views,
+        _check_decoupled_labels_are_hard,
         _check_no_regions,
     ),
     "bilinear_cnn": (_check_pairs_are_counted, _check_no_regions),

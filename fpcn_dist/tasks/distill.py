@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fpcn_dist.data.batch import Batch
 from fpcn_dist.tasks.base import Task, TaskOutput
-from fpcn_dist.tasks.losses import distillation_loss
+from fpcn_dist.tasks.losses import decoupled_divergence, distillation_loss
 
 
 class Distill(Task):
@@ -20,5 +20,10 @@ class Distill(Task):
         logits = self.model.logits(pooled)
         config = self.recipe.distill
         class_loss = self.class_loss(logits, batch.labels, batch.targets)
-        loss = distillation_loss(logits, batch.teacher_logits, class_loss, config.temperature, config.alpha)
+        if config.beta is None:
+            loss = distillation_loss(logits, batch.teacher_logits, class_loss, config.temperature, config.alpha)
+        else:
+            teacher, scale = batch.teacher_logits, config.alpha * config.temperature**2
+            divergence = decoupled_divergence(logits, teacher, batch.labels, config.temperature, config.beta)
+            loss = (1 - config.alpha) * class_loss + scale * divergence
         return TaskOutput(loss, logits.detach(), {"class_loss": class_loss.detach()})

@@ -173,6 +173,39 @@ def distillation_loss(
     return (1 - alpha) * class_loss + alpha * temperature**2 * divergence
 
 
+def decoupled_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, beta: float
+) -> Tensor:
+    """KL(b_t || b_s) + beta KL(q_t || q_s), mean over images (Zhao et al., CVPR 2022, eq. 7 at its alpha = 1).
+
+    b = (p_y, 1 - p_y) is the probability of the label and of all other classes together, and q the distribution over
+    the other classes alone, both at temperature T. The divergence of eq. 14 weighs the second term by the teacher's
+    1 - p_y instead of beta, so that what a sure teacher knows of the other classes hardly counts there.
+
+    Args:
+        student_logits, teacher_logits: [B, K], K >= 2. The teacher gets no gradient.
+        labels: [B] int64.
+        temperature: T > 0.
+        beta: weight of the second term, at least 0.
+
+    Returns:
+        Scalar.
+    """
+    label_B1 = labels[:, None]
+    other_BK = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
+    other_BK = other_BK + (other_BK >= label_B1)
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled_BK = logits / temperature
+        others_BK = scaled_BK.gather(1, other_BK)
+        both_B2 = torch.cat([scaled_BK.gather(1, label_B1), others_BK.logsumexp(dim=1, keepdim=True)], dim=1)
+        return F.log_softmax(both_B2, dim=1), F.log_softmax(others_BK, dim=1)
+
+    (b_student, q_student), (b_teacher, q_teacher) = parts(student_logits), parts(teacher_logits.detach())
+    target = F.kl_div(b_student, b_teacher, reduction="batchmean", log_target=True)
+    return target + beta * F.kl_div(q_student, q_teacher, reduction="batchmean", log_target=True)
+
+
 @torch.no_grad()
 def hardest_pairs(pooled: Tensor, labels: Tensor, num_pairs: int | None = None) -> Tensor:
     """Each image with its nearest images of the same class and of other classes, by Euclidean distance.

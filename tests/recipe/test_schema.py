@@ -94,6 +94,11 @@ def test_the_papers_setting():
         ("distill: {teacher_mode: offline}", ["distill.teacher_mode", "'offline'", "'online'"]),
         ("distill: {temperature: 0}", ["distill.temperature", "greater than 0"]),
         ("distill: {alpha: 1.5}", ["distill.alpha", "less than or equal to 1"]),
+        ("distill: {beta: -1}", ["distill.beta", "greater than or equal to 0"]),
+        (
+            "task: distill\ndistill: {teacher_mode: online, beta: 2}\ndata: {augment: {mixup: 0.2}}",
+            ["distill.beta 2.0", "data.augment.mixup 0.2", "drop distill.beta"],
+        ),
         ("distill: {techer: x}", ["distill.techer", "did you mean 'teacher'?"]),
     ],
 )

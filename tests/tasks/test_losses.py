@@ -15,6 +15,7 @@ from fpcn_dist.tasks.losses import (
     center_loss,
     class_weights,
     classification_loss,
+    decoupled_divergence,
     distillation_loss,
     gated_contrast_loss,
     hardest_pairs,
@@ -174,6 +175,23 @@ def test_distillation_refuses_values_out_of_bounds(temperature: float, alpha: fl
 def test_distillation_refuses_a_teacher_of_other_classes() -> None:
     with pytest.raises(ValueError, match=r"\[2, 3\] and \[2, 4\]"):
         distillation_loss(randn(2, 3), randn(2, 4), torch.tensor(0.0), 2.0, 0.5)
+
+
+@pytest.mark.parametrize(("temperature", "beta"), [(1.0, 1.0), (4.0, 8.0), (2.0, 0.0)])
+def test_decoupled_divergence_is_its_equation(temperature: float, beta: float) -> None:
+    student, teacher, labels = randn(6, 4), 3 * randn(6, 4, seed=1), torch.tensor([0, 3, 2, 1, 1, 0])
+    total = 0.0
+    for s, t, y in zip(student, teacher.detach(), labels.tolist(), strict=True):
+        p_teacher, p_student = ((z / temperature).exp() / (z / temperature).exp().sum() for z in (t, s))
+        rest_teacher, rest_student = 1 - p_teacher[y], 1 - p_student[y]
+        total = total + p_teacher[y] * (p_teacher[y] / p_student[y]).log()
+        total = total + rest_teacher * (rest_teacher / rest_student).log()
+        for k in set(range(4)) - {y}:
+            q_teacher, q_student = p_teacher[k] / rest_teacher, p_student[k] / rest_student
+            total = total + beta * q_teacher * (q_teacher / q_student).log()
+    loss = decoupled_divergence(student, teacher, labels, temperature, beta)
+    assert_same_with_gradients(loss, total / 6, [student])
+    assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
 
 
 # --- hardest pairs ----------------------------------------------------------------------------------------------------

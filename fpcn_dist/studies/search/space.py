@@ -57,10 +57,26 @@ _BANK = {
     *("data.mean", "data.std", "data.interpolation"),
 }
 """Fields that soft labels depend on."""
-_MUTABLE = ("contrast.", "distill.temperature", "distill.alpha", "optim.lr", "optim.weight_decay", "optim.momentum")
+_MUTABLE = (
+    "contrast.",
+    "distill.temperature",
+    "distill.alpha",
+    "distill.beta",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.momentum",
+)
 """Fields that may change while a network is trained."""
 _HEAD = (
-    *("contrast.", "distill.temperature", "distill.alpha", "optim.", "train.micro_batches", "data.images_per_class"),
+    *(
+        "contrast.",
+        "distill.temperature",
+        "distill.alpha",
+        "distill.beta",
+        "optim.",
+        "train.micro_batches",
+        "data.images_per_class",
+    ),
     *("model.head", "model.hidden", "model.activation", "model.dropout", "model.fuse_init", "model.inference"),
 )
 """Fields that the features of a frozen backbone do not depend on."""
