@@ -178,7 +178,6 @@ def _check_classes_weigh_the_same(recipe: Recipe) -> None:
         )
 
 
-# What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
 def _check_decoupled_labels_are_hard(recipe: Recipe) -> None:
     augment = recipe.data.augment
     if recipe.distill.beta is not None and augment.mixes:
@@ -189,6 +188,7 @@ def _check_decoupled_labels_are_hard(recipe: Recipe) -> None:
         )
 
 
+# What each task asks of a recipe. Its network stands in fpcn_dist.models.NETWORKS, its losses in fpcn_dist.tasks.TASKS.
 _TASK_RULES: dict[Task, tuple[Callable[[Recipe], None], ...]] = {
     "contrast": (
         _check_pairs_are_counted,

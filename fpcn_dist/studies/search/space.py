@@ -57,26 +57,11 @@ _BANK = {
     *("data.mean", "data.std", "data.interpolation"),
 }
 """Fields that soft labels depend on."""
-_MUTABLE = (
-    "contrast.",
-    "distill.temperature",
-    "distill.alpha",
-    "distill.beta",
-    "optim.lr",
-    "optim.weight_decay",
-    "optim.momentum",
-)
+_SOFT = ("distill.temperature", "distill.alpha", "distill.beta")
+_MUTABLE = ("contrast.", *_SOFT, "optim.lr", "optim.weight_decay", "optim.momentum")
 """Fields that may change while a network is trained."""
 _HEAD = (
-    *(
-        "contrast.",
-        "distill.temperature",
-        "distill.alpha",
-        "distill.beta",
-        "optim.",
-        "train.micro_batches",
-        "data.images_per_class",
-    ),
+    *("contrast.", *_SOFT, "optim.", "train.micro_batches", "data.images_per_class"),
     *("model.head", "model.hidden", "model.activation", "model.dropout", "model.fuse_init", "model.inference"),
 )
 """Fields that the features of a frozen backbone do not depend on."""
