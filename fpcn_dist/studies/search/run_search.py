@@ -164,7 +164,7 @@ def _tune_config(request: SearchRequest, plan: Plan, places: int, before: Sequen
     from fpcn_dist.studies.search.sampler import build_sampler, perturbing
 
     grace = -(-plan.epochs // _CUT**2)
-    grace += -grace % plan.main.train.eval_every
+    grace = min(plan.epochs, grace + -grace % plan.main.train.eval_every)
     goal: dict[str, Any] = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
     if request.scheduler == "pbt":
         scheduler = PopulationBasedTraining(

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from fpcn_dist.studies.search.plan import Plan
 from fpcn_dist.studies.search.records import GIVEN_UP, SearchResults, TrialRecord, load_results, save_results
-from fpcn_dist.studies.search.run_search import _remind
 from fpcn_dist.studies.search.sampler import build_sampler
 from tests.helpers.distilling import recipe
 
@@ -81,20 +79,3 @@ def test_records_of_older_files_cost_only_what_the_sampler_had_learnt(
     assert not sampler._ot_study.trials
     configs: list[Any] = [sampler.suggest(f"new{index}") for index in range(3)]
     assert [config["number"] for config in configs] == [3, 5, 6]
-
-
-def test_the_scheduler_judges_by_the_trials_of_earlier_starts() -> None:
-    class Newcomer:
-        trial_id = "newcomer"
-
-    def verdict(records: list[TrialRecord]) -> str:
-        goal: dict[str, Any] = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
-        scheduler = ASHAScheduler(**goal, max_t=9, grace_period=1, reduction_factor=3)
-        _remind(scheduler, records)
-        scheduler.on_trial_add(None, Newcomer())  # pyright: ignore
-        return scheduler.on_trial_result(None, Newcomer(), {"epoch": 1.0, "accuracy": 0.3})  # pyright: ignore
-
-    ended = [TrialRecord(n, {}, None, "stopped", ((1.0, 0.5 + n / 10),)) for n in range(4)]
-    running = [TrialRecord(9, {}, None, "running", ((1.0, 0.9),))]
-    assert verdict(running) == TrialScheduler.CONTINUE
-    assert verdict(ended) == TrialScheduler.STOP
