@@ -40,8 +40,9 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     """Index images, check every one, and split what has no split.
 
     The split depends on the seed and on the contents of the images, not on their names: images that are added later
-    leave nearly all the others where they were. Each class keeps at least one training image, and images of one group
-    stay together. Where images that were refused leave too few, they are printed before the error.
+    leave nearly all the others where they were. Each class keeps at least one training image. Images of one group stay
+    together, and so do copies of one image. Where images that were refused leave too few, they are printed before the
+    error.
 
     Args:
         root: a folder of images in one of the forms of :mod:`fpcn_dist.data.index.folder.layout`, on this machine or
@@ -87,7 +88,7 @@ def build_manifest(root: Address, config: DataConfig, seed: int) -> Manifest:
     for label, name in enumerate(classes):
         _split(members[name], fractions, seed if config.split_seed is None else config.split_seed, split_of)
         for c, check in members[name]:
-            images.append(Image(c.path, label, split_of[_unit(c)], check.size, check.digest, c.place))
+            images.append(Image(c.path, label, split_of[_unit((c, check))], check.size, check.digest, c.place))
     images.sort()
     duplicates = describe_duplicates(images, classes)
     if duplicates and config.on_duplicate == "fail":
@@ -130,10 +131,11 @@ def _require_batches(
         raise UserError(error.field, error.value, reason, f"mend those, or {error.hint}") from None
 
 
-def _unit(candidate: Candidate) -> tuple[str | None, str | None, str]:
-    """What has one split: an image whose split is given, a group, or an image by itself."""
+def _unit(member: tuple[Candidate, Check]) -> tuple[str | None, str | None, str]:
+    """What has one split: a group, or the files of one content; where splits are given, in each of them by itself."""
+    candidate, check = member
     if candidate.split in ("val", "test") or candidate.group is None:
-        return candidate.split, None, candidate.path
+        return candidate.split, None, check.digest
     return candidate.split, candidate.group, ""
 
 
@@ -145,16 +147,16 @@ def _split(
 ) -> None:
     """Give the images of one class their splits: the data's, or those that the contents and the seed decide.
 
-    Groups that other classes have, too, stay where ``split_of``, which is added to, already has them. A group that is
-    too large for what a split still needs is passed over, save where the split would stay empty.
+    Groups and copies that other classes have, too, stay where ``split_of``, which is added to, already has them. Those
+    that are too many for what a split still needs are passed over, save where the split would stay empty.
     """
 
     def lot(member: tuple[Candidate, Check]) -> tuple[bytes, str]:
         return hashlib.blake2b(f"{seed}/{member[1].digest}".encode()).digest(), member[0].path
 
-    split_of |= {_unit(c): c.split for c, _ in members if c.split in ("val", "test")}
+    split_of |= {_unit(member): member[0].split for member in members if member[0].split in ("val", "test")}
     train = sorted((member for member in members if member[0].split in (None, "train")), key=lot)
-    sizes = Counter(_unit(c) for c, _ in train)  # in the order of their lots
+    sizes = Counter(map(_unit, train))  # in the order of their lots
     taken = 0
     for split, fraction in fractions.items():
         count = min(max(1, round(fraction * len(train))) if fraction else 0, max(0, len(train) - 1 - taken))

@@ -294,6 +294,20 @@ def test_identical_files_are_counted(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_of_a_picture_are_on_one_side_of_a_split_that_is_drawn(folder: Path, seed: int) -> None:
+    for number in range(12):
+        shutil.copy(folder / "marble" / f"{number:04d}.jpg", folder / "marble" / f"again{number}.jpg")
+        shutil.copy(folder / "basalt" / f"{number:04d}.jpg", folder / "dolomite" / f"b{number}.jpg")
+    manifest = build_manifest(folder, CONFIG, seed=seed)
+    split_of: dict[str, set[str]] = {}
+    for image in manifest.images:
+        split_of.setdefault(image.digest, set()).add(image.split)
+    assert len(manifest.images) == 96 and all(len(splits) == 1 for splits in split_of.values())
+    assert {next(iter(splits)) for splits in split_of.values()} == {"train", "val", "test"}
+    assert not any("two splits" in notice.text for notice in manifest.notices)
+
+
 def test_identical_files_are_dropped(folder: Path) -> None:
     manifest = build_manifest(_copies(folder), CONFIG.changed(on_duplicate="drop"), seed=0)
     assert _counts(manifest) == {"train": [8, 10, 10], "val": [3] * 3, "test": [5] * 3} and manifest.notices == ()
