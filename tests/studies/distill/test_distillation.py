@@ -90,13 +90,19 @@ def test_the_same_command_again_skips_what_is_finished(undisturbed, command):
     assert (output / "test_resnet/metrics.jsonl").read_bytes() == before
 
 
-def test_a_killed_driver_goes_on_from_the_checkpoints(undisturbed, command):
-    output, options = command.folder / "killed", ["--students", "test_resnet,test_efficientnet"]
-    process = command.start("killed", *options)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_driver_that_is_ended_goes_on_from_the_checkpoints(undisturbed, command, number, status):
+    name, options = f"ended by {number}", ["--students", "test_resnet,test_efficientnet"]
+    output, process = command.folder / name, command.start(name, *options)
     wait_for((output / "test_resnet/checkpoints/step-00000002.safetensors").is_file, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finish(command.start("killed", *options))
+    for _ in range(2):
+        process.send_signal(number)
+    shown, _ = process.communicate()
+    assert process.returncode == status and "Traceback" not in shown, shown
+    if number == signal.SIGTERM:
+        assert "stopped by SIGTERM with the checkpoints of its runs on the disk" in shown.splitlines()[-1]
+        assert not list(Path("/tmp").glob(f"fpcn-*/session_*_{process.pid}"))
+    finish(command.start(name, *options))
     (log,) = (output / "logs").glob("*+*.log")
     assert "resuming from step" in log.read_text()
     for name in ("test_resnet", "test_efficientnet"):
