@@ -21,9 +21,9 @@ from rich.progress import track
 from fpcn_dist.data.blob import Blob
 from fpcn_dist.data.decoding.sizes import require_memory
 from fpcn_dist.data.index.check.images import Refused, check_images
-from fpcn_dist.data.index.check.salvage import salvage
+from fpcn_dist.data.index.check.salvage import SALVAGED, salvage
 from fpcn_dist.data.index.folder.folders import find_files
-from fpcn_dist.data.index.notices import refusal_table
+from fpcn_dist.data.index.notices import Notice, notice_table, refusal_table
 from fpcn_dist.data.loader import EvalLoader
 from fpcn_dist.deploy.onnx_backbone import with_frozen_backbone
 from fpcn_dist.deploy.predictions import Prediction, to_table, write_predictions
@@ -69,9 +69,11 @@ def predict(
     if max_decoded_mib is not None:
         require_memory(max_decoded_mib)
         info = dataclasses.replace(info, preprocessing=info.preprocessing.changed(max_decoded_mib=max_decoded_mib))
-    files, refused = _readable(find_files(paths), info)
+    files, refused, salvaged = _readable(find_files(paths), info)
     if refused:
         console.print(refusal_table(refused))
+    if salvaged:
+        console.print(notice_table(salvaged))
     if not files:
         raise UserError("images", None, f"none of {len(refused)} file(s) can be read", "give files that are images")
     overlays = Path(output) / "overlays"
@@ -90,15 +92,17 @@ def predict(
     return predictions
 
 
-def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused]]:
-    """Files that decode, and those that do not with the reason."""
+def _readable(files: list[Path], info: ModelInfo) -> tuple[list[Path], list[Refused], list[Notice]]:
+    """Files that decode, those that do not with the reason, and those that were salvaged."""
     blobs, config = Blob.of_files(files), info.preprocessing
     checks = check_images(blobs, config.max_pixels, backend=config.backend)
+    salvaged: list[int] = []
     if config.on_bad_image == "salvage":
-        checks, _ = salvage(blobs, checks, config.max_pixels)
+        checks, salvaged = salvage(blobs, checks, config.max_pixels)
     checked = list(zip(files, checks, strict=True))
     refused = [Refused(str(file), check.reason) for file, check in checked if check.reason is not None]
-    return [file for file, check in checked if check.ok], refused
+    notices = [Notice(str(files[index]), SALVAGED) for index in salvaged]
+    return [file for file, check in checked if check.ok], refused, notices
 
 
 def overlay_names(files: Sequence[Path]) -> list[str]:

@@ -90,7 +90,7 @@ def save_model(
         "model": recipe.model.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
-        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit", "max_pixels"})
+        "preprocessing": recipe.data.model_dump(include={"resize", "crop", "fit", "max_pixels", "on_bad_image"})
         | recipe.data.preprocessing.model_dump(),
     }
     if origin is not None:
@@ -201,6 +201,7 @@ def _parse_info(config: dict[str, Any]) -> ModelInfo:
             crop=preprocessing["crop"],
             fit=preprocessing.get("fit", "squeeze"),  # as before there was a choice
             max_pixels=preprocessing.get("max_pixels", DataConfig().max_pixels),  # which was not written either
+            on_bad_image=preprocessing.get("on_bad_image", "skip"),
         ).settled(Preprocessing.recorded(preprocessing)),
         model=ModelConfig.model_validate(config["model"]),
         task=config["task"],

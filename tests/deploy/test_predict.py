@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fpcn_dist.data.index.check.salvage import SALVAGED
 from fpcn_dist.deploy import onnx_backbone
 from fpcn_dist.deploy.predict import Prediction, overlay_names, predict
 from fpcn_dist.models import build_model
@@ -129,6 +130,19 @@ def test_bad_files_are_listed_and_the_rest_is_classified(model_dir: Path, rocks:
     for name in ("empty.jpg", "text.jpg", "cut.jpg", "good [1].jpg"):
         assert name in text
     assert "notes.txt" not in text
+
+
+def test_salvaged_files_are_classified_and_listed(model_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["preprocessing"]["on_bad_image"] = "salvage"
+    (folder / "config.json").write_text(json.dumps(config))
+    pixels = torch.randint(256, (640, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy()).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: round(0.99 * len(whole))])
+    (one,), text = _predict(folder, [tmp_path / "cut.jpg"], tmp_path / "out")
+    assert Path(one.file).name == "cut.jpg" and SALVAGED in text
 
 
 def test_the_bound_of_pixels_is_that_of_the_training(model_dir: Path, rocks: Path, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_config_has_the_hugging_face_layout(exported: Path) -> None:
         "crop": 64,
         "fit": "squeeze",
         "max_pixels": 100_000_000,
+        "on_bad_image": "skip",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "interpolation": "bilinear",

@@ -122,7 +122,9 @@ def test_a_run_says_what_its_network_is_shown_and_keeps_it(
     assert run.open()[0].data.preprocessing == HALF
     said = json.loads((run.path / "config.json").read_text())["preprocessing"]
     shown = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
-    assert said == {"resize": 40, "crop": 32, "fit": "squeeze", "max_pixels": 100_000_000} | shown
+    assert (
+        said == {"resize": 40, "crop": 32, "fit": "squeeze", "max_pixels": 100_000_000, "on_bad_image": "skip"} | shown
+    )
     assert load_model(run.path)[1].preprocessing.preprocessing == HALF
     assert "mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear" in (run.path / "README.md").read_text()
 

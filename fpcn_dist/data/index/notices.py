@@ -34,13 +34,18 @@ def show_notices(refused: Sequence[Refused], notices: Sequence[Notice]) -> None:
     """Print which images were refused and what else there is to know; nothing is printed where all is well."""
     show_refused(refused)
     if notices:
-        _print(_table("About the data", "what", "what there is to know", notices))
+        _print(notice_table(notices))
 
 
 def show_refused(refused: Sequence[Refused]) -> None:
     """Print which images were refused, and why; nothing is printed where none was."""
     if refused:
         _print(refusal_table(refused))
+
+
+def notice_table(notices: Sequence[Notice]) -> Table:
+    """What there is to know about data, beside what was refused."""
+    return _table("About the data", "what", "what there is to know", notices)
 
 
 def _table(title: str, subject: str, text: str, rows: Iterable[tuple[str, str]]) -> Table:
