@@ -203,8 +203,7 @@ def _train(
 
 
 def _seeds(request: StudyRequest, row: Row) -> int:
-    """Trainings of a row on each fold: one where nothing is drawn."""
-    return {"probe": 1, "head": request.seeds, "stage": request.stage_seeds}[row.depth]
+    return row.seeds or (request.stage_seeds if row.depth == "stage" else request.seeds)
 
 
 def _measure(wanted: Sequence[Cell], title: str) -> None:
