@@ -90,7 +90,7 @@ def test_the_same_command_again_skips_what_is_finished(undisturbed, command):
     assert (output / "test_resnet/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_driver_that_is_ended_goes_on_from_the_checkpoints(undisturbed, command, number, status):
     name, options = f"ended by {number}", ["--students", "test_resnet,test_efficientnet"]
     output, process = command.folder / name, command.start(name, *options)
@@ -99,8 +99,9 @@ def test_a_driver_that_is_ended_goes_on_from_the_checkpoints(undisturbed, comman
         process.send_signal(number)
     shown, _ = process.communicate()
     assert process.returncode == status and "Traceback" not in shown, shown
-    if number == signal.SIGTERM:
-        assert "stopped by SIGTERM with the checkpoints of its runs on the disk" in shown.splitlines()[-1]
+    if number != signal.SIGKILL:
+        words = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM with the checkpoints of its runs"
+        assert shown.splitlines()[-1].startswith(words)
         assert not list(Path("/tmp").glob(f"fpcn-*/session_*_{process.pid}"))
     finish(command.start(name, *options))
     (log,) = (output / "logs").glob("*+*.log")
