@@ -64,7 +64,7 @@ def connect_ray(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    with _told_to_stop(), _local() if address is None else _remote(address) as ray, _interruptible():
+    with told_to_stop(), _local() if address is None else _remote(address) as ray, interruptible():
         yield ray
 
 
@@ -73,7 +73,7 @@ _told: list[str] = []
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[None]:
+def told_to_stop() -> Iterator[None]:
     """What a signal but Ctrl-C has interrupted ends as a run of one rank does.
 
     Raises:
@@ -90,7 +90,7 @@ def _told_to_stop() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 interrupt the block as Ctrl-C does; once interrupted, nothing disturbs what tidies up.
 
     KeyboardInterrupt is what Ray and Tune let through: any other exception, raised between two lines of theirs, they

@@ -32,6 +32,7 @@ from fpcn_dist.runtime.files import make_folder
 from fpcn_dist.runtime.lock import locked
 from fpcn_dist.runtime.names import file_stem
 from fpcn_dist.runtime.ranks import use_threads
+from fpcn_dist.studies.cluster.connection import interruptible, told_to_stop
 from fpcn_dist.studies.crossval import questions
 from fpcn_dist.studies.crossval.cells import Cell, measure
 from fpcn_dist.studies.crossval.features import pooled_of, write_maps, write_pooled
@@ -103,7 +104,7 @@ def run_study(request: StudyRequest, data: Address, output: Path) -> StudyResult
     show_notices(manifest.refused, manifest.notices)
     output = output.resolve()
     make_folder(output)
-    with locked(output):
+    with told_to_stop(), locked(output), interruptible():
         return _run(request, recipes, manifest, output)
 
 
